@@ -1,0 +1,40 @@
+# make demo    install and quantize the embedded model, three ways, with the comparison printed
+# make test    install and run the tests
+# make check   formatter, linter, types, architecture
+# make bench   the benchmarks, as ratios measured side by side
+# make docs    nothing to build yet: the pages in docs/ are plain Markdown; checks their links and commands
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench docs install clean
+
+demo: install
+	$(BIN)/roundel demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+bench: install
+	$(BIN)/python benchmarks/collection.py
+	$(BIN)/python benchmarks/rounding.py
+
+docs: install
+	$(BIN)/python -m pytest tests/test_docs.py
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Roundel needs Python 3.11 or later; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,11 @@
+"""Roundel shrinks a language model to 2-8 bits per weight while keeping its output distribution."""
+
+import importlib.metadata
+
+from roundel.errors import RoundelError
+from roundel.pipeline import Evaluation, Quantized, evaluate, quantize
+from roundel.recipes import Recipe
+
+__version__ = importlib.metadata.version("roundel")
+
+__all__ = ["Evaluation", "Quantized", "Recipe", "RoundelError", "__version__", "evaluate", "quantize"]

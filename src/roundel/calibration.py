@@ -1,0 +1,271 @@
+"""Text in, token sequences out: packed, counted, hashed, nothing dropped silently.
+
+A SPEC is a text file, a `.jsonl` file (field `text` unless `field=NAME`), a directory of such files, `self` (text
+sampled from the model itself), `stdlib` (the sources of Python's standard library; `stdlib-heldout` are the modules
+that the demo model has never seen), or a Hub dataset, with options after colons:
+`name:split=train:config=en:num=1000:field=text`. Documents are tokenized and joined, with the tokenizer's end-of-text
+token between them, into one stream that is cut into windows of equal length. Where the tokenizer starts every text
+with a token of its own (Gemma, Llama), so does every window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from roundel.demo.corpus import documents as stdlib_documents
+from roundel.errors import DataError
+from roundel.types import TokenBatch
+
+__all__ = ["Fingerprint", "Split", "data_hash", "read_documents", "sample_from_model", "split_tokens", "windows"]
+
+PIECE = 1 << 16
+"""Characters tokenized at a time."""
+
+SAMPLES_PER_PASS = 16
+"""Sequences sampled together from the model; fixed, so that the samples do not depend on any batch size."""
+
+
+def read_documents(spec: str) -> Iterator[str]:
+    """The documents of a SPEC other than `self`.
+
+    Raises:
+        DataError: there is no such file or dataset, it cannot be read, or an option is unknown.
+    """
+    path = Path(spec)
+    if spec in ("stdlib", "stdlib-heldout"):
+        yield from stdlib_documents("calibration" if spec == "stdlib" else "heldout")
+    elif path.exists():
+        yield from _path_documents(path)
+    else:
+        location, options = _parse_options(spec)
+        path = Path(location)
+        if path.exists():
+            unknown = sorted(set(options) - {"field", "num"})
+            if unknown:
+                raise DataError(f"option {unknown[0]!r} is for Hub datasets; files take field=NAME and num=N")
+            found: Iterator[str] = _path_documents(path, options.get("field", "text"))
+            yield from itertools.islice(found, _number(options)) if "num" in options else found
+        else:
+            yield from _hub_documents(location, options)
+
+
+def _number(options: dict[str, str]) -> int:
+    if not options["num"].isdecimal() or int(options["num"]) < 1:
+        raise DataError(f"num={options['num']}: expected a positive number of documents")
+    return int(options["num"])
+
+
+def _parse_options(spec: str) -> tuple[str, dict[str, str]]:
+    head, *rest = spec.split(":")
+    options: dict[str, str] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise DataError(f"option {part!r} in {spec!r}: expected key=value, such as num=1000")
+        options[key] = value
+    return head, options
+
+
+def _path_documents(path: Path, field: str = "text") -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in {".txt", ".md", ".jsonl"})
+        if not files:
+            raise DataError(f"{path} holds no .txt, .md or .jsonl file")
+        for file in files:
+            yield from _path_documents(file, field)
+        return
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _json_text(line, field, f"{path}, line {number}")
+        else:
+            yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _json_text(line: str, field: str, where: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: expected a JSON object with the key {field!r}; name another with field=NAME") from error
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {field!r} is no string")
+    return text
+
+
+def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str]:
+    known = {"split", "config", "num", "field", "data_files"}
+    if set(options) - known:
+        raise DataError(f"unknown option {sorted(set(options) - known)[0]!r} in {name!r}: expected {', '.join(sorted(known))}")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"no file {name!r}; to read it as a Hub dataset install the datasets package: pip install 'roundel[data]'"
+        ) from error
+    field, count = options.get("field", "text"), _number(options) if "num" in options else None
+    try:
+        rows = load_dataset(
+            name, options.get("config"), split=options.get("split", "train"), data_files=options.get("data_files"), streaming=True
+        )
+        for row in itertools.islice(rows, count):
+            if not isinstance(row.get(field), str):
+                raise DataError(f"dataset {name!r} has no text in {field!r} but {sorted(row)}; name another with field=NAME")
+            yield row[field]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"no file or directory {name!r}, and no Hub dataset of that name could be read: {reason}") from error
+
+
+def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> Tensor:
+    """Packs documents into windows `(count, length)`; reads no more documents than `most` windows need."""
+    opening = tokenizer("")["input_ids"]
+    bos = tokenizer.bos_token_id
+    prefix = [bos] if bos is not None and bos in opening else []
+    body = length - len(prefix)
+    stream: list[int] = []
+    for text in documents:
+        if not text.strip():
+            continue
+        for start in range(0, len(text), PIECE):
+            stream += tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        if most is not None and len(stream) >= most * body:
+            break
+    count = len(stream) // body
+    count = count if most is None else min(count, most)
+    cut = torch.tensor(stream[: count * body], dtype=torch.int64).reshape(count, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), cut], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Sequences to calibrate on and sequences held out from them."""
+
+    calibration: TokenBatch
+    heldout: TokenBatch
+
+
+def split_tokens(available: Tensor, *, calibration: int, heldout: int, seed: int, source: str) -> Split:
+    """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`.
+
+    Raises:
+        DataError: there are not enough windows; says how much there is and how much is needed.
+    """
+    count, length = available.shape
+    if count < calibration + heldout:
+        raise DataError(
+            f"too little text in {source}: it has {count * length} tokens, {count} sequences of {length}; needed are "
+            f"{(calibration + heldout) * length} tokens, {calibration} sequences to calibrate and {heldout} held out; "
+            "give more text, or smaller --sequences, --eval-sequences or --seq-len"
+        )
+    rest = count - heldout
+    chosen = torch.randperm(rest, generator=torch.Generator().manual_seed(seed))[:calibration].sort().values
+    return Split(
+        calibration=TokenBatch(ids=available[chosen], sequence_ids=tuple(chosen.tolist())),
+        heldout=TokenBatch(ids=available[rest:], sequence_ids=tuple(range(rest, count))),
+    )
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    *,
+    seed: int,
+    advance: Callable[[int], None] = lambda _n: None,
+) -> Tensor:
+    """Windows `(count, length)` of text sampled from the model at temperature 1, each from a generator of its own.
+
+    Each starts with the tokenizer's beginning-of-text token, or else a token drawn uniformly.
+    """
+    device = next(model.parameters()).device
+    rows = []
+    for first in range(0, count, SAMPLES_PER_PASS):
+        generators = [torch.Generator().manual_seed((seed << 32) + k) for k in range(first, min(first + SAMPLES_PER_PASS, count))]
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        bos = tokenizer.bos_token_id
+        starts = [int(torch.randint(vocabulary, (1,), generator=g)) if bos is None else bos for g in generators]
+        ids = torch.tensor(starts)[:, None]
+        cache = None
+        for _ in range(length - 1):
+            out = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            cumulative = out.logits[:, -1].float().softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
+            uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+            following = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=vocabulary - 1)
+            ids = torch.cat([ids, following], dim=1)
+        rows.append(ids)
+        advance(len(generators))
+    return torch.cat(rows)
+
+
+def data_hash(tokens: TokenBatch) -> str:
+    """SHA-256 of the token ids as little-endian 32-bit integers, and of their shape."""
+    digest = hashlib.sha256(str(tuple(tokens.ids.shape)).encode())
+    digest.update(tokens.ids.numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """Hashes of all 32-token windows of some text, thinned to one in `modulus`: enough to see later whether other text overlaps with it."""
+
+    hashes: frozenset[int]
+    modulus: int
+
+    WINDOW: ClassVar[int] = 32
+
+    @classmethod
+    def of(cls, tokens: TokenBatch, modulus: int = 1) -> Fingerprint:
+        """Fingerprint of every sequence's windows at every offset, none across sequences."""
+        ids = tokens.ids.numpy().astype(np.uint64)
+        if ids.shape[1] < cls.WINDOW:
+            return cls(hashes=frozenset(), modulus=modulus)
+        generator = np.random.default_rng(260)
+        weights = generator.integers(1, 2**63, cls.WINDOW, dtype=np.uint64) | np.uint64(1)
+        width = ids.shape[1] - cls.WINDOW + 1
+        total = np.zeros((ids.shape[0], width), dtype=np.uint64)
+        for k in range(cls.WINDOW):
+            total += ids[:, k : k + width] * weights[k]
+        total ^= total >> np.uint64(29)
+        values = np.unique(total)
+        return cls(hashes=frozenset(values[values % np.uint64(modulus) == 0].tolist()), modulus=modulus)
+
+    def thinned(self, modulus: int) -> Fingerprint:
+        """One hash in `modulus` of it."""
+        return Fingerprint(hashes=frozenset(h for h in self.hashes if h % modulus == 0), modulus=modulus)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"modulus": self.modulus, "hashes": sorted(self.hashes)}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Fingerprint:
+        """Inverse of `as_json`."""
+        return cls(hashes=frozenset(map(int, stored["hashes"])), modulus=int(stored["modulus"]))
+
+    def overlap(self, other: Fingerprint) -> float:
+        """The fraction of this text's windows that the other text has too."""
+        modulus = max(self.modulus, other.modulus)
+        mine, theirs = self.thinned(modulus).hashes, other.thinned(modulus).hashes
+        return len(mine & theirs) / len(mine) if mine else 0.0

@@ -1,0 +1,247 @@
+"""The commands. Results go to standard output, progress and errors to standard error.
+
+Exit codes: 0 done; 2 something given cannot work; 3 numbers beyond repair; 4 the disk refused; 130 interrupted; 143
+terminated; 1 anything unforeseen.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from roundel.errors import RoundelError
+from roundel.evaluate import Divergence
+from roundel.evaluate.card import number
+from roundel.pipeline import evaluate as run_evaluate
+from roundel.pipeline import quantize as run_quantize
+from roundel.progress import make_progress
+from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
+from roundel.store import check_output, write_json
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Shrink a language model to 2-8 bits per weight and keep its output distribution.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_DEFAULT = Recipe()
+
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences per pass; default about 4096 tokens. Never changes the result.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="In which the model runs: auto (float32 on CPU, bfloat16 on GPU), float32 or bfloat16.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report there; - is standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(f"roundel {importlib.metadata.version('roundel')}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    scheme: Annotated[
+        str, typer.Option(help="intB-gN or intB-channel, B from 2 to 8: int4-g128, int3-g64, int4-channel ...")
+    ] = _DEFAULT.scheme,
+    curvature: Annotated[
+        str, typer.Option(help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b, or mean (of kfac and sketch-b).")
+    ] = _DEFAULT.curvature,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="Text or .jsonl file, directory, Hub dataset (name:split=train:num=1000:field=text), stdlib, or self (sampled).",
+        ),
+    ] = _DEFAULT.calibration,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.sequences,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = _DEFAULT.seq_len,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Evaluation text; default: held out from the calibration text.")
+    ] = None,
+    eval_sequences: Annotated[int, typer.Option(help="Evaluation sequences.")] = _DEFAULT.eval_sequences,
+    sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = _DEFAULT.sweeps,
+    damping: Annotated[float, typer.Option(help="Added to each factor's diagonal, relative to its mean.")] = _DEFAULT.damping,
+    seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only linears that match, like '*.mlp.*' or 're:layers\\.[0-3]\\.'; repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="No linears that match; repeatable.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL into a directory that Transformers and vLLM load."""
+    result = run_quantize(
+        model,
+        output=output,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+        scheme=scheme,
+        curvature=curvature,
+        calibration=calibration,
+        sequences=sequences,
+        seq_len=seq_len,
+        eval_data=eval_data,
+        eval_sequences=eval_sequences,
+        sweeps=sweeps,
+        damping=damping,
+        seed=seed,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+    )
+    _emit(result.details, json_file)
+    if not quiet and str(json_file) != "-":
+        bits, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
+        table = _divergence_table(f"{model} in {scheme}", result.report)
+        table.add_row("KL predicted", f"{number(predicted['total'])} ± {number(predicted['total_stderr'])}")
+        table.add_row("bits per weight: quantized linears", f"{bits['quantized']:.3f}")
+        table.add_row("bits per weight: whole checkpoint", f"{bits['model']:.3f}")
+        table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
+        Console().print(table)
+        print(f"{result.path}: written; roundel.json has every layer's numbers")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
+    reference: Annotated[str, typer.Option(help="The original: local directory, Hub id, or demo.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Text: file, directory, Hub dataset or stdlib.")],
+    sequences: Annotated[int, typer.Option(help="At most so many sequences.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure KL(reference || MODEL) per token on text, with its standard error."""
+    result = run_evaluate(
+        model,
+        reference=reference,
+        data=data,
+        sequences=sequences,
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+    )
+    _emit(result.details, json_file)
+    if not quiet and str(json_file) != "-":
+        Console().print(_divergence_table(f"{model} against {reference}", result.report))
+
+
+@app.command()
+def demo(
+    scheme: Annotated[str, typer.Option(help="As for quantize.")] = "int3-g64",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the best checkpoint there.")] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize the embedded model by nearest rounding, by GPTQ and by Roundel, and compare them on held-out text."""
+    methods: dict[str, dict[str, Any]] = {"nearest": NEAREST, "activation only (GPTQ)": GPTQ, "Roundel": BEST}
+    progress = make_progress(quiet=quiet)
+    if output is not None:
+        check_output(output)
+    rows = {}
+    with tempfile.TemporaryDirectory(prefix="roundel-demo-") as scratch:
+        for index, (title, recipe) in enumerate(methods.items()):
+            progress.say(f"--- {title}")
+            best = index == len(methods) - 1
+            rows[title] = run_quantize(
+                "demo",
+                output=output if best and output is not None else Path(scratch) / str(index),
+                scheme=scheme,
+                calibration="stdlib",
+                eval_data="stdlib-heldout",
+                sequences=192,
+                seq_len=256,
+                eval_sequences=96,
+                progress=progress,
+                **recipe,
+            )
+    _emit({title: result.details for title, result in rows.items()}, json_file)
+    if not quiet and str(json_file) != "-":
+        table = Table(title=f"The demo model in {scheme}, on modules of the standard library that it has never seen")
+        for column in ("method", "KL, nats per token", "top-1 agreement", "perplexity", "seconds"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for title, result in rows.items():
+            report = result.report
+            table.add_row(
+                title,
+                f"{number(report.kl_mean)} ± {number(report.kl_stderr)}",
+                f"{100 * report.top1_agreement:.1f} %",
+                number(report.perplexity_model),
+                f"{sum(result.details['seconds'].values()):.0f}",
+            )
+        table.add_section()
+        table.add_row("original, 16 bits", "0", "100 %", number(report.perplexity_reference), "")
+        Console().print(table)
+        kl = [result.report.kl_mean for result in rows.values()]
+        print(f"Roundel loses {100 * (1 - kl[2] / kl[1]):.0f} % less than GPTQ and {100 * (1 - kl[2] / kl[0]):.0f} % less than")
+        print(f"nearest rounding, in the same format and at the same {result.details['bits_per_weight']['quantized']:.2f} bits per weight.")
+        if output is not None:
+            print(f"Kept: {output}")
+
+
+def _divergence_table(title: str, report: Divergence) -> Table:
+    table = Table(title=title, show_header=False)
+    table.add_row("KL(original, quantized), nats per token", f"{number(report.kl_mean)} ± {number(report.kl_stderr)}")
+    table.add_row("KL, median and 99th percentile", f"{number(report.kl_median)}, {number(report.kl_p99)}")
+    table.add_row("top-1 agreement", f"{100 * report.top1_agreement:.2f} %")
+    table.add_row("perplexity, quantized and original", f"{number(report.perplexity_model)}, {number(report.perplexity_reference)}")
+    table.add_row("tokens, sequences", f"{report.tokens}, {report.sequences}")
+    return table
+
+
+def _emit(details: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    if str(json_file) == "-":
+        print(json.dumps(details, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        write_json(json_file, details)
+
+
+def main() -> None:
+    """The console script: one clear line for each foreseen error, and an exit code for it."""
+
+    def terminated(_signal: int, _frame: Any) -> None:
+        raise SystemExit(143)  # unwinds, so that half-written output is removed
+
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        code = app(standalone_mode=False)
+    except RoundelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,173 @@
+"""Running an estimator over calibration data, and predicting the KL of an error from gradients that the factors have not seen.
+
+Each sequence's contribution is formed by itself, with products of the same shape, and added in order. The forward and
+backward pass is shared by a batch; whether this machine's kernels give a batch the same bits as its sequences one by
+one is *checked* on the first batch, and if they do not, sequences go one by one. So the batch size changes speed and
+memory, never a result.
+
+Cost: one forward pass and one backward pass to the inputs (no weight gradients) for each of the estimator's passes, plus its sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from roundel.curvature.fisher import backward
+from roundel.curvature.sketches import Estimator, Sketch
+from roundel.curvature.tap import tapped
+from roundel.types import KroneckerFactors, LayerGrad, TokenBatch
+
+__all__ = ["Prediction", "collect", "predicted_kl", "safe_batch_size"]
+
+Advance = Callable[[int], None]
+
+
+def _ignore(_sequences: int) -> None:
+    pass
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def collect(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    tokens: TokenBatch,
+    estimator: Estimator,
+    *,
+    seed: int,
+    batch_size: int,
+    advance: Advance = _ignore,
+) -> dict[str, KroneckerFactors]:
+    """Factors of every linear.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        linears: The modules to measure, by name.
+        tokens: Calibration sequences.
+        estimator: Which curvature.
+        seed: Seeds the labels, together with each sequence's id; the same in every pass.
+        batch_size: Sequences per forward pass (see `safe_batch_size`).
+        advance: Called with the number of sequences done after each batch.
+    """
+    device = _device(model)
+    factors: dict[str, KroneckerFactors] = {}
+    for index in range(estimator.passes):
+        sketches = {
+            name: estimator.sketch(linear.out_features, linear.in_features, device, index=index, previous=factors.get(name))
+            for name, linear in linears.items()
+        }
+
+        def consume(name: str, grad: LayerGrad, sketches: dict[str, Sketch] = sketches) -> None:
+            sketches[name].update(grad)
+
+        with tapped(model, linears, consume):
+            for batch in tokens.split(batch_size):
+                backward(model, batch, seed, device=device)
+                advance(len(batch))
+        factors = {name: sketch.factors() for name, sketch in sketches.items()}
+    return factors
+
+
+def safe_batch_size(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenBatch, *, seed: int, batch_size: int) -> int:
+    """`batch_size`, if the first batch gives every linear the same bits as its sequences one by one; else 1.
+
+    The last, smaller batch of the data is checked too.
+    """
+    batch_size = min(batch_size, len(tokens))
+    if batch_size == 1:
+        return 1
+    sizes = {batch_size, len(tokens) % batch_size} - {0, 1}
+
+    def digests(size: int, of: TokenBatch) -> dict[tuple[str, int], tuple[int, int]]:
+        found: dict[tuple[str, int], tuple[int, int]] = {}
+        offset = 0
+
+        def consume(name: str, grad: LayerGrad) -> None:
+            for sequence in grad.sequences():
+                found[name, offset + sequence] = (_bits(grad.input.x[sequence]), _bits(grad.g[sequence]))
+
+        with tapped(model, linears, consume):
+            for batch in of.split(size):
+                backward(model, batch, seed, device=_device(model))
+                offset += len(batch)
+        return found
+
+    single = digests(1, tokens[:batch_size])
+    for size in sizes:
+        together = digests(size, tokens[:size])
+        if any(single[key] != bits for key, bits in together.items()):
+            return 1
+    return batch_size
+
+
+def _bits(values: Tensor) -> int:
+    """A checksum of the exact bits."""
+    words = values.contiguous().view(torch.int32 if values.element_size() == 4 else torch.int16).flatten().long()
+    weights = torch.arange(words.numel(), device=words.device) % 65521 + 1
+    return int((words * weights).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """KL of given errors, to second order, in nats per token: `1/2 E_s <G_s, E>^2` over sequences, divided by their tokens."""
+
+    layers: dict[str, float]
+    """Each linear's own."""
+    total: float
+    """The sum over linears, as if their errors did not interact."""
+    total_stderr: float
+    joint: float
+    """With all interactions, `1/2 E_s (sum_l <G_s,l, E_l>)^2`: unbiased, but noisier."""
+    joint_stderr: float
+
+
+def predicted_kl(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    error: Callable[[str], Tensor],
+    tokens: TokenBatch,
+    *,
+    seed: int,
+    batch_size: int,
+    advance: Advance = _ignore,
+) -> Prediction:
+    """Predicts the KL of the errors `error(name) = W - W_hat` from gradients of `tokens`, which should be held out from the factors.
+
+    Cost: one forward and one backward pass, plus one product with `E` per token and linear.
+    """
+    inner = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears}
+    start = 0
+
+    def consume(name: str, grad: LayerGrad) -> None:
+        E = error(name).to(grad.g.device)
+        for sequence in grad.sequences():
+            value = ((grad.input.x[sequence].float() @ E.T) * grad.g[sequence].float()).sum(dtype=torch.float64)
+            inner[name][start + sequence] = value.item()
+
+    with tapped(model, linears, consume):
+        for batch in tokens.split(batch_size):
+            backward(model, batch, seed, device=_device(model))
+            start += len(batch)
+            advance(len(batch))
+    length = tokens.ids.shape[1]
+    per_sequence = {name: 0.5 * values.square() / length for name, values in inner.items()}
+    separate = sum(per_sequence.values(), torch.zeros(len(tokens), dtype=torch.float64))
+    together = 0.5 * sum(inner.values(), torch.zeros(len(tokens), dtype=torch.float64)).square() / length
+    return Prediction(
+        layers={name: values.mean().item() for name, values in per_sequence.items()},
+        total=separate.mean().item(),
+        total_stderr=_stderr(separate),
+        joint=together.mean().item(),
+        joint_stderr=_stderr(together),
+    )
+
+
+def _stderr(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -1,0 +1,82 @@
+"""What every estimator and every sketch can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from roundel.types import KroneckerFactors, LayerGrad
+
+__all__ = ["Estimator", "Sketch"]
+
+
+class Sketch(ABC):
+    """Running sums over the sequences that one linear has seen in one pass.
+
+    Sums are float32 and added sequence by sequence in order, so that they do not depend on the batch size. Two
+    sketches of different sequences merge by addition. `traced` is the sum of the squared norm that sets the absolute
+    scale.
+    """
+
+    def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
+        self.d_out, self.d_in, self.device = d_out, d_in, device
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = 0
+        self.traced = torch.zeros((), dtype=torch.float64, device=device)
+
+    def zeros(self, name: str, size: int) -> Tensor:
+        """Starts a sum of `(size, size)` matrices."""
+        self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=self.device)
+        return self.sums[name]
+
+    def update(self, grad: LayerGrad) -> None:
+        """Adds one batch."""
+        for sequence in grad.sequences():
+            self.add_sequence(grad, sequence)
+            self.tokens += grad.g.shape[1]
+
+    @abstractmethod
+    def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
+        """Adds one sequence of the batch."""
+
+    @abstractmethod
+    def factors(self) -> KroneckerFactors:
+        """The factors of all sequences seen so far."""
+
+    def merge(self, other: Sketch) -> None:
+        """Adds the sums of a sketch of other sequences.
+
+        Raises:
+            ValueError: the other sketch holds other sums.
+        """
+        if type(self) is not type(other) or (self.d_out, self.d_in) != (other.d_out, other.d_in):
+            raise ValueError(f"cannot merge {type(other).__name__} into {type(self).__name__} of {self.d_out} x {self.d_in}")
+        for name, total in self.sums.items():
+            total.add_(other.sums[name])
+        self.tokens += other.tokens
+        self.traced += other.traced
+
+    def add_token_trace(self, grad: LayerGrad, sequence: int) -> None:
+        """Adds `sum_t |g_t|^2 |x_t|^2`: the Fisher's trace without its cross-token terms."""
+        x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
+        self.traced += (x.square().sum(-1) * g.square().sum(-1)).sum(dtype=torch.float64)
+
+    @property
+    def trace(self) -> float:
+        """Trace of the Fisher of the whole weight, nats per token."""
+        return self.traced.item() / max(self.tokens, 1)
+
+
+class Estimator(ABC):
+    """Settings of an estimator; subclasses are frozen dataclasses."""
+
+    @property
+    def passes(self) -> int:
+        """How often the data is gone over, with the same labels."""
+        return 1
+
+    @abstractmethod
+    def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
+        """An empty sketch for pass `index`; `previous` are the factors of the pass before."""

@@ -1,0 +1,42 @@
+"""The mean of normalised KFAC and Sketch B, both from one backward pass: the default.
+
+Sketch B sees the cross-token terms but is noisy with few sequences; KFAC is smooth but blind to them. Their mean
+beats both at every width that we measured (`docs/log.md`). Cost and memory: the sum of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from roundel.curvature.sketches.base import Estimator, Sketch
+from roundel.curvature.sketches.kfac import Kfac
+from roundel.curvature.sketches.sketch_b import SketchB
+from roundel.types import KroneckerFactors, LayerGrad
+
+__all__ = ["Mean"]
+
+
+class _Both(Sketch):
+    def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
+        super().__init__(d_out, d_in, device)
+        self.parts = [estimator.sketch(d_out, d_in, device) for estimator in (Kfac(), SketchB())]
+        self.sums = {f"{k}.{name}": total for k, part in enumerate(self.parts) for name, total in part.sums.items()}
+        self.traced = self.parts[1].traced  # one tensor: Sketch B's trace has the cross-token terms
+
+    def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
+        for part in self.parts:
+            part.add_sequence(grad, sequence)
+
+    def factors(self) -> KroneckerFactors:
+        kfac, sketch_b = (part.factors() for part in self.parts)
+        return KroneckerFactors.normalised(kfac.H_out + sketch_b.H_out, kfac.H_in + sketch_b.H_in, trace=self.trace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Estimator):
+    """Mean of the normalised factors of `kfac` and `sketch-b`."""
+
+    def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
+        return _Both(d_out, d_in, device)

@@ -1,0 +1,56 @@
+"""Sketch B of YAQA (arXiv 2505.22988, section 3.2.2): `H_in = E[G^T G]`, `H_out = E[G G^T]` of per-sequence weight gradients `G`.
+
+One step of power iteration on the Fisher from the identity, cross-token terms included: the two partial traces of the
+Fisher. Always positive semi-definite.
+
+Cost per sequence of `T` tokens: `2 T d_in d_out` flops for `G`, then `d_in d_out (d_in + d_out)` for its two Grams by
+halves. For short sequences and wide layers the Gram trick `G G^T = g^T (x x^T) g`, `G^T G = x^T (g g^T) x` never
+forms `G`: `4 T^2 (d_in + d_out) + 2 T (d_in^2 + d_out^2)` flops. Whichever is cheaper is taken. Memory as for KFAC,
+plus one `G` or two `(T, T)` matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from roundel.curvature.sketches.base import Estimator, Sketch
+from roundel.linalg.gram import gram, symmetrise
+from roundel.types import KroneckerFactors, LayerGrad
+
+__all__ = ["SketchB"]
+
+
+class _Sums(Sketch):
+    def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
+        super().__init__(d_out, d_in, device)
+        self.zeros("GtG", d_in)
+        self.zeros("GGt", d_out)
+
+    def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
+        tokens = grad.g.shape[1]
+        product = 2 * tokens * self.d_in * self.d_out + self.d_in * self.d_out * (self.d_in + self.d_out)
+        trick = 4 * tokens**2 * (self.d_in + self.d_out) + 2 * tokens * (self.d_in**2 + self.d_out**2)
+        if product <= trick:
+            G = grad.weight_gradient(sequence)
+            self.sums["GtG"] += gram(G)
+            self.sums["GGt"] += gram(G.T)
+            self.traced += G.square().sum(dtype=torch.float64)
+        else:
+            x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
+            between_inputs, between_gradients = x @ x.T, g @ g.T
+            self.sums["GtG"].addmm_(x.T, between_gradients @ x)
+            self.sums["GGt"].addmm_(g.T, between_inputs @ g)
+            self.traced += (between_inputs * between_gradients).sum(dtype=torch.float64)
+
+    def factors(self) -> KroneckerFactors:
+        return KroneckerFactors.normalised(symmetrise(self.sums["GGt"]), symmetrise(self.sums["GtG"]), trace=self.trace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchB(Estimator):
+    """`H_out = E[G G^T]`, `H_in = E[G^T G]`."""
+
+    def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
+        return _Sums(d_out, d_in, device)

@@ -1,0 +1,85 @@
+"""Everything that Roundel raises on purpose.
+
+    RoundelError
+    |- InputError          the user gave something that cannot work; exit code 2
+    |  |- ModelError         a model, its configuration or its weights
+    |  |- DataError          calibration or evaluation text
+    |  |- SchemeError        a scheme, curvature or other setting
+    |  `- OutputError        the place to write to
+    |- NumericalError      a factor or gradient that no fall-back could repair; exit code 3
+    `- StorageError        the disk refused (full, read-only); exit code 4
+
+A message says what was given, what was expected and what to try. The name of a layer is added once, by `in_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "DataError",
+    "InputError",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "RoundelError",
+    "SchemeError",
+    "StorageError",
+    "in_layer",
+]
+
+
+class RoundelError(Exception):
+    """Base of all errors that Roundel raises on purpose."""
+
+    exit_code = 1
+    layer: str | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{self.layer}: {text}" if self.layer else text
+
+
+class InputError(RoundelError):
+    """The user gave something that cannot work."""
+
+    exit_code = 2
+
+
+class ModelError(InputError):
+    """A model, its configuration or its weights cannot be used."""
+
+
+class DataError(InputError):
+    """Calibration or evaluation text cannot be used."""
+
+
+class SchemeError(InputError):
+    """A scheme, curvature name or setting is not valid."""
+
+
+class OutputError(InputError):
+    """The output location cannot be used."""
+
+
+class NumericalError(RoundelError):
+    """Numbers are beyond what the fall-backs can repair."""
+
+    exit_code = 3
+
+
+class StorageError(RoundelError):
+    """The disk refused to take the data."""
+
+    exit_code = 4
+
+
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Adds the layer's name to any `RoundelError` raised inside, unless an inner context has named it already."""
+    try:
+        yield
+    except RoundelError as error:
+        error.layer = error.layer or name
+        raise

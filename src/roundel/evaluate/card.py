@@ -1,0 +1,64 @@
+"""The model card of a quantized checkpoint: recipe, calibration, measured loss, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["model_card", "number"]
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, without an exponent for ordinary sizes."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3e}"
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of the output directory, from the contents of roundel.json."""
+    recipe, measured, bits = report["recipe"], report["evaluation"], report["bits_per_weight"]
+    kl, predicted = measured["kl"], report["predicted_kl"]
+    skipped = "".join(f"- `{name}`: {reason}\n" for name, reason in report["skipped"].items())
+    left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
+    return f"""---
+base_model: {report["model"]["name"]}
+library_name: transformers
+tags: [roundel, compressed-tensors, {recipe["scheme"]}]
+---
+# {report["model"]["name"]}, quantized to {recipe["scheme"]}
+
+Quantized by [Roundel](https://pypi.org/project/roundel/) {report["roundel"]}: rounded against the curvature of the
+whole model's output distribution.
+
+| measured on {measured["tokens"]} held-out tokens | |
+|---|---|
+| KL(original, quantized), nats per token | **{number(kl["mean"])}** ± {number(kl["stderr"])} (standard error) |
+| KL, median and 99th percentile | {number(kl["median"])}, {number(kl["p99"])} |
+| KL predicted from the curvature | {number(predicted["total"])} ± {number(predicted["total_stderr"])} |
+| top-1 agreement | {100 * measured["top1_agreement"]:.1f} % |
+| perplexity, quantized and original | {number(measured["perplexity"]["model"])}, {number(measured["perplexity"]["reference"])} |
+| bits per weight: quantized linears, whole checkpoint | {bits["quantized"]:.3f}, {bits["model"]:.3f} |
+
+Evaluation text: `{measured["source"]}`; {100 * measured["overlap_with_calibration"]:.1f} % of its 32-token windows
+occur in the calibration text.
+
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")   # needs: pip install transformers compressed-tensors>=0.17
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+vLLM: `vllm serve PATH`.
+
+## Recipe
+
+| setting | value |
+|---|---|
+{"".join(f"| {key} | `{value}` |{chr(10)}" for key, value in recipe.items())}| calibration tokens | {report["calibration"]["tokens"]} |
+| SHA-256 of the calibration tokens | `{report["calibration"]["sha256"]}` |
+{left}
+Every layer's numbers are in `roundel.json`.
+"""

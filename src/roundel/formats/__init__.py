@@ -1,0 +1,1 @@
+"""Checkpoint formats: pure functions between `RoundedWeight` and named tensors, and their metadata. No files, no models."""

@@ -1,0 +1,46 @@
+"""Unit lower triangular factors: the one place that states the order of feedback.
+
+`H = L D L^T` with `L` unit lower triangular and `D` positive diagonal. With rounding from the *last* row and column to the *first*, and
+each target shifted by the strict lower parts, `L_out^T E L_in` equals the grid's own error (YAQA, arXiv 2505.22988, eq. 7), so
+`tr(E^T H_out E H_in) = sum_ij D_out,i D_in,j eta_ij^2`. Cost `d^3 / 3` in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roundel.errors import NumericalError
+
+__all__ = ["damped_ldl", "ldl"]
+
+
+def ldl(H: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
+    """`(L, D)` in float64, or None where `H` is not numerically positive definite."""
+    C, info = torch.linalg.cholesky_ex(H.double())
+    if info.item() != 0 or not torch.isfinite(C).all():
+        return None
+    diagonal = C.diagonal()
+    return C / diagonal, diagonal**2
+
+
+def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"], float]:
+    """`(H + lambda mean(diag H) I, its L, lambda)` with the first `lambda` of `damping * 10^k` for which the result is positive definite.
+
+    Raises:
+        NumericalError: `H` holds a value that is not finite, or stays indefinite with `lambda = 100`.
+    """
+    if not torch.isfinite(H).all():
+        raise NumericalError("a curvature factor holds values that are not finite; try float32 (--dtype float32) or other calibration text")
+    H = (H.double() + H.double().T) / 2
+    mean = H.diagonal().mean()
+    identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    used = damping
+    while used <= 100:
+        damped = H + used * mean * identity
+        factor = ldl(damped)
+        if factor is not None:
+            return damped, factor[0], used
+        used = max(used, 1e-6) * 10
+    raise NumericalError(f"a curvature factor stays indefinite with damping {used / 10:g}; its mean diagonal is {mean.item():.3g}")

@@ -1,0 +1,84 @@
+"""Which linears are quantized: found by type, chosen by pattern, refused with a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from roundel.errors import SchemeError
+from roundel.grids import Grid
+
+__all__ = ["Selection", "select_linears"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The linears to quantize, and what stays in its precision, with the reason."""
+
+    linears: dict[str, nn.Linear]
+    skipped: dict[str, str]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.search(p[3:], name) is not None if p.startswith("re:") else fnmatchcase(name, p) for p in patterns)
+
+
+def select_linears(model: nn.Module, grid: Grid, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
+    """Chooses among the model's `nn.Linear`s.
+
+    Args:
+        model: The model.
+        grid: Its group size must divide a linear's width.
+        include: Patterns of module names (`*.mlp.*`, or a regular expression after `re:`). By default all linears
+            inside the decoder layers, that
+            is inside a `ModuleList`: neither embeddings nor the output head.
+        exclude: Patterns of names to leave out.
+
+    Raises:
+        SchemeError: a pattern is not a regular expression, or nothing is left to quantize.
+    """
+    for pattern in (*include, *exclude):
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    in_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    tied = _tied_to_embedding(model)
+    linears: dict[str, nn.Linear] = {}
+    skipped: dict[str, str] = {}
+    indivisible: SchemeError | None = None
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            fused = name.startswith(in_layers) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+            if fused:
+                skipped[name] = "fused experts: their weights are one tensor of three dimensions"
+            continue
+        wanted = _matches(name, include) if include else name.startswith(in_layers)
+        if not wanted:
+            continue
+        if _matches(name, exclude):
+            skipped[name] = "excluded by pattern"
+        elif module.weight in tied:
+            skipped[name] = "shares its weight with the embedding"
+        else:
+            try:
+                grid.group_size(module.in_features)
+            except SchemeError as error:
+                indivisible = error
+                skipped[name] = str(error).split(";")[0]
+                continue
+            linears[name] = module
+    if not linears:
+        if indivisible is not None:
+            raise indivisible
+        raise SchemeError("no linear is left to quantize" + (f": --include {' '.join(include)} matches none" if include else ""))
+    return Selection(linears=linears, skipped=skipped)
+
+
+def _tied_to_embedding(model: nn.Module) -> set[nn.Parameter]:
+    return {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}

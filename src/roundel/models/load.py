@@ -1,0 +1,124 @@
+"""From a local directory or a Hub id to a model and a tokenizer, without running or unpickling anything that came with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from roundel.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load_model", "load_tokenizer", "locate", "pick_device", "pick_dtype"]
+
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
+
+
+def locate(model: str) -> Path:
+    """The directory of a model: the embedded one for `demo`, `model` itself if there is one, else the Hub's snapshot
+    of that id (downloaded once, safetensors only).
+
+    Raises:
+        ModelError: neither exists, or the directory has no config.json.
+    """
+    path = DEMO if model == "demo" else Path(model)
+    if not path.is_dir():
+        if path.exists() or path.is_absolute() or model.count("/") != 1 or model.startswith("."):
+            raise ModelError(
+                f"no model at {model!r}: expected a directory with config.json and *.safetensors, or a Hub id like Qwen/Qwen3-0.6B"
+            )
+        try:
+            path = Path(snapshot_download(model, allow_patterns=_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"no directory {model!r}, and the Hub could not deliver a model of that id: {reason}") from error
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: expected a Hugging Face model directory")
+    return path
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU.
+
+    Raises:
+        ModelError: torch does not know the device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU, where it costs nothing in quality, and bfloat16 on a GPU.
+
+    Raises:
+        ModelError: not a type that models run in.
+    """
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in kinds:
+        raise ModelError(f"dtype {name!r}: expected auto, {' or '.join(kinds)}")
+    return kinds[name]
+
+
+def _guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
+    """Transformers raises half a dozen types for a directory that it cannot read; users get one."""
+    try:
+        return load()
+    except (ValueError, OSError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"cannot load the {what} in {path}: {lines[0]}") from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model directory.
+
+    Raises:
+        ModelError: there is none that Transformers can read.
+    """
+    tokenizer: PreTrainedTokenizerBase = _guarded("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    return tokenizer
+
+
+def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in a directory, in evaluation mode, dequantized if it was quantized by compressed-tensors.
+
+    Raises:
+        ModelError: unknown architecture, not a causal language model, weights missing, unreadable or not finite.
+    """
+    config = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    if getattr(config, "quantization_config", None):
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model, info = _guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
+    _check_finite(model)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")

@@ -1,0 +1,434 @@
+"""The stages, from artifact to artifact: `quantize` and `evaluate`.
+
+    model, text -> tokens -> factors of every linear -> rounded weights -> staged checkpoint -> measured KL -> report,
+    and only then the output directory
+
+The reference model stays in memory throughout; factors of a linear are dropped as soon as it is rounded; the
+checkpoint is written one shard at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from roundel.calibration import (
+    Fingerprint,
+    Split,
+    data_hash,
+    read_documents,
+    sample_from_model,
+    split_tokens,
+    windows,
+)
+from roundel.curvature import collect, parse_curvature, predicted_kl
+from roundel.curvature.collect import safe_batch_size
+from roundel.errors import DataError, ModelError, NumericalError, in_layer
+from roundel.evaluate import Divergence, compare_models
+from roundel.evaluate.card import model_card
+from roundel.formats import compressed_tensors
+from roundel.grids import Grid, parse_scheme
+from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
+from roundel.models.load import pick_device, pick_dtype
+from roundel.progress import Progress, Silent
+from roundel.recipes import Recipe
+from roundel.rounding import make_problem, round_weight
+from roundel.rounding.round import dequantized
+from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
+from roundel.types import KroneckerFactors, RoundedWeight, TokenBatch
+
+__all__ = ["Evaluation", "Quantized", "evaluate", "quantize"]
+
+SCHEMA_VERSION = 1
+BATCH_TOKENS = 4096
+FINGERPRINT_MODULUS = 256
+OVERLAP_WARNING = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What `quantize` returns: where the checkpoint is, what was measured, and the whole of roundel.json."""
+
+    path: Path
+    report: Divergence
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` returns."""
+
+    report: Divergence
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A loaded original."""
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    linears: dict[str, nn.Linear]
+    skipped: dict[str, str]
+
+
+class _Notes:
+    """Warnings for the report, shown as they come, and the seconds of each stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.warnings: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.progress.warn(message)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 3)
+
+
+def quantize(
+    model: str | Path,
+    *,
+    output: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Quantized:
+    """Quantizes a causal language model into a directory that Transformers and vLLM load.
+
+    Args:
+        model: A local directory or a Hub id; `demo` is the embedded model.
+        output: Directory to make; must not exist, or be empty.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
+        batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
+        progress: Where to report; silent by default.
+        settings: The fields of `Recipe`.
+
+    Returns:
+        The output's path, the measured divergence and the contents of roundel.json.
+
+    Raises:
+        RoundelError: see `roundel.errors`; no output is left then.
+    """
+    recipe, notes, target = Recipe(**settings), _Notes(progress or Silent()), Path(output)
+    progress = notes.progress
+    check_output(target)
+    grid = parse_scheme(recipe.scheme)
+    with notes.timed("load"):
+        source = _load(str(model), recipe, grid, device, dtype)
+    length = min(recipe.seq_len, _positions(source.model))
+    with notes.timed("text"):
+        split = _text(recipe, source, length, progress)
+        fingerprint = Fingerprint.of(split.calibration)
+        overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
+    if overlap > OVERLAP_WARNING:
+        notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
+    with notes.timed("curvature"):
+        wanted = batch_size or max(1, BATCH_TOKENS // length)
+        batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted)
+        estimator = parse_curvature(recipe.curvature)
+        with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
+            factors = collect(
+                source.model, source.linears, split.calibration, estimator, seed=recipe.seed, batch_size=batch, advance=advance
+            )
+    with notes.timed("rounding"):
+        rounded, layers = _round_all(recipe, grid, source, factors, notes)
+    chosen = {name: source.linears[name] for name in rounded}
+    with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
+        prediction = predicted_kl(
+            source.model,
+            chosen,
+            lambda name: chosen[name].weight.float().cpu() - dequantized(grid, rounded[name]),
+            split.heldout,
+            seed=recipe.seed,
+            batch_size=batch,
+            advance=advance,
+        )
+    with staged_directory(target) as staging:
+        with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
+            stored = _write_checkpoint(staging, source, grid, rounded, advance)
+        with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
+            packed = load_model(staging, device=_device_of(source.model), dtype=source.model.dtype)
+            divergence = compare_models(packed, source.model, split.heldout, batch_size=wanted, advance=advance)
+            del packed
+        parameters = sum(p.numel() for p in source.model.parameters())
+        weights = sum(linear.weight.numel() for linear in chosen.values())
+        details: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "roundel": importlib.metadata.version("roundel"),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "compressed-tensors", "numba")},
+            "model": {"name": source.name, "revision": _revision(source.path), "parameters": parameters},
+            "scheme": recipe.scheme,
+            "curvature": recipe.curvature,
+            "seed": recipe.seed,
+            "recipe": recipe.as_json(),
+            "calibration": {
+                "source": recipe.calibration,
+                "sequences": len(split.calibration),
+                "seq_len": length,
+                "tokens": split.calibration.ids.numel(),
+                "sha256": data_hash(split.calibration),
+                "fingerprint": fingerprint.thinned(FINGERPRINT_MODULUS).as_json(),
+            },
+            "bits_per_weight": {
+                "quantized": sum(layers[name]["bits_per_weight"] * linear.weight.numel() for name, linear in chosen.items()) / weights,
+                "model": 8 * stored / parameters,
+                "quantized_fraction": weights / parameters,
+            },
+            "predicted_kl": {
+                "total": prediction.total,
+                "total_stderr": _finite(prediction.total_stderr),
+                "joint": prediction.joint,
+                "joint_stderr": _finite(prediction.joint_stderr),
+                "predicted_over_measured": prediction.total / divergence.kl_mean if divergence.kl_mean > 0 else None,
+            },
+            "evaluation": {
+                "source": recipe.eval_data or f"{recipe.calibration} (held out)",
+                "sha256": data_hash(split.heldout),
+                "overlap_with_calibration": overlap,
+                **divergence.as_json(),
+            },
+            "layers": {name: {**row, "predicted_kl": prediction.layers[name]} for name, row in layers.items()},
+            "skipped": source.skipped,
+            "warnings": notes.warnings,
+            "seconds": notes.seconds,
+        }
+        write_json(staging / "roundel.json", details)
+        write_text(staging / "README.md", model_card(details))
+    return Quantized(path=target, report=divergence, details=details)
+
+
+def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> _Source:
+    path = locate(name)
+    place = pick_device(device)
+    model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
+    if getattr(model.config, "quantization_config", None):
+        raise ModelError(f"{path} is quantized already; start from the original model")
+    checkpoint = Checkpoint.open(path)
+    selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
+    found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
+    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
+    return _Source(
+        name=name,
+        path=path,
+        model=model,
+        tokenizer=load_tokenizer(path),
+        checkpoint=checkpoint,
+        linears=found,
+        skipped={**selection.skipped, **absent},
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _positions(model: nn.Module) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)  # type: ignore[union-attr,operator]
+
+
+def _revision(source: Path) -> str | None:
+    """The Hub's commit, when the directory is one of its snapshots."""
+    return source.name if source.parent.name == "snapshots" else None
+
+
+def _text(recipe: Recipe, source: _Source, length: int, progress: Progress) -> Split:
+    """Calibration and evaluation sequences."""
+    heldout = 0 if recipe.eval_data else recipe.eval_sequences
+    wanted = recipe.sequences + heldout
+    if recipe.calibration == "self":
+        with progress.stage("sampling text from the model", wanted) as advance:
+            available = sample_from_model(source.model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
+    else:
+        # Up to four times what is needed, so that the seed has something to choose from.
+        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
+    split = split_tokens(available, calibration=recipe.sequences, heldout=heldout, seed=recipe.seed, source=recipe.calibration)
+    if recipe.eval_data:
+        other = _evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
+        split = Split(calibration=split.calibration, heldout=other)
+    return split
+
+
+def _evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
+    """Up to `most` sequences, as many as the text has."""
+    available = windows(read_documents(source), tokenizer, length, most=most)
+    if not len(available):
+        raise DataError(f"too little text in {source}: not one sequence of {length} tokens; give more text or a smaller --seq-len")
+    return TokenBatch(ids=available, sequence_ids=tuple(range(len(available))))
+
+
+def _round_all(
+    recipe: Recipe, grid: Grid, source: _Source, factors: dict[str, KroneckerFactors], notes: _Notes
+) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
+    """Rounds every linear and empties `factors`; a linear that no gradient reached is moved to `source.skipped`."""
+    rounded: dict[str, RoundedWeight] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    with notes.progress.stage("rounding", len(source.linears)) as advance:
+        for name in source.linears:
+            own = factors.pop(name)
+            if own.scale == 0:
+                source.skipped[name] = "no usable gradient reached it"
+                notes.warn(f"{name} stays in its precision: no usable gradient reached it")
+            else:
+                stored_name = source.checkpoint.weight_of(name)
+                assert stored_name is not None
+                with in_layer(name):
+                    rounded[name], rows[name] = _round_linear(recipe, grid, source.checkpoint.read(stored_name), own)
+                if rows[name]["damping"] > recipe.damping:
+                    notes.warn(f"{name}: damping raised to {rows[name]['damping']:g}, its factors were not positive definite")
+            advance(1)
+    if not rounded:
+        raise NumericalError("no linear could be quantized: no usable gradient reached any")
+    return rounded, rows
+
+
+def _round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: KroneckerFactors) -> tuple[RoundedWeight, dict[str, Any]]:
+    """One linear's codes and its row of the report."""
+    began = time.monotonic()
+    factors = KroneckerFactors(H_out=measured.H_out.cpu(), H_in=measured.H_in.cpu(), scale=measured.scale)
+    problem = make_problem(stored.float(), factors, damping=recipe.damping)
+    result = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
+    E = problem.W - dequantized(grid, result)
+    quadratic = torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
+    row = {
+        "shape": list(stored.shape),
+        "bits": grid.bits,
+        "bits_per_weight": 8 * compressed_tensors.packed_bytes(stored.shape, grid, result.scales.dtype) / stored.numel(),
+        "damping": problem.damping,
+        "proxy_loss": 0.5 * factors.scale * quadratic,
+        "sweeps": len(result.trace) - 1,
+        "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return result, row
+
+
+def _scale_dtype(weight: Tensor) -> torch.dtype:
+    """Scales are stored in the weight's own type, but never in more than 16 bits.
+
+    float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    largest = weight.abs().max().item()
+    return torch.float16 if 1e-2 < largest < 1e4 else torch.bfloat16
+
+
+def _write_checkpoint(staging: Path, source: _Source, grid: Grid, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]) -> int:
+    """The source checkpoint with the rounded weights in place of the originals; returns the bytes of all tensors."""
+    checkpoint = source.checkpoint
+    replaced = {checkpoint.weight_of(name): name for name in rounded}
+
+    def produce(tensor: str) -> dict[str, Tensor]:
+        module = replaced.get(tensor)
+        if module is None:
+            return {tensor: checkpoint.read(tensor)}
+        prefix = tensor.removesuffix("weight")
+        return {prefix + part: value for part, value in compressed_tensors.pack(rounded[module], grid).items()}
+
+    def size(tensor: str) -> int:
+        weight = rounded.get(replaced.get(tensor, ""))
+        if weight is None:
+            return checkpoint.sizes[tensor]
+        return compressed_tensors.packed_bytes(weight.codes.shape, grid, weight.scales.dtype)
+
+    copy_files(source.path, staging, leave_out={"config.json", "model.safetensors.index.json", "roundel.json"})
+    total = write_shards(staging, {tensor: size(tensor) for tensor in checkpoint}, produce, advance=advance)
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    ignore = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in rounded]
+    config["quantization_config"] = compressed_tensors.config(grid, ignore)
+    write_json(staging / "config.json", config)
+    return total
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path,
+    data: str,
+    sequences: int = 64,
+    seq_len: int = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures `KL(reference || model)` on text.
+
+    Args:
+        model: A directory that Roundel or compressed-tensors wrote, or any other causal language model.
+        reference: The original model.
+        data: A calibration SPEC other than `self`.
+        sequences: Use at most so many sequences of `seq_len` tokens.
+        seq_len: At most the models' positions.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: Sequences per pass.
+        progress: Where to report; silent by default.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    progress = progress or Silent()
+    if sequences < 1 or seq_len < 2:
+        raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
+    if data == "self":
+        raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    path, original = locate(str(model)), locate(str(reference))
+    theirs = load_model(original, device=place, dtype=kind)
+    length = min(seq_len, _positions(theirs))
+    tokens = _evaluation_tokens(data, load_tokenizer(original), length, sequences)
+    ours = load_model(path, device=place, dtype=kind)
+    overlap = _recorded_overlap(path, tokens)
+    if overlap is not None and overlap > OVERLAP_WARNING:
+        progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
+    with progress.stage("evaluation", len(tokens)) as advance:
+        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or max(1, BATCH_TOKENS // length), advance=advance)
+    details = {
+        **divergence.as_json(),
+        "model": str(model),
+        "reference": str(reference),
+        "data": data,
+        "sha256": data_hash(tokens),
+        "seq_len": length,
+        "overlap_with_calibration": overlap,
+    }
+    return Evaluation(report=divergence, details=details)
+
+
+def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:
+    """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where there is none."""
+    try:
+        stored = json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"]["fingerprint"]
+        fingerprint = Fingerprint.from_json(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Fingerprint.of(tokens, fingerprint.modulus).overlap(fingerprint)

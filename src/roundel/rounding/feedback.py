@@ -1,0 +1,53 @@
+"""Adaptive rounding with feedback on both sides, in O(d_out d_in (d_out + d_in)).
+
+Problem: choose `W_hat` so that `L_out^T E L_in` is no more than the grid's own error (see `linalg.ldl`). The target of entry `(i, j)` is
+
+    W_ij + sum_{j'>j} E_ij' L_in[j', j] + sum_{i'>i} L_out[i', i] Y_i'j,      Y = E L_in
+
+(YAQA, arXiv 2505.22988, eq. 8, rearranged). `Y_i'j` is final once its entry is, which is why nothing has to be
+recomputed: the published loop costs O(d_out^2 d_in^2 / tile). With `L_out = I` this is LDLQ, code for code; with both
+identities it is nearest rounding.
+
+Two twins with the same order of feedback: `feedback_waves`, the plain torch specification, goes over anti-diagonals from the bottom
+right, whose entries do not depend on each other; `kernels.feedback` goes over tiles, general products outside a tile and numba inside.
+
+Flops: `d_out d_in (d_out + d_in)` multiply-adds; memory: three matrices of the weight's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from roundel.grids.base import Grid
+from roundel.kernels import rounding as kernels
+from roundel.types import RoundingProblem
+
+__all__ = ["feedback", "feedback_waves"]
+
+
+def feedback(problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"]) -> Int[Tensor, "d_out d_in"]:
+    """Codes by two-sided feedback: numba on the CPU, the torch specification elsewhere."""
+    if problem.W.device.type == "cpu":
+        return kernels.feedback(problem, grid, scales)
+    return feedback_waves(problem, grid, scales)
+
+
+def feedback_waves(problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"]) -> Int[Tensor, "d_out d_in"]:
+    """The specification: `d_out + d_in - 1` waves, each one vectorised step."""
+    W = problem.W
+    d_out, d_in = W.shape
+    step = grid.expand(scales, d_in).to(W.dtype)
+    below_out, below_in = problem.L_out.tril(-1), problem.L_in.tril(-1)
+    from_columns, from_rows = torch.zeros_like(W), torch.zeros_like(W)
+    codes = torch.zeros(W.shape, dtype=torch.int8, device=W.device)
+    for wave in range(d_out + d_in - 2, -1, -1):
+        i = torch.arange(max(0, wave - d_in + 1), min(d_out, wave + 1), device=W.device)
+        j = wave - i
+        codes[i, j] = grid.encode(W[i, j] + from_columns[i, j] + from_rows[i, j], step[i, j])
+        E = W[i, j] - grid.decode(codes[i, j], step[i, j])
+        Y = E + from_columns[i, j]
+        from_rows[:, j] += below_out[i].T * Y
+        from_columns[i] += E[:, None] * below_in[j]
+    return codes

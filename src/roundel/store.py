@@ -1,0 +1,158 @@
+"""Writing directories that are either whole or not there.
+
+Everything goes to a hidden sibling of the target, on the same file system, which is renamed into place at the very
+end and removed on any error, Ctrl-C included. A disk that refuses becomes a `StorageError` that says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from roundel.errors import OutputError, StorageError
+
+__all__ = ["check_output", "copy_files", "staged_directory", "storage", "write_json", "write_shards", "write_text"]
+
+SHARD_BYTES = 2 * 1024**3
+
+
+def check_output(target: Path) -> None:
+    """Refuses a target that cannot become a new directory.
+
+    Raises:
+        OutputError: it exists and is not an empty directory, or its parent cannot be written to.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists and is not an empty directory; choose another or remove it")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{target} cannot be made: {parent} is not a directory that you may write to")
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turns the errors of a full or failing disk into one `StorageError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "no space is left on the disk",
+            errno.EDQUOT: "your disk quota is used up",
+            errno.EFBIG: "the file grew too large",
+        }
+        raise StorageError(f"writing {path} failed: {reasons.get(error.errno or 0, error.strerror or str(error))}") from error
+    except SafetensorError as error:
+        raise StorageError(f"writing {path} failed: {error}") from error
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the block ends well and vanishes when it does not.
+
+    Raises:
+        OutputError: as `check_output`.
+        StorageError: it cannot be made or renamed.
+    """
+    check_output(target)
+    parent = target.absolute().parent
+    with storage(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    try:
+        yield staging
+        with storage(target):
+            staging.chmod(0o777 & ~_umask())
+            os.replace(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes an indented JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def copy_files(source: Path, target: Path, *, leave_out: set[str]) -> None:
+    """Copies a model directory's tokenizer, generation settings and licence: everything but weights, code and `leave_out`."""
+    for path in sorted(source.iterdir()):
+        keep = path.suffix in {".json", ".txt", ".model", ".jinja"} or path.name.startswith("LICENSE")
+        if path.is_file() and keep and path.name not in leave_out:
+            with storage(target / path.name):
+                shutil.copyfile(path, target / path.name)
+
+
+def write_shards(
+    directory: Path,
+    sizes: Mapping[str, int],
+    produce: Callable[[str], dict[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], None] = lambda _n: None,
+) -> int:
+    """Writes `model.safetensors`, or `model-0000x-of-0000n.safetensors` with an index, holding one shard in memory at a time.
+
+    Args:
+        directory: Where to.
+        sizes: Bytes of each unit; a unit is never split.
+        produce: The tensors of a unit, made when its turn comes.
+        shard_bytes: No shard of several units is larger.
+        advance: Called with 1 after each unit.
+
+    Returns:
+        Total bytes of tensor data.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for unit, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(unit)
+        filled += size
+    total = 0
+    where: dict[str, str] = {}
+    for number, units in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for unit in units:
+            tensors.update(produce(unit))
+            advance(1)
+        with storage(directory / name):
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        where.update(dict.fromkeys(tensors, name))
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    return total

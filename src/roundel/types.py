@@ -1,0 +1,143 @@
+"""The values that flow through Roundel, one way.
+
+    TokenBatch -> LayerGrad -> KroneckerFactors -> RoundingProblem -> RoundedWeight
+
+Orientation everywhere: weights, codes and errors are `(d_out, d_in)` as in `torch.nn.Linear.weight`; `vec` is row-major
+(`W.flatten()`), so the Fisher is `kron(H_out, H_in)`; losses are nats per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from roundel.linalg.gram import gram
+
+__all__ = ["KroneckerFactors", "LayerGrad", "LayerInput", "RoundedWeight", "RoundingProblem", "TokenBatch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Packed token sequences of one length; no padding.
+
+    `ids` is `(sequences, tokens)`. `sequence_ids` seeds all randomness of a sequence, so that no result depends on how
+    sequences are grouped into batches.
+    """
+
+    ids: Int[Tensor, "sequences tokens"]
+    sequence_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sequence_ids) != self.ids.shape[0]:
+            raise ValueError(f"{len(self.sequence_ids)} sequence ids for {self.ids.shape[0]} sequences")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> TokenBatch:
+        return TokenBatch(ids=self.ids[rows], sequence_ids=self.sequence_ids[rows])
+
+    def split(self, size: int) -> list[TokenBatch]:
+        """Consecutive parts of at most `size` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+class LayerInput:
+    """The input `x` of one or several linears (q, k and v read the same tensor), with sums that they share.
+
+    The Gram matrix of each sequence is formed at most once, however many linears and estimators ask for it.
+    """
+
+    def __init__(self, x: Float[Tensor, "sequences tokens d_in"]) -> None:
+        self.x = x
+        self._grams: list[Tensor | None] = [None] * x.shape[0]
+
+    def gram(self, sequence: int) -> Float[Tensor, "d_in d_in"]:
+        """`sum_t x_t x_t^T` of one sequence, in float32; only the lower block triangle is filled (see `linalg.gram`)."""
+        found = self._grams[sequence]
+        if found is None:
+            found = self._grams[sequence] = gram(self.x[sequence])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGrad:
+    """What one linear saw in one backward pass.
+
+    `input.x` is `(sequences, tokens, d_in)`; `g` is `(sequences, tokens, d_out)`, the gradient of the *summed* negative log-likelihood
+    at the linear's output. Lives only inside the backward hook.
+    """
+
+    input: LayerInput
+    g: Float[Tensor, "sequences tokens d_out"]
+
+    def sequences(self) -> range:
+        """Rows of the batch."""
+        return range(self.g.shape[0])
+
+    def weight_gradient(self, sequence: int) -> Float[Tensor, "d_out d_in"]:
+        """`G_s = sum_t g_t x_t^T` of one sequence, in float32."""
+        return self.g[sequence].float().T @ self.input.x[sequence].float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerFactors:
+    """Curvature of the model's KL in one weight: `F ~ scale * kron(H_out, H_in)` in nats per token per weight squared.
+
+    Both factors are symmetric, positive semi-definite and normalised to a mean diagonal of 1; `scale` carries the absolute size, so
+    that `scale * 1/2 tr(E^T H_out E H_in)` is a KL in nats per token.
+    """
+
+    H_out: Float[Tensor, "d_out d_out"]
+    H_in: Float[Tensor, "d_in d_in"]
+    scale: float
+
+    @classmethod
+    def normalised(cls, H_out: Tensor, H_in: Tensor, *, trace: float) -> KroneckerFactors:
+        """Factors from any positive multiples of them and `trace`, the trace of the per-token Fisher of the whole matrix.
+
+        A factor whose trace is zero or not finite is returned as it is, with scale 0: the caller decides what to do.
+        """
+        d_out, d_in = H_out.shape[0], H_in.shape[0]
+        mean_out, mean_in = H_out.diagonal().mean().item(), H_in.diagonal().mean().item()
+        usable = all(torch.isfinite(torch.tensor([mean_out, mean_in, trace]))) and min(mean_out, mean_in, trace) > 0
+        if not usable:
+            return cls(H_out=H_out, H_in=H_in, scale=0.0)
+        return cls(H_out=H_out / mean_out, H_in=H_in / mean_in, scale=trace / (d_out * d_in))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingProblem:
+    """Find codes whose error `E = W - W_hat` makes `1/2 tr(E^T H_out E H_in)` small.
+
+    Here the factors are damped and positive definite: `L_out`, `L_in` are their unit lower triangular LDL factors. `scale` turns the
+    (undamped) loss into nats per token; `damping` is what was really added, relative to the mean diagonal.
+    """
+
+    W: Float[Tensor, "d_out d_in"]
+    H_out: Float[Tensor, "d_out d_out"]
+    H_in: Float[Tensor, "d_in d_in"]
+    L_out: Float[Tensor, "d_out d_out"]
+    L_in: Float[Tensor, "d_in d_in"]
+    scale: float
+    damping: float
+
+    def loss(self, E: Float[Tensor, "d_out d_in"]) -> float:
+        """The damped proxy loss `1/2 tr(E^T H_out E H_in)`, summed in float64."""
+        return 0.5 * torch.sum((self.H_out @ E @ self.H_in) * E, dtype=torch.float64).item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedWeight:
+    """Integer codes and their scales; what they mean is the grid's business.
+
+    `codes` is `(d_out, d_in)` int8; `scales` is `(d_out, groups)` in the type in which it is stored.
+    """
+
+    codes: Int[Tensor, "d_out d_in"]
+    scales: Float[Tensor, "d_out groups"]
+    trace: tuple[float, ...] = field(default=())
+    """The damped proxy loss after feedback and after each sweep: never rising."""

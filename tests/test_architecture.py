@@ -1,0 +1,58 @@
+"""A module imports only from lower ranks: the one-way flow of docs/conventions.md, checked on the syntax tree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "roundel"
+RANKS = [
+    ("errors", 0),
+    ("linalg", 1),
+    ("types", 2),
+    ("grids", 3),
+    ("demo", 2),
+    ("models", 4),
+    ("curvature", 4),
+    ("kernels", 4),
+    ("rounding", 5),
+    ("formats", 4),
+    ("store", 4),
+    ("calibration", 4),
+    ("progress", 4),
+    ("evaluate", 5),
+    ("recipes", 6),
+    ("pipeline", 7),
+    ("cli", 8),
+    ("__main__", 9),
+    ("__init__", 9),
+]
+
+
+def rank(module: str) -> int:
+    top = module.split(".")[1] if "." in module else "__init__"
+    return dict(RANKS)[top]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] == "roundel"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_only_from_lower_ranks(path: Path) -> None:
+    own = ".".join(("roundel", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    package = own.split(".")[:2]
+    for name in imports(path):
+        inside = name.split(".")[:2] == package and own != "roundel"
+        assert inside or rank(name) < rank(own), f"{own} imports {name}"
+
+
+def test_every_module_has_a_rank() -> None:
+    tops = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in ROOT.rglob("*.py")}
+    assert tops == {name for name, _ in RANKS}
