@@ -2,9 +2,11 @@
 
 import os
 
+for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_pool] = "1"  # the tests' models are tiny: threads would only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402 (after the environment is set)
 
 install_import_hook(["roundel.types", "roundel.linalg", "roundel.grids", "roundel.rounding", "roundel.formats.bits"], "beartype.beartype")

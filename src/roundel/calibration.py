@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ __all__ = ["Fingerprint", "Split", "data_hash", "read_documents", "sample_from_m
 PIECE = 1 << 16
 """Characters tokenized at a time."""
 
-SAMPLES_PER_PASS = 16
+SAMPLES_PER_PASS = 64
 """Sequences sampled together from the model; fixed, so that the samples do not depend on any batch size."""
 
 
@@ -201,17 +202,17 @@ def sample_from_model(
     device = next(model.parameters()).device
     rows = []
     for first in range(0, count, SAMPLES_PER_PASS):
-        generators = [torch.Generator().manual_seed((seed << 32) + k) for k in range(first, min(first + SAMPLES_PER_PASS, count))]
+        generators = [np.random.default_rng((seed, k)) for k in range(first, min(first + SAMPLES_PER_PASS, count))]
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         bos = tokenizer.bos_token_id
-        starts = [int(torch.randint(vocabulary, (1,), generator=g)) if bos is None else bos for g in generators]
+        starts = [int(g.integers(vocabulary)) if bos is None else bos for g in generators]
         ids = torch.tensor(starts)[:, None]
         cache = None
         for _ in range(length - 1):
             out = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             cumulative = out.logits[:, -1].float().softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
-            uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+            uniform = torch.tensor([[g.random()] for g in generators], dtype=torch.float64)
             following = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=vocabulary - 1)
             ids = torch.cat([ids, following], dim=1)
         rows.append(ids)
@@ -266,6 +267,6 @@ class Fingerprint:
 
     def overlap(self, other: Fingerprint) -> float:
         """The fraction of this text's windows that the other text has too."""
-        modulus = max(self.modulus, other.modulus)
+        modulus = math.lcm(self.modulus, other.modulus)
         mine, theirs = self.thinned(modulus).hashes, other.thinned(modulus).hashes
         return len(mine & theirs) / len(mine) if mine else 0.0

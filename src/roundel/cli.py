@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -234,14 +233,11 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, terminated)
     try:
-        code = app(standalone_mode=False)
+        app()  # ends in SystemExit: 0, 2 for wrong usage, 130 for Ctrl-C
     except RoundelError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(error.exit_code)
+    except SystemExit as ended:
+        if ended.code == 130:
+            print("interrupted; nothing was left behind", file=sys.stderr)
+        raise

@@ -143,6 +143,7 @@ def quantize(
         split = _text(recipe, source, length, progress)
         fingerprint = Fingerprint.of(split.calibration)
         overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
+    _check_vocabulary(source.model, split.calibration, split.heldout)
     if overlap > OVERLAP_WARNING:
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
@@ -224,7 +225,7 @@ def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> _So
     path = locate(name)
     place = pick_device(device)
     model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
-    if getattr(model.config, "quantization_config", None):
+    if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
         raise ModelError(f"{path} is quantized already; start from the original model")
     checkpoint = Checkpoint.open(path)
     selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
@@ -281,6 +282,12 @@ def _evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: 
     if not len(available):
         raise DataError(f"too little text in {source}: not one sequence of {length} tokens; give more text or a smaller --seq-len")
     return TokenBatch(ids=available, sequence_ids=tuple(range(len(available))))
+
+
+def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
+    largest, size = max(int(tokens.ids.max()) for tokens in texts), int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if largest >= size:
+        raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
 def _round_all(
@@ -407,6 +414,8 @@ def evaluate(
     length = min(seq_len, _positions(theirs))
     tokens = _evaluation_tokens(data, load_tokenizer(original), length, sequences)
     ours = load_model(path, device=place, dtype=kind)
+    for each in (theirs, ours):
+        _check_vocabulary(each, tokens)
     overlap = _recorded_overlap(path, tokens)
     if overlap is not None and overlap > OVERLAP_WARNING:
         progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
@@ -425,10 +434,11 @@ def evaluate(
 
 
 def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:
-    """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where there is none."""
+    """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where it cannot be told."""
     try:
         stored = json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"]["fingerprint"]
         fingerprint = Fingerprint.from_json(stored)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Fingerprint.of(tokens, fingerprint.modulus).overlap(fingerprint)
+    own = Fingerprint.of(tokens, fingerprint.modulus)
+    return own.overlap(fingerprint) if own.hashes else None

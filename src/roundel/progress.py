@@ -14,6 +14,9 @@ from rich.progress import Progress as RichProgress
 
 __all__ = ["Lines", "Progress", "Silent", "make_progress"]
 
+QUICK = 3.0
+"""Seconds before a stage is worth lines of its own."""
+
 Advance = Callable[[int], None]
 
 
@@ -45,7 +48,7 @@ class Silent(Progress):
 
 
 class Lines(Progress):
-    """A line when a stage begins to take long, at each quarter, and when it ends."""
+    """A line when a stage ends, and at each quarter of one that takes more than a few seconds."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
@@ -59,6 +62,8 @@ class Lines(Progress):
             if passed > quarter and done < total:
                 quarter = passed
                 spent = time.monotonic() - began
+                if spent < QUICK:
+                    return
                 self.say(f"{title}: {done}/{total}, {spent:.0f} s, {spent * (total - done) / done:.0f} s left")
 
         yield advance

@@ -46,20 +46,28 @@ class TokenBatch:
 
 
 class LayerInput:
-    """The input `x` of one or several linears (q, k and v read the same tensor), with sums that they share.
+    """The input `x` of one or several linears (q, k and v read the same tensor), with what they share.
 
-    The Gram matrix of each sequence is formed at most once, however many linears and estimators ask for it.
+    The Gram matrix and the norms of each sequence are formed at most once, however many linears and estimators ask for them.
     """
 
     def __init__(self, x: Float[Tensor, "sequences tokens d_in"]) -> None:
         self.x = x
         self._grams: list[Tensor | None] = [None] * x.shape[0]
+        self._norms: list[Tensor | None] = [None] * x.shape[0]
 
     def gram(self, sequence: int) -> Float[Tensor, "d_in d_in"]:
         """`sum_t x_t x_t^T` of one sequence, in float32; only the lower block triangle is filled (see `linalg.gram`)."""
         found = self._grams[sequence]
         if found is None:
             found = self._grams[sequence] = gram(self.x[sequence])
+        return found
+
+    def norms(self, sequence: int) -> Float[Tensor, " tokens"]:
+        """`|x_t|` of one sequence, in float32."""
+        found = self._norms[sequence]
+        if found is None:
+            found = self._norms[sequence] = torch.linalg.vector_norm(self.x[sequence], dim=-1, dtype=torch.float32)
         return found
 
 

@@ -10,6 +10,7 @@ Cost: one softmax and one running sum over the vocabulary for each token, in flo
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from roundel.types import TokenBatch
 
 __all__ = ["backward", "label_gradient"]
+
+LABELS = 1
+"""Keeps the labels' random numbers apart from those that sampled the text (`calibration`), which have the same seed and id."""
 
 
 def label_gradient(
@@ -26,8 +30,8 @@ def label_gradient(
     gradient = torch.empty_like(logits)
     for row, sequence_id in enumerate(batch.sequence_ids):
         probabilities = logits[row].float().softmax(-1)
-        generator = torch.Generator().manual_seed((seed << 32) + sequence_id)
-        uniform = torch.rand(logits.shape[1], 1, generator=generator, dtype=torch.float64).to(logits.device)
+        generator = np.random.default_rng((seed, sequence_id, LABELS))
+        uniform = torch.from_numpy(generator.random((logits.shape[1], 1))).to(logits.device)
         cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=logits.shape[2] - 1)
         probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))

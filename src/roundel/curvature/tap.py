@@ -31,7 +31,7 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
     Raises (in the pass):
         ModelError: a linear sees something that is not `(sequences, tokens, d_in)`, or runs twice in a forward pass.
     """
-    pending: dict[str, LayerInput] = {}
+    pending: dict[str, tuple[LayerInput, int]] = {}
     shared: WeakValueDictionary[tuple[Any, ...], LayerInput] = WeakValueDictionary()
     shape: list[torch.Size] = []
 
@@ -54,12 +54,14 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
                     f"the input has shape {tuple(x.shape)}, expected {tuple(shape[0])} sequences and tokens; leave it out with --exclude"
                 )
         key = (x.data_ptr(), x.shape, x._version)
-        pending[name] = shared.setdefault(key, LayerInput(x))
+        pending[name] = (shared.setdefault(key, LayerInput(x)), x._version)
         output.register_hook(partial(backward, name))
 
     def backward(name: str, g: Tensor) -> None:
-        input = pending.pop(name)
+        input, version = pending.pop(name)
         with in_layer(name):
+            if input.x._version != version:
+                raise ModelError("the model overwrites the linear's input after use; leave it out with --exclude")
             consume(name, LayerGrad(input=input, g=g.detach().reshape(*input.x.shape[:2], -1)))
 
     wanted = {p: p.requires_grad for p in model.parameters()}

@@ -51,7 +51,8 @@ def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> RoundedWeight:
     shape = tensors["weight_shape"].tolist()
     words, scales = tensors["weight_packed"], tensors["weight_scale"]
     d_out, d_in = shape if len(shape) == 2 else (0, 0)
-    if min(d_out, d_in) < 1 or words.shape != (d_out, -(-d_in * grid.bits // 32)) or scales.shape != (d_out, d_in // grid.group_size(d_in)):
+    groups = 1 if grid.group is None else d_in / grid.group
+    if min(d_out, d_in) < 1 or words.shape != (d_out, -(-d_in * grid.bits // 32)) or tuple(scales.shape) != (d_out, groups):
         raise ModelError(f"packed weight {tuple(words.shape)} with scales {tuple(scales.shape)} is no {grid.name} weight of shape {shape}")
     codes = unpack_rows(words, grid.bits, d_in) - 2 ** (grid.bits - 1)
     return RoundedWeight(codes=codes.to(torch.int8), scales=scales)

@@ -21,7 +21,7 @@ from torch import Tensor
 from roundel.errors import SchemeError
 from roundel.grids.base import Grid
 
-__all__ = ["Uniform", "parse"]
+__all__ = ["Uniform", "parse", "storable"]
 
 CANDIDATES = 48
 """Magnitudes tried for each sign, from 0.35 to 1.05 of the smallest scale that does not clip."""
@@ -65,6 +65,8 @@ class Uniform(Grid):
         self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype
     ) -> Float[Tensor, "d_out groups"]:
         grouped = W.unflatten(1, (-1, self.group_size(W.shape[1])))
+        size = _nonzero(grouped.abs().amax(-1))  # groups are searched at size 1, where squares neither overflow nor vanish
+        grouped = grouped / size.unsqueeze(-1)
         column = weights.to(W.dtype).reshape(1, *grouped.shape[1:])
         low, high = self.code_range
         top, bottom = grouped.amax(-1).clamp(min=0), (-grouped.amin(-1)).clamp(min=0)
@@ -84,7 +86,7 @@ class Uniform(Grid):
                 better = gain > best_gain
                 best_gain = torch.where(better, gain, best_gain)
                 best_scale = torch.where(better, torch.where(norm > 0, cross / norm, scale), best_scale)
-        return _storable(best_scale, dtype)
+        return storable(best_scale * size, dtype)
 
     def encode(self, values: Float[Tensor, "*shape"], scales: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         return (values / scales).round().clamp(*self.code_range).to(torch.int8)
@@ -97,12 +99,14 @@ def _nonzero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in the stored type: finite, never zero (an all-zero group gets 1), so that codes can always be found."""
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the stored type: finite, never zero (that of an all-zero group becomes 1), so that codes can always be found."""
     limits = torch.finfo(dtype)
+    # Subnormals are fine in float16, where they are needed; elsewhere engines may flush them to zero.
+    least = limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
     stored = scales.clamp(-limits.max, limits.max).to(dtype)
-    smallest = torch.full_like(stored, limits.tiny)
-    stored = torch.where((stored.abs() < limits.tiny) & (scales != 0), torch.copysign(smallest, stored), stored)
+    smallest = torch.full_like(stored, least)
+    stored = torch.where((stored.abs() < least) & (scales != 0), torch.copysign(smallest, scales.to(dtype)), stored)
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 

@@ -13,21 +13,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["gram", "symmetrise"]
+__all__ = ["add_gram", "gram", "symmetrise"]
 
 BLOCK = 256
 
 
-def gram(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
-    """`x^T x` in float32, lower block triangle only (the rest is zero): `symmetrise` after all sums."""
+def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"]) -> None:
+    """Adds `x^T x` to `total` in place, in float32; of the blocks above the diagonal nothing is promised."""
     x = x.float()
     d = x.shape[1]
-    if d <= BLOCK:
-        return x.T @ x
-    total = torch.zeros(d, d, dtype=torch.float32, device=x.device)
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
-        torch.mm(x[:, start:stop].T, x[:, :stop], out=total[start:stop, :stop])
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def gram(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
+    """`x^T x` in float32, lower block triangle only (the rest is zero): `symmetrise` after all sums."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    add_gram(total, x)
     return total
 
 

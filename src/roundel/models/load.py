@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from roundel.errors import ModelError
 
@@ -77,13 +80,33 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return kinds[name]
 
 
-def _guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
-    """Transformers raises half a dozen types for a directory that it cannot read; users get one."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the context Transformers shows no bars and gives no advice; what matters of it is checked here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return load()
-    except (ValueError, OSError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load the {what} in {path}: {lines[0]}") from error
+        with warnings.catch_warnings():
+            # It means our own `dequantize=True`.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
+    """Transformers raises a dozen types, bare `Exception` among them, for a directory that it cannot read; users get one."""
+    try:
+        with _quiet():
+            return load()
+    except Exception as error:
+        first, *others = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+        reason = f"unknown or missing name {reason}" if isinstance(error, KeyError) else reason
+        raise ModelError(f"cannot load the {what} in {path}: {reason}") from error
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -105,8 +128,14 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     config = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    if getattr(config, "quantization_config", None):
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # found and named below
+    }
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
@@ -114,6 +143,8 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ModelError(f"weight {name} in {path} has shape {tuple(stored)}; by config.json it is {tuple(expected)}")
     _check_finite(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 

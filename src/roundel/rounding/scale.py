@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roundel.grids.base import Grid
+from roundel.grids.uniform import storable
 from roundel.types import RoundingProblem
 
 __all__ = ["refit_scales"]
@@ -63,8 +64,7 @@ def refit_scales(
         following = (residual * scaled).sum()
         direction = scaled + (following / energy) * direction
         energy = following
-    limits = torch.finfo(scales.dtype)
-    fitted = (start + correction).to(scales.dtype)
-    fitted = torch.where((fitted.abs() >= limits.tiny) & torch.isfinite(fitted), fitted, scales)
+    wanted = start + correction
+    fitted = storable(torch.where(torch.isfinite(wanted), wanted, start), scales.dtype)
     before, after = problem.loss(E), problem.loss(W - values(fitted.to(W.dtype)))
     return fitted if after < before else scales

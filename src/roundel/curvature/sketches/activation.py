@@ -20,7 +20,7 @@ __all__ = ["Activation"]
 class _Sums(Sketch):
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
-        self.zeros("xx", d_in)
+        self.start(xx=d_in)
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         self.sums["xx"] += grad.input.gram(sequence)
@@ -28,7 +28,7 @@ class _Sums(Sketch):
 
     def factors(self) -> KroneckerFactors:
         H_out = torch.eye(self.d_out, device=self.device)
-        return KroneckerFactors.normalised(H_out, symmetrise(self.sums["xx"]), trace=self.trace)
+        return self.normalised(H_out, symmetrise(self.sums["xx"]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ class Sketch(ABC):
         self.d_out, self.d_in, self.device = d_out, d_in, device
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
-        self.traced = torch.zeros((), dtype=torch.float64, device=device)
 
-    def zeros(self, name: str, size: int) -> Tensor:
-        """Starts a sum of `(size, size)` matrices."""
-        self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=self.device)
-        return self.sums[name]
+    def start(self, **sizes: int) -> None:
+        """Starts sums of `(size, size)` matrices, by name, and the sum `trace`."""
+        for name, size in sizes.items():
+            self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=self.device)
+        self.sums["trace"] = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def update(self, grad: LayerGrad) -> None:
         """Adds one batch."""
@@ -56,17 +56,19 @@ class Sketch(ABC):
         for name, total in self.sums.items():
             total.add_(other.sums[name])
         self.tokens += other.tokens
-        self.traced += other.traced
 
     def add_token_trace(self, grad: LayerGrad, sequence: int) -> None:
-        """Adds `sum_t |g_t|^2 |x_t|^2`: the Fisher's trace without its cross-token terms."""
-        x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
-        self.traced += (x.square().sum(-1) * g.square().sum(-1)).sum(dtype=torch.float64)
+        """Adds `sum_t |g_t|^2 |x_t|^2` to the sum `trace`: the Fisher's trace without its cross-token terms."""
+        norms = torch.linalg.vector_norm(grad.g[sequence], dim=-1, dtype=torch.float32)
+        self.sums["trace"] += (norms * grad.input.norms(sequence)).double().square().sum()
 
-    @property
-    def trace(self) -> float:
-        """Trace of the Fisher of the whole weight, nats per token."""
-        return self.traced.item() / max(self.tokens, 1)
+    def total_trace(self) -> Tensor:
+        """Trace of the Fisher of the whole weight, summed over all tokens."""
+        return self.sums["trace"]
+
+    def normalised(self, H_out: Tensor, H_in: Tensor) -> KroneckerFactors:
+        """Factors proportional to these, with their absolute scale in nats per token."""
+        return KroneckerFactors.normalised(H_out, H_in, trace=self.total_trace().item() / max(self.tokens, 1))
 
 
 class Estimator(ABC):

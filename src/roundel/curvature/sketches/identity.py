@@ -13,12 +13,16 @@ __all__ = ["Identity"]
 
 
 class _Sums(Sketch):
+    def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
+        super().__init__(d_out, d_in, device)
+        self.start()
+
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         self.add_token_trace(grad, sequence)
 
     def factors(self) -> KroneckerFactors:
         eye_out, eye_in = torch.eye(self.d_out, device=self.device), torch.eye(self.d_in, device=self.device)
-        return KroneckerFactors.normalised(eye_out, eye_in, trace=self.trace)
+        return self.normalised(eye_out, eye_in)
 
 
 @dataclass(frozen=True, kw_only=True)

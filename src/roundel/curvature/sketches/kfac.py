@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from roundel.curvature.sketches.base import Estimator, Sketch
-from roundel.linalg.gram import gram, symmetrise
+from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["Kfac"]
@@ -20,16 +20,15 @@ __all__ = ["Kfac"]
 class _Sums(Sketch):
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
-        self.zeros("xx", d_in)
-        self.zeros("gg", d_out)
+        self.start(xx=d_in, gg=d_out)
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         self.sums["xx"] += grad.input.gram(sequence)
-        self.sums["gg"] += gram(grad.g[sequence])
+        add_gram(self.sums["gg"], grad.g[sequence])
         self.add_token_trace(grad, sequence)
 
     def factors(self) -> KroneckerFactors:
-        return KroneckerFactors.normalised(symmetrise(self.sums["gg"]), symmetrise(self.sums["xx"]), trace=self.trace)
+        return self.normalised(symmetrise(self.sums["gg"]), symmetrise(self.sums["xx"]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from roundel.curvature.sketches.base import Estimator, Sketch
 from roundel.curvature.sketches.kfac import Kfac
@@ -21,17 +22,19 @@ __all__ = ["Mean"]
 class _Both(Sketch):
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
-        self.parts = [estimator.sketch(d_out, d_in, device) for estimator in (Kfac(), SketchB())]
-        self.sums = {f"{k}.{name}": total for k, part in enumerate(self.parts) for name, total in part.sums.items()}
-        self.traced = self.parts[1].traced  # one tensor: Sketch B's trace has the cross-token terms
+        self.kfac, self.sketch_b = Kfac().sketch(d_out, d_in, device), SketchB().sketch(d_out, d_in, device)
+        self.sums = {**self.sketch_b.sums, **self.kfac.sums}
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
-        for part in self.parts:
-            part.add_sequence(grad, sequence)
+        self.kfac.add_sequence(grad, sequence)
+        self.sketch_b.add_sequence(grad, sequence)
 
     def factors(self) -> KroneckerFactors:
-        kfac, sketch_b = (part.factors() for part in self.parts)
-        return KroneckerFactors.normalised(kfac.H_out + sketch_b.H_out, kfac.H_in + sketch_b.H_in, trace=self.trace)
+        kfac, sketch_b = self.kfac.factors(), self.sketch_b.factors()
+        return self.normalised(kfac.H_out + sketch_b.H_out, kfac.H_in + sketch_b.H_in)
+
+    def total_trace(self) -> Tensor:
+        return self.sketch_b.total_trace()
 
 
 @dataclass(frozen=True, kw_only=True)

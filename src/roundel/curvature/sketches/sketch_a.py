@@ -17,7 +17,7 @@ import torch
 
 from roundel.curvature.sketches.base import Estimator, Sketch
 from roundel.errors import SchemeError
-from roundel.linalg.gram import gram, symmetrise
+from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["SketchA"]
@@ -30,7 +30,7 @@ class _HalfRound(Sketch):
         super().__init__(d_out, d_in, device)
         self.updates_out = index % 2 == 1
         self.previous = previous
-        self.zeros("weighted", d_out if self.updates_out else d_in)
+        self.start(weighted=d_out if self.updates_out else d_in)
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
@@ -39,15 +39,20 @@ class _HalfRound(Sketch):
         else:
             target, source, H = (g, x, self.previous.H_in) if self.updates_out else (x, g, self.previous.H_out)
             weight = ((source @ H) * source).sum(-1).clamp(min=0)
-            self.sums["weighted"] += gram(target * weight.sqrt()[:, None])
+            add_gram(self.sums["weighted"], target * weight.sqrt()[:, None])
         self.add_token_trace(grad, sequence)
+
+    def merge(self, other: Sketch) -> None:
+        if isinstance(other, _HalfRound) and (self.updates_out, self.previous is None) != (other.updates_out, other.previous is None):
+            raise ValueError("cannot merge sketches of different passes")
+        super().merge(other)
 
     def factors(self) -> KroneckerFactors:
         updated = symmetrise(self.sums["weighted"])
         if self.previous is None:
-            return KroneckerFactors.normalised(torch.eye(self.d_out, device=self.device), updated, trace=self.trace)
+            return self.normalised(torch.eye(self.d_out, device=self.device), updated)
         H_out, H_in = (updated, self.previous.H_in) if self.updates_out else (self.previous.H_out, updated)
-        return KroneckerFactors.normalised(H_out, H_in, trace=self.trace)
+        return self.normalised(H_out, H_in)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from roundel.curvature.sketches.base import Estimator, Sketch
-from roundel.linalg.gram import gram, symmetrise
+from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["SketchB"]
@@ -25,8 +26,7 @@ __all__ = ["SketchB"]
 class _Sums(Sketch):
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
-        self.zeros("GtG", d_in)
-        self.zeros("GGt", d_out)
+        self.start(GtG=d_in, GGt=d_out)
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         tokens = grad.g.shape[1]
@@ -34,18 +34,18 @@ class _Sums(Sketch):
         trick = 4 * tokens**2 * (self.d_in + self.d_out) + 2 * tokens * (self.d_in**2 + self.d_out**2)
         if product <= trick:
             G = grad.weight_gradient(sequence)
-            self.sums["GtG"] += gram(G)
-            self.sums["GGt"] += gram(G.T)
-            self.traced += G.square().sum(dtype=torch.float64)
+            add_gram(self.sums["GtG"], G)
+            add_gram(self.sums["GGt"], G.T)
         else:
             x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
-            between_inputs, between_gradients = x @ x.T, g @ g.T
-            self.sums["GtG"].addmm_(x.T, between_gradients @ x)
-            self.sums["GGt"].addmm_(g.T, between_inputs @ g)
-            self.traced += (between_inputs * between_gradients).sum(dtype=torch.float64)
+            self.sums["GtG"].addmm_(x.T, (g @ g.T) @ x)
+            self.sums["GGt"].addmm_(g.T, (x @ x.T) @ g)
 
     def factors(self) -> KroneckerFactors:
-        return KroneckerFactors.normalised(symmetrise(self.sums["GGt"]), symmetrise(self.sums["GtG"]), trace=self.trace)
+        return self.normalised(symmetrise(self.sums["GGt"]), symmetrise(self.sums["GtG"]))
+
+    def total_trace(self) -> Tensor:
+        return self.sums["GtG"].diagonal().sum(dtype=torch.float64)  # the sum of |G_s|^2: cross-token terms included
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Whole runs on tiny random models: CPU, no network."""

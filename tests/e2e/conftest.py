@@ -1,0 +1,81 @@
+"""Models and text that all whole-run tests share, and a way to call the command line in this process."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import roundel
+from e2e import tiny
+from roundel.cli import main
+
+SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4}
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file: some 4000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.make_text(9000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model(name, dtype=...)`: the directory of a tiny model, made at the first call; not to be changed."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tiny.save_model(tmp_path_factory.mktemp(name), name, dtype=dtype)
+        return made[name, dtype]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantize(text: Path) -> Callable[..., roundel.Quantized]:
+    """`roundel.quantize` with few and short sequences of `text`."""
+
+    def run(source: Path, output: Path, **settings: Any) -> roundel.Quantized:
+        return roundel.quantize(source, output=output, **{"calibration": str(text), **SETTINGS, **settings})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    model: Callable[..., Path], quantize: Callable[..., roundel.Quantized], tmp_path_factory: pytest.TempPathFactory
+) -> roundel.Quantized:
+    """The tiny Llama in 4 bits; not to be changed."""
+    return quantize(model(), tmp_path_factory.mktemp("quantized") / "out", scheme="int4-g32")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """`command("quantize", ...)` runs the console script in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["roundel", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Outcome(int(caught.value.code or 0), *capfd.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,234 @@
+"""What two-sided rounding owes to its special cases, its specification and itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from laws.problems import covariance, draw, loss, random_problem, scales_for, with_factors
+from roundel.errors import NumericalError
+from roundel.grids import Grid, parse_scheme
+from roundel.kernels import rounding as kernels
+from roundel.linalg.ldl import ldl
+from roundel.rounding import feedback, make_problem, nearest, refit_scales, round_weight, sweep
+from roundel.rounding.descent import sweep_rows
+from roundel.rounding.feedback import feedback_waves
+from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem
+
+SCHEMES = ["int2-g4", "int3-channel", "int4-g8", "int8-g2"]
+SHAPES = [(1, 8), (8, 16), (33, 24), (64, 64), (65, 128), (131, 72), (40, 200)]
+seeds = st.integers(0, 10_000)
+schemes = st.sampled_from(SCHEMES)
+widths = st.sampled_from([8, 16, 24, 40])
+
+
+def ldlq(W: Tensor, L_in: Tensor, grid: Grid, step: Tensor) -> Tensor:
+    """LDLQ as published: columns from last to first, each shifted by the errors of those after it (QuIP, arXiv 2307.13304)."""
+    low, high = grid.code_range
+    codes, E = torch.zeros_like(W), torch.zeros_like(W)
+    for j in range(W.shape[1] - 1, -1, -1):
+        target = W[:, j] + E[:, j + 1 :] @ L_in[j + 1 :, j]
+        codes[:, j] = (target / step[:, j]).round().clamp(low, high)
+        E[:, j] = W[:, j] - codes[:, j] * step[:, j]
+    return codes.to(torch.int8)
+
+
+def transposed(problem: RoundingProblem) -> RoundingProblem:
+    return replace(problem, W=problem.W.T.contiguous(), H_out=problem.H_in, H_in=problem.H_out, L_out=problem.L_in, L_in=problem.L_out)
+
+
+@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_identity_H_out_is_ldlq(implementation, d_out: int, d_in: int, scheme: str, seed: int) -> None:
+    grid = parse_scheme(scheme)
+    problem = with_factors(draw(d_out, d_in, seed=seed), torch.eye(d_out, dtype=torch.float64), covariance(d_in, seed), damping=0.05)
+    scales = scales_for(problem, grid)
+    expected = ldlq(problem.W, problem.L_in, grid, grid.expand(scales, d_in).double())
+    assert torch.equal(implementation(problem, grid, scales), expected)
+
+
+@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_diagonal_factors_give_nearest_rounding(implementation, d_out: int, d_in: int, scheme: str, seed: int) -> None:
+    grid = parse_scheme(scheme)
+    H_out, H_in = torch.diag(draw(d_out, seed=seed).abs() + 0.1), torch.diag(draw(d_in, seed=seed + 1).abs() + 0.1)
+    problem = with_factors(draw(d_out, d_in, seed=seed + 2), H_out, H_in)
+    scales = scales_for(problem, grid)
+    codes = implementation(problem, grid, scales)
+    assert torch.equal(codes, nearest(problem.W, grid, scales))
+    assert torch.equal(sweep(problem, grid, scales, codes), codes)
+
+
+@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@given(d_out=st.integers(1, 30), d_in=st.integers(1, 30), width=st.integers(2, 8), seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_transposing_the_problem_transposes_the_answer(implementation, d_out: int, d_in: int, width: int, seed: int) -> None:
+    grid, problem = parse_scheme(f"int{width}-channel"), random_problem(d_out, d_in, seed=seed)
+    step = 4 / 2**width  # one scale everywhere, on both sides
+    codes = implementation(problem, grid, torch.full((d_out, 1), step))
+    assert torch.equal(implementation(transposed(problem), grid, torch.full((d_in, 1), step)), codes.T)
+
+
+@given(d_out=st.integers(1, 30), d_in=st.integers(1, 30), seed=seeds)
+@settings(max_examples=25, deadline=None)
+def test_what_is_left_is_the_grids_own_error(d_out: int, d_in: int, seed: int) -> None:
+    grid, problem, step = parse_scheme("int8-channel"), random_problem(d_out, d_in, seed=seed, damping=1.0), 1.0
+    codes = feedback(problem, grid, torch.full((d_out, 1), step))
+    assert codes.abs().max() < 100  # nothing was clipped
+    E = problem.W - codes * step
+    eta = problem.L_out.T @ E @ problem.L_in
+    assert eta.abs().max() <= step / 2 + 1e-9
+    D_out, D_in = ldl(problem.H_out)[1], ldl(problem.H_in)[1]
+    assert problem.loss(E) == pytest.approx(0.5 * (D_out[:, None] * D_in * eta**2).sum().item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_blocked_kernels_equal_their_specifications(shape: tuple[int, int], scheme: str) -> None:
+    grid, problem = parse_scheme(scheme), random_problem(*shape, seed=shape[0])
+    scales = scales_for(problem, grid)
+    codes = kernels.feedback(problem, grid, scales)
+    assert torch.equal(codes, feedback_waves(problem, grid, scales))
+    before = codes.clone()
+    swept = kernels.sweep(problem, grid, scales, codes)
+    assert torch.equal(swept, sweep_rows(problem, grid, scales, codes))
+    assert torch.equal(codes, before)  # neither writes into its argument
+    if min(shape) > 1:
+        assert not torch.equal(swept, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(d_out=st.integers(1, 24), d_in=widths, seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_a_sweep_never_raises_the_loss(scheme: str, dtype: torch.dtype, d_out: int, d_in: int, seed: int) -> None:
+    grid, problem = parse_scheme(scheme), random_problem(d_out, d_in, seed=seed, dtype=dtype)
+    scales = scales_for(problem, grid, torch.bfloat16)
+    codes = nearest(problem.W, grid, scales)
+    slack = 1 + (1e-12 if dtype == torch.float64 else 1e-5)
+    before = loss(problem, grid, RoundedWeight(codes=codes, scales=scales))
+    for _ in range(3):
+        codes = sweep(problem, grid, scales, codes)
+        after = loss(problem, grid, RoundedWeight(codes=codes, scales=scales))
+        assert after <= before * slack
+        before = after
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(d_out=st.integers(1, 24), d_in=widths, seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_the_trace_of_losses_falls_and_ends_with_the_answers(scheme: str, dtype: torch.dtype, d_out: int, d_in: int, seed: int) -> None:
+    grid, problem = parse_scheme(scheme), random_problem(d_out, d_in, seed=seed, dtype=dtype)
+    rounded = round_weight(problem, grid, sweeps=6, scale_dtype=torch.bfloat16)
+    assert 1 <= len(rounded.trace) <= 7
+    assert all(later < earlier for earlier, later in zip(rounded.trace, rounded.trace[1:], strict=False))
+    assert rounded.trace[-1] == pytest.approx(loss(problem, grid, rounded), rel=1e-3 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(d_out=st.integers(1, 24), d_in=widths, scheme=schemes, seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_refitted_scales_never_raise_the_loss(dtype: torch.dtype, d_out: int, d_in: int, scheme: str, seed: int) -> None:
+    grid, problem = parse_scheme(scheme), random_problem(d_out, d_in, seed=seed, dtype=dtype)
+    scales = scales_for(problem, grid, torch.bfloat16)
+    codes = feedback(problem, grid, scales)
+    refitted = refit_scales(problem, grid, scales, codes)
+    before, after = (loss(problem, grid, RoundedWeight(codes=codes, scales=s)) for s in (scales, refitted))
+    assert after <= before * (1 + 1e-5)
+    assert refitted.dtype == scales.dtype
+    assert torch.isfinite(refitted).all()
+    assert (refitted != 0).all()
+
+
+def test_refitted_scales_solve_the_normal_equations() -> None:
+    grid, problem = parse_scheme("int4-g4"), random_problem(3, 8, seed=1)
+    scales = scales_for(problem, grid, torch.float64)
+    codes = feedback(problem, grid, scales)
+    # W_hat = A s with one column of A for each scale, solved densely.
+    A = torch.zeros(24, 6, dtype=torch.float64)
+    for i in range(3):
+        for j in range(8):
+            A[i * 8 + j, i * 2 + j // 4] = codes[i, j].double()
+    F = torch.kron(problem.H_out, problem.H_in)
+    best = torch.linalg.solve(A.T @ F @ A, A.T @ F @ problem.W.flatten()).reshape(3, 2)
+    torch.testing.assert_close(refit_scales(problem, grid, scales, codes, steps=6), best, rtol=1e-6, atol=1e-9)
+
+
+@given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
+@settings(max_examples=20, deadline=None)
+def test_weights_on_the_grid_are_returned(d_out: int, d_in: int, scheme: str, seed: int) -> None:
+    grid = parse_scheme(scheme)
+    generator = torch.Generator().manual_seed(seed)
+    low, high = grid.code_range
+    codes = torch.randint(low, high + 1, (d_out, d_in), generator=generator).to(torch.int8)
+    scales = draw(d_out, d_in // grid.group_size(d_in), seed=seed).to(torch.bfloat16)
+    W = grid.decode(codes, grid.expand(scales, d_in).double())
+    problem = replace(random_problem(d_out, d_in, seed=seed), W=W)
+    assert torch.equal(feedback(problem, grid, scales), codes)
+    assert torch.equal(feedback_waves(problem, grid, scales), codes)
+    assert torch.equal(sweep(problem, grid, scales, codes), codes)
+    assert torch.equal(refit_scales(problem, grid, scales, codes), scales)
+    assert loss(problem, grid, RoundedWeight(codes=codes, scales=scales)) == 0
+
+
+@pytest.mark.parametrize("scheme", ["int2-g8", "int4-g8"])
+def test_each_stage_lowers_the_mean_loss(scheme: str) -> None:
+    """On the mean over many draws: no stage is better for every single matrix."""
+    grid = parse_scheme(scheme)
+    totals = torch.zeros(4)
+    for seed in range(40):
+        problem = random_problem(12, 24, seed=seed)
+        one_sided = replace(problem, L_out=torch.eye(12, dtype=torch.float64))
+        scales = scales_for(problem, grid)
+        start = loss(problem, grid, RoundedWeight(codes=nearest(problem.W, grid, scales), scales=scales))
+        results = [
+            RoundedWeight(codes=feedback(one_sided, grid, scales), scales=scales),
+            RoundedWeight(codes=feedback(problem, grid, scales), scales=scales),
+            round_weight(problem, grid, sweeps=4, scale_dtype=torch.float32),
+        ]
+        totals += torch.tensor([1.0, *(loss(problem, grid, r) / start for r in results)])
+    nearest_, ldlq_, two_sided, descended = (totals / 40).tolist()
+    assert descended < 0.9 * two_sided
+    assert two_sided < 0.95 * ldlq_
+    assert ldlq_ < 0.95 * nearest_
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_is_deterministic(scheme: str) -> None:
+    grid = parse_scheme(scheme)
+    first, second = (
+        round_weight(random_problem(70, 72, seed=3, dtype=torch.float32), grid, sweeps=3, scale_dtype=torch.bfloat16) for _ in range(2)
+    )
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.scales, second.scales)
+    assert first.trace == second.trace
+
+
+@given(power=st.integers(-20, 20), seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_the_size_of_the_factors_does_not_matter(power: int, seed: int) -> None:
+    grid, problem = parse_scheme("int3-g8"), random_problem(9, 16, seed=seed)
+    size = 2.0**power  # exact in binary
+    larger = replace(problem, H_out=size * problem.H_out, H_in=problem.H_in * size)
+    first, second = (round_weight(p, grid, sweeps=3, scale_dtype=torch.bfloat16) for p in (problem, larger))
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.scales, second.scales)
+
+
+def test_a_rank_deficient_factor_gets_more_damping_and_says_so() -> None:
+    singular = torch.ones(6, 6, dtype=torch.float64)
+    factors = KroneckerFactors(H_out=torch.eye(2, dtype=torch.float64), H_in=singular - 0.01 * torch.eye(6, dtype=torch.float64), scale=1.0)
+    problem = make_problem(draw(2, 6, seed=0), factors, damping=1e-4)
+    assert problem.damping == pytest.approx(0.1)
+
+
+def test_a_factor_that_is_not_finite_is_refused() -> None:
+    factors = KroneckerFactors(H_out=torch.eye(2), H_in=torch.full((3, 3), torch.nan), scale=1.0)
+    with pytest.raises(NumericalError, match="not finite"):
+        make_problem(torch.zeros(2, 3), factors, damping=0.1)

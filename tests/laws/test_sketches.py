@@ -1,0 +1,230 @@
+"""One conformance suite for every estimator."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from laws.problems import draw
+from roundel.curvature.sketches import ESTIMATORS, Estimator, Sketch, SketchA, SketchB, parse_curvature
+from roundel.errors import SchemeError
+from roundel.linalg.gram import add_gram, gram, symmetrise
+from roundel.types import KroneckerFactors, LayerGrad, LayerInput
+
+CPU = torch.device("cpu")
+D_OUT, D_IN = 6, 9
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+seeds = st.integers(0, 10_000)
+
+
+def stream(sequences: int, tokens: int, *, d_out: int = D_OUT, d_in: int = D_IN, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients whose tokens are correlated, and correlated with each other."""
+    x, g = draw(sequences, tokens, d_in, seed=seed), draw(sequences, tokens, d_out, seed=seed + 1)
+    common = draw(sequences, 1, 1, seed=seed + 2)
+    return (x * (1 + common) + 0.5 * x.mean(1, keepdim=True)).float(), (g * (1 + common) + 0.3).float()
+
+
+def layer_grad(x: Tensor, g: Tensor) -> LayerGrad:
+    return LayerGrad(input=LayerInput(x.clone()), g=g.clone())
+
+
+def filled(estimator: Estimator, x: Tensor, g: Tensor, *, batch: int, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
+    sketch = estimator.sketch(g.shape[2], x.shape[2], CPU, index=index, previous=previous)
+    for start in range(0, len(x), batch):
+        sketch.update(layer_grad(x[start : start + batch], g[start : start + batch]))
+    return sketch
+
+
+def previous_of_each_pass(estimator: Estimator, x: Tensor, g: Tensor) -> list[KroneckerFactors | None]:
+    previous: list[KroneckerFactors | None] = [None]
+    for index in range(estimator.passes):
+        previous.append(filled(estimator, x, g, batch=1, index=index, previous=previous[-1]).factors())
+    return previous
+
+
+def assert_same(one: KroneckerFactors, other: KroneckerFactors) -> None:
+    torch.testing.assert_close(one.H_out, other.H_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.H_in, other.H_in, rtol=1e-4, atol=1e-5)
+    assert one.scale == pytest.approx(other.scale, rel=1e-5)
+
+
+@every_estimator
+@given(sequences=st.integers(1, 5), tokens=st.integers(1, 12), seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_factors_are_positive_with_mean_diagonal_one(name: str, sequences: int, tokens: int, seed: int) -> None:
+    x, g = stream(sequences, tokens, seed=seed)
+    for factors in previous_of_each_pass(ESTIMATORS[name](), x, g)[1:]:
+        assert factors is not None
+        assert factors.scale > 0
+        for H, size in ((factors.H_out, D_OUT), (factors.H_in, D_IN)):
+            assert H.shape == (size, size)
+            assert torch.equal(H, H.T)
+            assert H.diagonal().mean().item() == pytest.approx(1, rel=1e-5)
+            assert torch.linalg.eigvalsh(H.double()).min() > -1e-5
+
+
+@every_estimator
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_merging_equals_one_pass(name: str, tokens: int) -> None:
+    estimator, (x, g) = ESTIMATORS[name](), stream(6, tokens)
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+        whole, merged, other = (
+            filled(estimator, x[rows], g[rows], batch=2, index=index, previous=previous) for rows in (slice(6), slice(4), slice(4, 6))
+        )
+        merged.merge(other)
+        assert merged.sums.keys() == whole.sums.keys()
+        for key, total in whole.sums.items():
+            torch.testing.assert_close(merged.sums[key], total, rtol=1e-5, atol=1e-5 * total.abs().max().item())
+        assert merged.tokens == whole.tokens == 6 * tokens
+        assert_same(merged.factors(), whole.factors())
+
+
+@every_estimator
+def test_merging_into_an_empty_sketch_equals_one_pass(name: str) -> None:
+    estimator, (x, g) = ESTIMATORS[name](), stream(4, 10)
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+        total = estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
+        for row in range(4):
+            total.merge(filled(estimator, x[row : row + 1], g[row : row + 1], batch=1, index=index, previous=previous))
+        assert_same(total.factors(), filled(estimator, x, g, batch=4, index=index, previous=previous).factors())
+
+
+@every_estimator
+def test_sketches_of_other_sizes_or_kinds_do_not_merge(name: str) -> None:
+    sketch = ESTIMATORS[name]().sketch(D_OUT, D_IN, CPU)
+    with pytest.raises(ValueError, match="cannot merge"):
+        sketch.merge(ESTIMATORS[name]().sketch(D_IN, D_OUT, CPU))
+    other = "kfac" if name != "kfac" else "mean"
+    with pytest.raises(ValueError, match="cannot merge"):
+        sketch.merge(ESTIMATORS[other]().sketch(D_OUT, D_IN, CPU))
+
+
+def test_sketches_of_other_passes_do_not_merge() -> None:
+    first = SketchA().sketch(4, 4, CPU, index=0)
+    factors = KroneckerFactors(H_out=torch.eye(4), H_in=torch.eye(4), scale=1.0)
+    with pytest.raises(ValueError, match="cannot merge"):
+        first.merge(SketchA().sketch(4, 4, CPU, index=1, previous=factors))
+
+
+@every_estimator
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_batches_do_not_matter_bit_for_bit(name: str, tokens: int) -> None:
+    estimator, (x, g) = ESTIMATORS[name](), stream(4, tokens)
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+        single, *others = (filled(estimator, x, g, batch=batch, index=index, previous=previous) for batch in (1, 2, 3, 4))
+        for other in others:
+            assert other.tokens == single.tokens
+            assert all(torch.equal(other.sums[key], total) for key, total in single.sums.items())
+            assert torch.equal(other.factors().H_out, single.factors().H_out)
+            assert torch.equal(other.factors().H_in, single.factors().H_in)
+            assert other.factors().scale == single.factors().scale
+
+
+@every_estimator
+def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> None:
+    estimator, (x, g) = ESTIMATORS[name](), stream(2, 5)
+    shared = LayerInput(x)
+    sketches = [estimator.sketch(D_OUT, D_IN, CPU) for _ in range(2)]
+    for sketch in sketches:
+        sketch.update(LayerGrad(input=shared, g=g))
+    alone = filled(estimator, x, g, batch=2)
+    for sketch in sketches:
+        assert all(torch.equal(sketch.sums[key], total) for key, total in alone.sums.items())
+
+
+@every_estimator
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_the_scale_carries_the_trace_per_token(name: str, tokens: int) -> None:
+    x, g = stream(3, tokens)
+    factors = previous_of_each_pass(ESTIMATORS[name](), x, g)[-1]
+    assert factors is not None
+    G = torch.einsum("sto,sti->soi", g.double(), x.double())
+    cross_token = G.square().sum() / (3 * tokens)
+    token_independent = torch.einsum("sto,sti->stoi", g.double(), x.double()).square().sum() / (3 * tokens)
+    expected = cross_token if name in {"sketch-b", "mean"} else token_independent
+    trace = factors.scale * torch.trace(factors.H_out) * torch.trace(factors.H_in)
+    assert trace.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@every_estimator
+def test_no_gradient_at_all_gives_scale_zero(name: str) -> None:
+    x, g = stream(2, 3)
+    assert filled(ESTIMATORS[name](), x, torch.zeros_like(g), batch=2).factors().scale == 0
+
+
+def test_every_estimator_by_its_definition() -> None:
+    x, g = stream(5, 7)
+    x64, g64 = x.double(), g.double()
+    G = torch.einsum("sto,sti->soi", g64, x64)
+    xx, gg = torch.einsum("sti,stj->ij", x64, x64), torch.einsum("sti,stj->ij", g64, g64)
+    GtG, GGt = torch.einsum("soi,soj->ij", G, G), torch.einsum("soi,spi->op", G, G)
+
+    def unit(H: Tensor) -> Tensor:
+        return H / H.diagonal().mean()
+
+    eye_out, eye_in = torch.eye(D_OUT, dtype=torch.float64), torch.eye(D_IN, dtype=torch.float64)
+    expected = {
+        "identity": (eye_out, eye_in),
+        "activation": (eye_out, unit(xx)),
+        "kfac": (unit(gg), unit(xx)),
+        "sketch-b": (unit(GGt), unit(GtG)),
+        "mean": ((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2),
+    }
+    assert expected.keys() | {"sketch-a"} == ESTIMATORS.keys()
+    for name, (H_out, H_in) in expected.items():
+        factors = filled(ESTIMATORS[name](), x, g, batch=2).factors()
+        torch.testing.assert_close(factors.H_out.double(), H_out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(factors.H_in.double(), H_in, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "d_out", "d_in"), [(2, 40, 24), (1, 300, 20), (100, 8, 12), (30, 300, 10)])
+def test_the_gram_trick_and_the_direct_product_agree(tokens: int, d_out: int, d_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    formed = []
+    direct = LayerGrad.weight_gradient
+    monkeypatch.setattr(LayerGrad, "weight_gradient", lambda self, sequence: formed.append(sequence) or direct(self, sequence))
+    x, g = stream(3, tokens, d_out=d_out, d_in=d_in)
+    factors = filled(SketchB(), x, g, batch=3).factors()
+    assert bool(formed) == (tokens > 2)
+    G = torch.einsum("sto,sti->soi", g.double(), x.double())
+    expected = KroneckerFactors.normalised(
+        torch.einsum("soi,spi->op", G, G), torch.einsum("soi,soj->ij", G, G), trace=G.square().sum().item() / (3 * tokens)
+    )
+    torch.testing.assert_close(factors.H_out.double(), expected.H_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factors.H_in.double(), expected.H_in, rtol=1e-4, atol=1e-5)
+    assert factors.scale == pytest.approx(expected.scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("d", [1, 7, 256, 257, 512, 530])
+def test_gram_is_the_full_product_once_mirrored(d: int) -> None:
+    x = draw(5, d, seed=d, dtype=torch.float32)
+    result = symmetrise(gram(x))
+    torch.testing.assert_close(result, x.T @ x)
+    assert torch.equal(result, result.T)
+    torch.testing.assert_close(symmetrise(gram(x) + gram(2 * x)), 5 * (x.T @ x))
+
+
+def test_added_grams_are_summed() -> None:
+    x = draw(5, 300, seed=0, dtype=torch.float32)
+    total = gram(x)
+    add_gram(total, 2 * x)
+    torch.testing.assert_close(symmetrise(total), 5 * (x.T @ x))
+
+
+def test_gram_sums_in_float32_whatever_it_is_given() -> None:
+    x = draw(400, 3, seed=1).to(torch.bfloat16)
+    assert gram(x).dtype == torch.float32
+    torch.testing.assert_close(gram(x), x.float().T @ x.float())
+
+
+@pytest.mark.parametrize("name", ["kfac", "sketch-a", "sketch-a:rounds=3", "mean"])
+def test_names_are_parsed(name: str) -> None:
+    estimator = parse_curvature(name)
+    assert isinstance(estimator, ESTIMATORS[name.split(":", maxsplit=1)[0]])
+    assert estimator.passes == {"sketch-a": 4, "sketch-a:rounds=3": 6}.get(name, 1)
+
+
+@pytest.mark.parametrize("name", ["", "KFAC", "fisher", "kfac:rounds=2", "sketch-a:rounds", "sketch-a:rounds=-1", "sketch-a:rounds=0"])
+def test_bad_names_are_refused(name: str) -> None:
+    with pytest.raises(SchemeError):
+        parse_curvature(name)

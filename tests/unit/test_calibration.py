@@ -1,0 +1,270 @@
+"""Text in, token sequences out."""
+
+import hashlib
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from oracles.tiny import random_tokens, tiny_llama
+from roundel import calibration
+from roundel.calibration import Fingerprint, data_hash, read_documents, sample_from_model, split_tokens, windows
+from roundel.curvature.fisher import label_gradient
+from roundel.errors import DataError
+from roundel.types import TokenBatch
+
+WORDS = 200
+
+
+def word_tokenizer(*, bos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
+    """Word `wK` is token `K + 3`."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{k}": k + 3 for k in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>" if eos else None)
+
+
+def text(*words: int) -> str:
+    return " ".join(f"w{k}" for k in words)
+
+
+def batch(ids: torch.Tensor) -> TokenBatch:
+    return TokenBatch(ids=ids, sequence_ids=tuple(range(len(ids))))
+
+
+# Packing
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(0, WORDS - 1), max_size=9), min_size=1, max_size=12),
+    length=st.integers(2, 7),
+    bos=st.booleans(),
+    eos=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_packing_drops_nothing_but_the_last_part_of_a_window(documents: list[list[int]], length: int, bos: bool, eos: bool) -> None:
+    stream = [token for document in documents if document for token in [*(w + 3 for w in document), *([2] if eos else [])]]
+    found = windows((text(*d) for d in documents), word_tokenizer(bos=bos, eos=eos), length)
+    body = length - bos
+    assert found.dtype == torch.int64
+    assert found.shape == (len(stream) // body, length)
+    assert (found[:, :bos] == 1).all()
+    assert found[:, bos:].flatten().tolist() == stream[: len(stream) // body * body]
+
+
+def test_every_token_of_every_short_document_appears() -> None:
+    found = windows((text(k) for k in range(WORDS)), word_tokenizer(), 8)
+    assert set(range(3, WORDS + 3)) <= set(found.flatten().tolist())
+
+
+def test_long_documents_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = text(*range(100, 150))
+    whole = windows([document], word_tokenizer(), 5)
+    monkeypatch.setattr(calibration, "PIECE", len(text(100, 101)) + 1)
+    assert torch.equal(windows([document], word_tokenizer(), 5), whole)
+
+
+def test_no_more_documents_are_read_than_needed() -> None:
+    def documents():
+        yield text(*range(10))
+        yield text(*range(10))
+        pytest.fail("read too far")
+
+    assert windows(documents(), word_tokenizer(), 5, most=4).shape == (4, 5)
+
+
+def test_no_text_gives_no_window() -> None:
+    assert windows(["", "  \n"], word_tokenizer(bos=True), 4).shape == (0, 4)
+
+
+# Reading
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first\n\nsecond", encoding="utf-8")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["first\n\nsecond"]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"t{k}", "body": f"b{k} ä"} for k in range(3)]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", ["t0", "t1", "t2"]),
+        (":num=2", ["t0", "t1"]),
+        (":num=9", ["t0", "t1", "t2"]),
+        (":field=body", ["b0 ä", "b1 ä", "b2 ä"]),
+        (":field=body:num=1", ["b0 ä"]),
+    ],
+)
+def test_jsonl_with_options(jsonl: Path, options: str, expected: list[str]) -> None:
+    assert list(read_documents(f"{jsonl}{options}")) == expected
+
+
+def test_a_directory_is_all_its_text_files_in_order(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, content in (("b.txt", "B"), ("sub/c.md", "C"), ("ignored.bin", "X"), ("ignored.py", "X")):
+        (tmp_path / name).write_text(content)
+    assert list(read_documents(str(tmp_path))) == ["t0", "t1", "t2", "B", "C"]
+    assert list(read_documents(f"{tmp_path}:num=1")) == ["t0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (":num=0", "num=0: expected a positive number"),
+        (":num=x", "num=x: expected a positive number"),
+        (":num", "expected key=value"),
+        (":split=train", "'split' is for Hub datasets"),
+        (":files=2", "'files'"),
+        (":field=title", r"line 1: expected a JSON object with the key 'title'"),
+    ],
+)
+def test_wrong_options_are_refused(jsonl: Path, options: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read_documents(f"{jsonl}{options}"))
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '"text"', '{"text": 1}', '{"text": null}', "{}"])
+def test_a_wrong_json_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line, encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: "):
+        list(read_documents(str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_documents(str(tmp_path / name)))
+
+
+def test_a_directory_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no \.txt"):
+        list(read_documents(str(tmp_path)))
+
+
+def test_unknown_options_of_a_dataset_are_refused_before_any_download() -> None:
+    with pytest.raises(DataError, match="unknown option 'sample'"):
+        list(read_documents("no/such-file.txt:sample=3"))
+
+
+# Splitting
+
+
+def test_the_heldout_windows_are_the_last_and_never_calibrated_on() -> None:
+    available = torch.arange(60).reshape(20, 3)
+    first, second = (split_tokens(available, calibration=8, heldout=5, seed=seed, source="x") for seed in (0, 1))
+    assert torch.equal(first.heldout.ids, available[15:])
+    assert torch.equal(second.heldout.ids, available[15:])
+    assert first.heldout.sequence_ids == (15, 16, 17, 18, 19)
+    assert first.calibration.sequence_ids != second.calibration.sequence_ids
+    for split in (first, second):
+        assert len(set(split.calibration.sequence_ids)) == 8
+        assert set(split.calibration.sequence_ids) <= set(range(15))
+        assert torch.equal(split.calibration.ids, available[list(split.calibration.sequence_ids)])
+
+
+def test_too_little_text_says_what_there_is_and_what_is_needed() -> None:
+    with pytest.raises(DataError) as caught:
+        split_tokens(torch.zeros(9, 4, dtype=torch.int64), calibration=8, heldout=2, seed=0, source="notes.txt")
+    for part in ("notes.txt", "has 36 tokens", "9 sequences of 4", "needed are 40 tokens", "8 sequences to calibrate", "2 held out"):
+        assert part in str(caught.value)
+    split_tokens(torch.zeros(10, 4, dtype=torch.int64), calibration=8, heldout=2, seed=0, source="notes.txt")
+
+
+# Sampling from the model
+
+
+def test_samples_start_with_the_opening_token_and_do_not_depend_on_how_many_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    drawn = sample_from_model(model, tokenizer, 5, 8, seed=3)
+    assert drawn.shape == (5, 8)
+    assert (drawn[:, 0] == 1).all()
+    monkeypatch.setattr(calibration, "SAMPLES_PER_PASS", 2)
+    assert torch.equal(sample_from_model(model, tokenizer, 3, 8, seed=3), drawn[:3])
+
+
+def test_another_seed_draws_other_samples() -> None:
+    drawn = [sample_from_model(tiny_llama(), word_tokenizer(), 3, 8, seed=seed) for seed in (0, 1, 2**31)]
+    assert all(not torch.equal(one, other) for one, other in combinations(drawn, 2))
+
+
+def test_samples_follow_the_models_distribution() -> None:
+    model = tiny_llama()
+    drawn = sample_from_model(model, word_tokenizer(), 400, 2, seed=0)
+    with torch.no_grad():
+        p = model(input_ids=drawn[:1, :1]).logits[0, 0].softmax(-1)
+    counts = torch.bincount(drawn[:, 1], minlength=11)
+    z = (counts - 400 * p) / (400 * p * (1 - p)).sqrt()
+    assert z.abs().max() < 4
+
+
+def test_labels_are_independent_of_the_text_sampled_with_the_same_seed() -> None:
+    """Labels must not be the sampled text over again: both are drawn from the same distributions for the same sequence ids."""
+    model = tiny_llama()
+    drawn = sample_from_model(model, word_tokenizer(), 8, 16, seed=0)
+    with torch.no_grad():
+        logits = model(input_ids=drawn).logits
+    labels = (logits.softmax(-1) - label_gradient(logits, batch(drawn), 0)).argmax(-1)
+    assert (labels[:, :-1] == drawn[:, 1:]).double().mean() < 0.8
+
+
+# Hashes
+
+
+def test_the_data_hash_is_that_of_the_shape_and_the_ids() -> None:
+    tokens = random_tokens(3, 5)
+    expected = hashlib.sha256(b"(3, 5)" + np.array(tokens.ids.tolist(), dtype="<i4").tobytes()).hexdigest()
+    assert data_hash(tokens) == expected
+    assert data_hash(TokenBatch(ids=tokens.ids.clone(), sequence_ids=(7, 8, 9))) == expected
+    assert data_hash(batch(tokens.ids.reshape(5, 3))) != expected
+    changed = tokens.ids.clone()
+    changed[0, 0] += 1
+    assert data_hash(batch(changed)) != expected
+
+
+@pytest.mark.parametrize("modulus", [1, 4])
+def test_overlap_of_equal_other_and_half_equal_text(modulus: int) -> None:
+    tokens, other = (random_tokens(20, 80, seed=seed, vocabulary=1000) for seed in (0, 1))
+    half = batch(torch.cat([tokens.ids[:10], other.ids[:10]]))
+    known = Fingerprint.of(tokens, modulus)
+    assert Fingerprint.of(tokens).overlap(known) == 1
+    assert Fingerprint.of(other).overlap(known) == 0
+    assert Fingerprint.of(half).overlap(known) == pytest.approx(0.5, abs=0 if modulus == 1 else 0.1)
+
+
+def test_overlap_is_found_at_any_offset() -> None:
+    tokens = random_tokens(1, 100, vocabulary=1000)
+    shifted = batch(tokens.ids[:, 13:77])
+    assert Fingerprint.of(shifted).overlap(Fingerprint.of(tokens)) == 1
+    assert Fingerprint.of(tokens).overlap(Fingerprint.of(shifted)) == pytest.approx(33 / 69)
+
+
+def test_thinning_keeps_about_one_in_modulus_and_survives_json() -> None:
+    full = Fingerprint.of(random_tokens(40, 100, vocabulary=1000))
+    thin = full.thinned(8)
+    assert thin == Fingerprint.of(random_tokens(40, 100, vocabulary=1000), 8)
+    assert 0.6 < 8 * len(thin.hashes) / len(full.hashes) < 1.4
+    assert Fingerprint.from_json(json.loads(json.dumps(thin.as_json()))) == thin
+
+
+def test_sequences_shorter_than_a_window_have_no_fingerprint() -> None:
+    short = Fingerprint.of(random_tokens(5, 31))
+    assert short.hashes == frozenset()
+    assert short.overlap(short) == 0
