@@ -20,7 +20,7 @@ from rich.table import Table
 
 from roundel.errors import RoundelError
 from roundel.evaluate import Divergence
-from roundel.evaluate.card import number
+from roundel.evaluate.card import number, with_error
 from roundel.pipeline import evaluate as run_evaluate
 from roundel.pipeline import quantize as run_quantize
 from roundel.progress import make_progress
@@ -115,7 +115,7 @@ def quantize(
     if not quiet and str(json_file) != "-":
         bits, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
         table = _divergence_table(f"{model} in {scheme}", result.report)
-        table.add_row("KL predicted", f"{number(predicted['total'])} ± {number(predicted['total_stderr'])}")
+        table.add_row("KL predicted", with_error(predicted["total"], predicted["total_stderr"]))
         table.add_row("bits per weight: quantized linears", f"{bits['quantized']:.3f}")
         table.add_row("bits per weight: whole checkpoint", f"{bits['model']:.3f}")
         table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
@@ -161,7 +161,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Quantize the embedded model by nearest rounding, by GPTQ and by Roundel, and compare them on held-out text."""
-    methods: dict[str, dict[str, Any]] = {"nearest": NEAREST, "activation only (GPTQ)": GPTQ, "Roundel": BEST}
+    methods: dict[str, dict[str, Any]] = {"nearest": NEAREST, "activation (GPTQ)": GPTQ, "Roundel": BEST}
     progress = make_progress(quiet=quiet)
     if output is not None:
         check_output(output)
@@ -184,20 +184,20 @@ def demo(
             )
     _emit({title: result.details for title, result in rows.items()}, json_file)
     if not quiet and str(json_file) != "-":
-        table = Table(title=f"The demo model in {scheme}, on modules of the standard library that it has never seen")
-        for column in ("method", "KL, nats per token", "top-1 agreement", "perplexity", "seconds"):
-            table.add_column(column, justify="left" if column == "method" else "right")
+        table = Table(title=f"The demo model in {scheme}, on text it has never seen")
+        for column in ("method", "KL, nats/token", "top-1", "perplexity", "seconds"):
+            table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for title, result in rows.items():
             report = result.report
             table.add_row(
                 title,
-                f"{number(report.kl_mean)} ± {number(report.kl_stderr)}",
+                with_error(report.kl_mean, report.kl_stderr),
                 f"{100 * report.top1_agreement:.1f} %",
                 number(report.perplexity_model),
                 f"{sum(result.details['seconds'].values()):.0f}",
             )
         table.add_section()
-        table.add_row("original, 16 bits", "0", "100 %", number(report.perplexity_reference), "")
+        table.add_row("original", "0", "100 %", number(report.perplexity_reference), "")
         Console().print(table)
         kl = [result.report.kl_mean for result in rows.values()]
         print(f"Roundel loses {100 * (1 - kl[2] / kl[1]):.0f} % less than GPTQ and {100 * (1 - kl[2] / kl[0]):.0f} % less than")
@@ -208,7 +208,7 @@ def demo(
 
 def _divergence_table(title: str, report: Divergence) -> Table:
     table = Table(title=title, show_header=False)
-    table.add_row("KL(original, quantized), nats per token", f"{number(report.kl_mean)} ± {number(report.kl_stderr)}")
+    table.add_row("KL(original, quantized), nats per token", with_error(report.kl_mean, report.kl_stderr))
     table.add_row("KL, median and 99th percentile", f"{number(report.kl_median)}, {number(report.kl_p99)}")
     table.add_row("top-1 agreement", f"{100 * report.top1_agreement:.2f} %")
     table.add_row("perplexity, quantized and original", f"{number(report.perplexity_model)}, {number(report.perplexity_reference)}")

@@ -151,6 +151,7 @@ def write_shards(
             advance(1)
         with storage(directory / name):
             save_file(tensors, directory / name, metadata={"format": "pt"})
+            (directory / name).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         where.update(dict.fromkeys(tensors, name))
     if len(shards) > 1:

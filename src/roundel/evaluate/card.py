@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["model_card", "number"]
+__all__ = ["model_card", "number", "with_error"]
 
 
 def number(value: float | None) -> str:
@@ -12,6 +12,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if 1e-4 <= abs(value) < 1e6 or value == 0 else f"{value:.3e}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error, which has two significant digits."""
+    return number(value) if error is None or error != error else f"{number(value)} ± {error:.2g}"
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -32,9 +37,9 @@ whole model's output distribution.
 
 | measured on {measured["tokens"]} held-out tokens | |
 |---|---|
-| KL(original, quantized), nats per token | **{number(kl["mean"])}** ± {number(kl["stderr"])} (standard error) |
+| KL(original, quantized), nats per token | **{with_error(kl["mean"], kl["stderr"])}** (standard error) |
 | KL, median and 99th percentile | {number(kl["median"])}, {number(kl["p99"])} |
-| KL predicted from the curvature | {number(predicted["total"])} ± {number(predicted["total_stderr"])} |
+| KL predicted from the curvature | {with_error(predicted["total"], predicted["total_stderr"])} |
 | top-1 agreement | {100 * measured["top1_agreement"]:.1f} % |
 | perplexity, quantized and original | {number(measured["perplexity"]["model"])}, {number(measured["perplexity"]["reference"])} |
 | bits per weight: quantized linears, whole checkpoint | {bits["quantized"]:.3f}, {bits["model"]:.3f} |
