@@ -2,7 +2,8 @@
 
     python studies/main_table.py MODEL --calibration SPEC [--eval-data SPEC] --schemes int3-g64 int4-g64 -o results.json
 
-Each cell is a whole run of `roundel.quantize`, from text to the checkpoint loaded back by Transformers. Evaluation text is the same for all seeds.
+Each cell is a whole run of `roundel.quantize`, from text to the checkpoint loaded back by Transformers. Evaluation
+text is the same for all seeds.
 """
 
 import argparse
@@ -73,11 +74,9 @@ def main() -> None:
                 }
             )
             row = rows[-1]
-            print(
-                f"| {scheme} | {title} | {row['kl']:.4f} ± {row['stderr']:.4f} | {100 * row['top1_agreement']:.1f} % | {row['perplexity']:.3f} "
-                f"| {row['predicted_over_measured']:.2f} | {row['bits_per_weight']:.2f} | {row['seconds']:.0f} |",
-                flush=True,
-            )
+            measured = f"{row['kl']:.4f} ± {row['stderr']:.4f} | {100 * row['top1_agreement']:.1f} % | {row['perplexity']:.3f}"
+            rest = f"{row['predicted_over_measured']:.2f} | {row['bits_per_weight']:.2f} | {row['seconds']:.0f}"
+            print(f"| {scheme} | {title} | {measured} | {rest} |", flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("roundel", "torch", "transformers", "compressed-tensors", "numba")}
     settings = {key: str(value) for key, value in vars(args).items()}
     args.output.write_text(json.dumps({"commit": commit(), "versions": versions, "settings": settings, "rows": rows}, indent=2) + "\n")

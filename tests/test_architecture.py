@@ -22,10 +22,11 @@ RANKS = [
     ("progress", 4),
     ("evaluate", 5),
     ("recipes", 6),
-    ("pipeline", 7),
-    ("cli", 8),
-    ("__main__", 9),
-    ("__init__", 9),
+    ("factors", 7),
+    ("pipeline", 8),
+    ("cli", 9),
+    ("__main__", 10),
+    ("__init__", 10),
 ]
 
 

@@ -164,8 +164,12 @@ class Split:
     heldout: TokenBatch
 
 
-def split_tokens(available: Tensor, *, calibration: int, heldout: int, seed: int, source: str) -> Split:
+def split_tokens(
+    available: Tensor, *, calibration: int, heldout: int, seed: int, source: str, known: frozenset[int] | None = None
+) -> Split:
     """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`.
+
+    With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others are held out.
 
     Raises:
         DataError: there are not enough windows; says how much there is and how much is needed.
@@ -177,12 +181,16 @@ def split_tokens(available: Tensor, *, calibration: int, heldout: int, seed: int
             f"{(calibration + heldout) * length} tokens, {calibration} sequences to calibrate and {heldout} held out; "
             "give more text, or smaller --sequences, --eval-sequences or --seq-len"
         )
+    if known is not None:
+        seen = torch.tensor([sequence in known for sequence in TokenBatch.of(available).sequence_ids])
+        if int((~seen).sum()) < heldout:
+            raise DataError(f"{source} has fewer than {heldout} sequences that the factors have not seen; give other text with --eval-data")
+        return Split(
+            calibration=TokenBatch.of(available[seen]), heldout=TokenBatch.of(available[~seen][-heldout:] if heldout else available[:0])
+        )
     rest = count - heldout
     chosen = torch.randperm(rest, generator=torch.Generator().manual_seed(seed))[:calibration].sort().values
-    return Split(
-        calibration=TokenBatch(ids=available[chosen], sequence_ids=tuple(chosen.tolist())),
-        heldout=TokenBatch(ids=available[rest:], sequence_ids=tuple(range(rest, count))),
-    )
+    return Split(calibration=TokenBatch.of(available[chosen]), heldout=TokenBatch.of(available[rest:]))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from roundel.errors import RoundelError
+from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate import Divergence
 from roundel.evaluate.card import number, with_error
+from roundel.factors import merge as merge_factors
+from roundel.pipeline import collect_factors as run_collect
 from roundel.pipeline import evaluate as run_evaluate
 from roundel.pipeline import quantize as run_quantize
 from roundel.progress import make_progress
@@ -61,7 +64,11 @@ def quantize(
         str, typer.Option(help="intB-gN or intB-channel, B from 2 to 8: int4-g128, int3-g64, int4-channel ...")
     ] = _DEFAULT.scheme,
     curvature: Annotated[
-        str, typer.Option(help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b, or mean (of kfac and sketch-b).")
+        str,
+        typer.Option(
+            help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean (of kfac and sketch-b), "
+            "power[:rounds=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
+        ),
     ] = _DEFAULT.curvature,
     calibration: Annotated[
         str,
@@ -84,6 +91,9 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Only linears that match, like '*.mlp.*' or 're:layers\\.[0-3]\\.'; repeatable."),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="No linears that match; repeatable.")] = None,
+    factors: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Use these collected factors, with their curvature, text, sequences and seed.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: Batch = None,
@@ -94,6 +104,7 @@ def quantize(
     result = run_quantize(
         model,
         output=output,
+        factors=factors,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -121,6 +132,70 @@ def quantize(
         table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
         Console().print(table)
         print(f"{result.path}: written; roundel.json has every layer's numbers")
+
+
+@app.command()
+def collect(
+    model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Factors directory; new or empty, unless --resume.")],
+    curvature: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.curvature,
+    calibration: Annotated[str, typer.Option(metavar="SPEC", help="As for quantize.")] = _DEFAULT.calibration,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.sequences,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = _DEFAULT.seq_len,
+    eval_sequences: Annotated[
+        int, typer.Option(help="Sequences at the end of the text to leave for evaluation.")
+    ] = _DEFAULT.eval_sequences,
+    seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
+    layers: Annotated[str | None, typer.Option(metavar="A:B", help="Only decoder layers A to B-1; join such windows with merge.")] = None,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Only the K-th of N parts of the sequences; add them up with merge.")] = "1/1",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the directory holds.")] = False,
+    save_every: Annotated[float, typer.Option(help="Seconds between saved states.")] = 120.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    quiet: Quiet = False,
+) -> None:
+    """Collect curvature into a directory that quantize --factors reads. Splits the work under torchrun."""
+    header = run_collect(
+        model,
+        output=output,
+        resume=resume,
+        part=_two_numbers(part, "/", "--part K/N, such as 2/4", lambda k, n: 1 <= k <= n),
+        layers=None if layers is None else _two_numbers(layers, ":", "--layers A:B, such as 0:8", lambda a, b: a < b),
+        save_every=save_every,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+        curvature=curvature,
+        calibration=calibration,
+        sequences=sequences,
+        seq_len=seq_len,
+        eval_sequences=eval_sequences,
+        seed=seed,
+    )
+    if not quiet and header.sums:
+        print(f"{output}: {header.curvature} of {len(header.layers)} linears from {len(header.sequence_ids)} sequences")
+
+
+@app.command()
+def merge(
+    directories: Annotated[list[Path], typer.Argument(help="Complete factors directories of one model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    quiet: Quiet = False,
+) -> None:
+    """Add up factors of different sequences, or join those of different layers."""
+    check_output(output)
+    header = merge_factors(directories, output)
+    if not quiet:
+        print(f"{output}: {header.curvature} of {len(header.layers)} linears from {len(header.sequence_ids)} sequences")
+
+
+def _two_numbers(text: str, separator: str, expected: str, valid: Callable[[int, int], bool]) -> tuple[int, int]:
+    first, found, second = text.partition(separator)
+    if not found or not first.isdecimal() or not second.isdecimal() or not valid(int(first), int(second)):
+        raise SchemeError(f"{text!r}: expected {expected}")
+    return int(first), int(second)
 
 
 @app.command()

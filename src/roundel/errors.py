@@ -5,6 +5,7 @@
     |  |- ModelError         a model, its configuration or its weights
     |  |- DataError          calibration or evaluation text
     |  |- SchemeError        a scheme, curvature or other setting
+    |  |- FactorsError       a factors directory that is damaged, of another model or of other settings
     |  `- OutputError        the place to write to
     |- NumericalError      a factor or gradient that no fall-back could repair; exit code 3
     `- StorageError        the disk refused (full, read-only); exit code 4
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 
 __all__ = [
     "DataError",
+    "FactorsError",
     "InputError",
     "ModelError",
     "NumericalError",
@@ -57,6 +59,10 @@ class DataError(InputError):
 
 class SchemeError(InputError):
     """A scheme, curvature name or setting is not valid."""
+
+
+class FactorsError(InputError):
+    """A factors directory is damaged, of another model or of other settings."""
 
 
 class OutputError(InputError):

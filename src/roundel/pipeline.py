@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import roundel.factors as factor_files
 from roundel.calibration import (
     Fingerprint,
     Split,
@@ -33,10 +35,11 @@ from roundel.calibration import (
     windows,
 )
 from roundel.curvature import collect, parse_curvature, predicted_kl
-from roundel.curvature.collect import safe_batch_size
-from roundel.errors import DataError, ModelError, NumericalError, in_layer
+from roundel.curvature.collect import Collection, safe_batch_size
+from roundel.errors import DataError, FactorsError, ModelError, NumericalError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
+from roundel.factors import Header
 from roundel.formats import compressed_tensors
 from roundel.grids import Grid, parse_scheme
 from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
@@ -48,7 +51,7 @@ from roundel.rounding.round import dequantized
 from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
 from roundel.types import KroneckerFactors, RoundedWeight, TokenBatch
 
-__all__ = ["Evaluation", "Quantized", "evaluate", "quantize"]
+__all__ = ["Evaluation", "Quantized", "collect_factors", "evaluate", "quantize"]
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 4096
@@ -109,6 +112,7 @@ def quantize(
     model: str | Path,
     *,
     output: str | Path,
+    factors: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -120,6 +124,8 @@ def quantize(
     Args:
         model: A local directory or a Hub id; `demo` is the embedded model.
         output: Directory to make; must not exist, or be empty.
+        factors: A directory that `collect_factors` made of the same model: nothing is collected then, and its curvature, text, sequences
+            and seed take the place of the recipe's.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
         batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
@@ -135,12 +141,18 @@ def quantize(
     recipe, notes, target = Recipe(**settings), _Notes(progress or Silent()), Path(output)
     progress = notes.progress
     check_output(target)
+    stored = None
+    if factors is not None:
+        stored = factor_files.load(Path(factors))
+        recipe = stored[0].applied_to(recipe)
     grid = parse_scheme(recipe.scheme)
     with notes.timed("load"):
         source = _load(str(model), recipe, grid, device, dtype)
+        if stored is not None:
+            _check_model(stored[0], source)
     length = min(recipe.seq_len, _positions(source.model))
     with notes.timed("text"):
-        split = _text(recipe, source, length, progress)
+        split = _text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
         fingerprint = Fingerprint.of(split.calibration)
         overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
     _check_vocabulary(source.model, split.calibration, split.heldout)
@@ -149,13 +161,16 @@ def quantize(
     with notes.timed("curvature"):
         wanted = batch_size or max(1, BATCH_TOKENS // length)
         batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted)
-        estimator = parse_curvature(recipe.curvature)
-        with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
-            factors = collect(
-                source.model, source.linears, split.calibration, estimator, seed=recipe.seed, batch_size=batch, advance=advance
-            )
+        if stored is not None:
+            measured = factor_files.restore(*stored, torch.device("cpu")).factors()
+        else:
+            estimator = parse_curvature(recipe.curvature)
+            with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
+                measured = collect(
+                    source.model, source.linears, split.calibration, estimator, seed=recipe.seed, batch_size=batch, advance=advance
+                ).factors()
     with notes.timed("rounding"):
-        rounded, layers = _round_all(recipe, grid, source, factors, notes)
+        rounded, layers = _round_all(recipe, grid, source, measured, notes)
     chosen = {name: source.linears[name] for name in rounded}
     with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
         prediction = predicted_kl(
@@ -169,7 +184,7 @@ def quantize(
         )
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
-            stored = _write_checkpoint(staging, source, grid, rounded, advance)
+            written = _write_checkpoint(staging, source, grid, rounded, advance)
         with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
             packed = load_model(staging, device=_device_of(source.model), dtype=source.model.dtype)
             divergence = compare_models(packed, source.model, split.heldout, batch_size=wanted, advance=advance)
@@ -195,7 +210,7 @@ def quantize(
             },
             "bits_per_weight": {
                 "quantized": sum(layers[name]["bits_per_weight"] * linear.weight.numel() for name, linear in chosen.items()) / weights,
-                "model": 8 * stored / parameters,
+                "model": 8 * written / parameters,
                 "quantized_fraction": weights / parameters,
             },
             "predicted_kl": {
@@ -259,8 +274,139 @@ def _revision(source: Path) -> str | None:
     return source.name if source.parent.name == "snapshots" else None
 
 
-def _text(recipe: Recipe, source: _Source, length: int, progress: Progress) -> Split:
-    """Calibration and evaluation sequences."""
+def _check_model(header: Header, source: _Source) -> None:
+    """Refuses incomplete factors and those of another model; linears that they do not hold are skipped."""
+    if not header.complete:
+        raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
+    if header.model_fingerprint != factor_files.model_fingerprint(source.checkpoint):
+        raise FactorsError(f"the factors are of another model than {source.name}; collect them again")
+    for name in set(source.linears) - set(header.layers):
+        source.skipped[name] = "not in the factors directory"
+        del source.linears[name]
+    if not source.linears:
+        raise FactorsError("the factors hold none of the linears to be quantized")
+
+
+def collect_factors(
+    model: str | Path,
+    *,
+    output: str | Path,
+    resume: bool = False,
+    part: tuple[int, int] = (1, 1),
+    layers: tuple[int, int] | None = None,
+    save_every: float = 120.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Header:
+    """Collects curvature into a factors directory, for `quantize(factors=...)`.
+
+    Under `torchrun` the sequences are split over the processes and their sums added; only the first process writes, at the end.
+
+    Args:
+        model: As for `quantize`.
+        output: The factors directory.
+        resume: Go on with what `output` holds of the same collection, if anything.
+        part: `(k, n)`: only the k-th of n parts of the sequences; `factors.merge` adds the parts up.
+        layers: `(a, b)`: only decoder layers `a .. b - 1`, to bound memory; `factors.merge` joins the windows.
+        save_every: Seconds between saved states.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: As for `quantize`.
+        progress: As for `quantize`.
+        settings: The fields of `Recipe` that concern curvature and text.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    recipe, target = Recipe(**{**settings, "scheme": "int8-channel"}), Path(output)
+    rank, world = _processes()
+    progress = progress if progress is not None and rank == 0 else Silent()
+    going_on = resume and (target / "header.json").exists()
+    if not going_on and rank == 0:
+        check_output(target)
+    source = _load(str(model), recipe, parse_scheme(recipe.scheme), device, dtype)
+    linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
+    if not linears:
+        raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
+    length = min(recipe.seq_len, _positions(source.model))
+    tokens = _text(recipe, source, length, progress).calibration
+    _check_vocabulary(source.model, tokens)
+    tokens = tokens[part[0] - 1 :: part[1]]
+    header = Header(
+        model_fingerprint=factor_files.model_fingerprint(source.checkpoint),
+        curvature=recipe.curvature,
+        seed=recipe.seed,
+        calibration=recipe.calibration,
+        seq_len=length,
+        tokens_sha256=data_hash(tokens),
+        sequence_ids=tokens.sequence_ids,
+        layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+    )
+    start = None
+    if going_on:
+        found, tensors = factor_files.load(target)
+        found.check_same(header, "index", "done", "sums")
+        start = factor_files.restore(found, tensors, _device_of(source.model))
+        if found.complete:
+            return found
+    share = tokens[rank::world]
+    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=batch_size or max(1, BATCH_TOKENS // length))
+    estimator = parse_curvature(recipe.curvature)
+    saved = time.monotonic()
+
+    def each_batch(state: Collection) -> None:
+        nonlocal saved
+        if world == 1 and time.monotonic() - saved >= save_every:
+            factor_files.save(target, header, state)
+            saved = time.monotonic()
+
+    with progress.stage("curvature", len(share) * estimator.passes) as advance:
+        state = collect(
+            source.model,
+            linears,
+            share,
+            estimator,
+            seed=recipe.seed,
+            batch_size=batch,
+            advance=advance,
+            start=start if world == 1 else None,
+            each_batch=each_batch,
+            each_pass=lambda state: _add_processes(state, world),
+        )
+    state.done = len(tokens)
+    return factor_files.save(target, header, state) if rank == 0 else header
+
+
+def _layer_of(name: str) -> int:
+    """Index of the decoder layer in a module's name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+
+
+def _processes() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def _add_processes(state: Collection, world: int) -> None:
+    """Adds up the sums of all processes, in each of them."""
+    if world == 1:
+        return
+    for sketch in state.sketches.values():
+        for total in sketch.sums.values():
+            distributed.all_reduce(total)
+        tokens = torch.tensor(sketch.tokens, device=sketch.device)
+        distributed.all_reduce(tokens)
+        sketch.tokens = int(tokens)
+
+
+def _text(recipe: Recipe, source: _Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
+    """Calibration and evaluation sequences; `known` are the ids of those that factors have seen."""
     heldout = 0 if recipe.eval_data else recipe.eval_sequences
     wanted = recipe.sequences + heldout
     if recipe.calibration == "self":
@@ -269,7 +415,7 @@ def _text(recipe: Recipe, source: _Source, length: int, progress: Progress) -> S
     else:
         # Up to four times what is needed, so that the seed has something to choose from.
         available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
-    split = split_tokens(available, calibration=recipe.sequences, heldout=heldout, seed=recipe.seed, source=recipe.calibration)
+    split = split_tokens(available, calibration=recipe.sequences, heldout=heldout, seed=recipe.seed, source=recipe.calibration, known=known)
     if recipe.eval_data:
         other = _evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
         split = Split(calibration=split.calibration, heldout=other)
@@ -281,7 +427,7 @@ def _evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: 
     available = windows(read_documents(source), tokenizer, length, most=most)
     if not len(available):
         raise DataError(f"too little text in {source}: not one sequence of {length} tokens; give more text or a smaller --seq-len")
-    return TokenBatch(ids=available, sequence_ids=tuple(range(len(available))))
+    return TokenBatch.of(available)
 
 
 def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:

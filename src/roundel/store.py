@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roundel.errors import OutputError, StorageError
 
-__all__ = ["check_output", "copy_files", "staged_directory", "storage", "write_json", "write_shards", "write_text"]
+__all__ = ["check_output", "copy_files", "staged_directory", "storage", "umask", "write_json", "write_shards", "write_text"]
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -74,14 +74,15 @@ def staged_directory(target: Path) -> Iterator[Path]:
     try:
         yield staging
         with storage(target):
-            staging.chmod(0o777 & ~_umask())
+            staging.chmod(0o777 & ~umask())
             os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask for new files, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -151,7 +152,7 @@ def write_shards(
             advance(1)
         with storage(directory / name):
             save_file(tensors, directory / name, metadata={"format": "pt"})
-            (directory / name).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            (directory / name).chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
         total += sum(t.numel() * t.element_size() for t in tensors.values())
         where.update(dict.fromkeys(tensors, name))
     if len(shards) > 1:

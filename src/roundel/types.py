@@ -8,6 +8,7 @@ Orientation everywhere: weights, codes and errors are `(d_out, d_in)` as in `tor
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,12 @@ class TokenBatch:
 
     ids: Int[Tensor, "sequences tokens"]
     sequence_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ids: Int[Tensor, "sequences tokens"]) -> TokenBatch:
+        """Sequences that are known by their contents: 48 bits of the SHA-256 of their tokens."""
+        rows = (row.astype("<i4").tobytes() for row in ids.numpy())
+        return cls(ids=ids, sequence_ids=tuple(int.from_bytes(hashlib.sha256(row).digest()[:6], "big") for row in rows))
 
     def __post_init__(self) -> None:
         if len(self.sequence_ids) != self.ids.shape[0]:

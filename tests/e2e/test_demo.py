@@ -43,7 +43,8 @@ def test_curvature_beats_activations_beats_nearest(tmp_path: Path) -> None:
             eval_sequences=24,
         )
         kl[curvature] = result.report.kl_mean
-    assert kl["mean"] < 0.8 * kl["activation"] < 0.8 * kl["identity"]
+    assert kl["mean"] < 0.9 * kl["activation"]
+    assert kl["activation"] < 0.9 * kl["identity"]
 
 
 @pytest.mark.parametrize("scheme", ["int4-g128"])

@@ -1,20 +1,25 @@
 """One conformance suite for every estimator."""
 
+import re
+from itertools import permutations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laws.problems import draw
-from roundel.curvature.sketches import ESTIMATORS, Estimator, Sketch, SketchA, SketchB, parse_curvature
+from laws.problems import covariance, draw
+from roundel.curvature.sketches import ESTIMATORS, Diagonal, Estimator, Sketch, SketchB, Triangular, parse_curvature
 from roundel.errors import SchemeError
 from roundel.linalg.gram import add_gram, gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad, LayerInput
 
 CPU = torch.device("cpu")
 D_OUT, D_IN = 6, 9
-every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+MORE = ["sketch-b:rounds=3", "triangular:rounds=1:shrinkage=0", "diagonal:of=triangular", "diagonal:of=sketch-a"]
+TOKEN_INDEPENDENT = {"identity", "activation", "kfac", "sketch-a", "diagonal:of=sketch-a"}
+every_estimator = pytest.mark.parametrize("name", [*ESTIMATORS, *MORE])
 seeds = st.integers(0, 10_000)
 
 
@@ -54,7 +59,7 @@ def assert_same(one: KroneckerFactors, other: KroneckerFactors) -> None:
 @settings(max_examples=10, deadline=None)
 def test_factors_are_positive_with_mean_diagonal_one(name: str, sequences: int, tokens: int, seed: int) -> None:
     x, g = stream(sequences, tokens, seed=seed)
-    for factors in previous_of_each_pass(ESTIMATORS[name](), x, g)[1:]:
+    for factors in previous_of_each_pass(parse_curvature(name), x, g)[1:]:
         assert factors is not None
         assert factors.scale > 0
         for H, size in ((factors.H_out, D_OUT), (factors.H_in, D_IN)):
@@ -67,7 +72,7 @@ def test_factors_are_positive_with_mean_diagonal_one(name: str, sequences: int, 
 @every_estimator
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_merging_equals_one_pass(name: str, tokens: int) -> None:
-    estimator, (x, g) = ESTIMATORS[name](), stream(6, tokens)
+    estimator, (x, g) = parse_curvature(name), stream(6, tokens)
     for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
         whole, merged, other = (
             filled(estimator, x[rows], g[rows], batch=2, index=index, previous=previous) for rows in (slice(6), slice(4), slice(4, 6))
@@ -82,7 +87,7 @@ def test_merging_equals_one_pass(name: str, tokens: int) -> None:
 
 @every_estimator
 def test_merging_into_an_empty_sketch_equals_one_pass(name: str) -> None:
-    estimator, (x, g) = ESTIMATORS[name](), stream(4, 10)
+    estimator, (x, g) = parse_curvature(name), stream(4, 10)
     for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
         total = estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
         for row in range(4):
@@ -91,26 +96,46 @@ def test_merging_into_an_empty_sketch_equals_one_pass(name: str) -> None:
 
 
 @every_estimator
-def test_sketches_of_other_sizes_or_kinds_do_not_merge(name: str) -> None:
-    sketch = ESTIMATORS[name]().sketch(D_OUT, D_IN, CPU)
-    with pytest.raises(ValueError, match="cannot merge"):
-        sketch.merge(ESTIMATORS[name]().sketch(D_IN, D_OUT, CPU))
-    other = "kfac" if name != "kfac" else "mean"
-    with pytest.raises(ValueError, match="cannot merge"):
-        sketch.merge(ESTIMATORS[other]().sketch(D_OUT, D_IN, CPU))
-
-
-def test_sketches_of_other_passes_do_not_merge() -> None:
-    first = SketchA().sketch(4, 4, CPU, index=0)
-    factors = KroneckerFactors(H_out=torch.eye(4), H_in=torch.eye(4), scale=1.0)
-    with pytest.raises(ValueError, match="cannot merge"):
-        first.merge(SketchA().sketch(4, 4, CPU, index=1, previous=factors))
+def test_sums_and_tokens_are_the_whole_state(name: str) -> None:
+    """What is stored of a sketch: the lower triangles of its sums, and its count of tokens."""
+    estimator, (x, g) = parse_curvature(name), stream(4, 10)
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+        stopped = filled(estimator, x[:2], g[:2], batch=2, index=index, previous=previous)
+        restored = estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
+        restored.tokens = stopped.tokens
+        for key, total in restored.sums.items():
+            total.copy_(stopped.sums[key].tril() if total.ndim else stopped.sums[key])
+        restored.update(layer_grad(x[2:], g[2:]))
+        whole = filled(estimator, x, g, batch=4, index=index, previous=previous)
+        assert_same(restored.factors(), whole.factors())
 
 
 @every_estimator
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_sketches_of_other_sizes_or_kinds_do_not_merge(name: str) -> None:
+    sketch = parse_curvature(name).sketch(D_OUT, D_IN, CPU)
+    with pytest.raises(ValueError, match="cannot merge"):
+        sketch.merge(parse_curvature(name).sketch(D_IN, D_OUT, CPU))
+    other = "kfac" if name != "kfac" else "mean"
+    with pytest.raises(ValueError, match="cannot merge"):
+        sketch.merge(parse_curvature(other).sketch(D_OUT, D_IN, CPU))
+
+
+@every_estimator
+def test_sketches_of_other_passes_do_not_merge(name: str) -> None:
+    estimator, (x, g) = parse_curvature(name), stream(3, 5)
+    sketches = [
+        estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
+        for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1])
+    ]
+    for one, other in permutations(sketches, 2):
+        with pytest.raises(ValueError, match="cannot merge"):
+            one.merge(other)
+
+
+@every_estimator
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 def test_batches_do_not_matter_bit_for_bit(name: str, tokens: int) -> None:
-    estimator, (x, g) = ESTIMATORS[name](), stream(4, tokens)
+    estimator, (x, g) = parse_curvature(name), stream(4, tokens)
     for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
         single, *others = (filled(estimator, x, g, batch=batch, index=index, previous=previous) for batch in (1, 2, 3, 4))
         for other in others:
@@ -123,7 +148,7 @@ def test_batches_do_not_matter_bit_for_bit(name: str, tokens: int) -> None:
 
 @every_estimator
 def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> None:
-    estimator, (x, g) = ESTIMATORS[name](), stream(2, 5)
+    estimator, (x, g) = parse_curvature(name), stream(2, 5)
     shared = LayerInput(x)
     sketches = [estimator.sketch(D_OUT, D_IN, CPU) for _ in range(2)]
     for sketch in sketches:
@@ -137,12 +162,12 @@ def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> Non
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_the_scale_carries_the_trace_per_token(name: str, tokens: int) -> None:
     x, g = stream(3, tokens)
-    factors = previous_of_each_pass(ESTIMATORS[name](), x, g)[-1]
+    factors = previous_of_each_pass(parse_curvature(name), x, g)[-1]
     assert factors is not None
     G = torch.einsum("sto,sti->soi", g.double(), x.double())
     cross_token = G.square().sum() / (3 * tokens)
     token_independent = torch.einsum("sto,sti->stoi", g.double(), x.double()).square().sum() / (3 * tokens)
-    expected = cross_token if name in {"sketch-b", "mean"} else token_independent
+    expected = token_independent if name in TOKEN_INDEPENDENT else cross_token
     trace = factors.scale * torch.trace(factors.H_out) * torch.trace(factors.H_in)
     assert trace.item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -150,10 +175,11 @@ def test_the_scale_carries_the_trace_per_token(name: str, tokens: int) -> None:
 @every_estimator
 def test_no_gradient_at_all_gives_scale_zero(name: str) -> None:
     x, g = stream(2, 3)
-    assert filled(ESTIMATORS[name](), x, torch.zeros_like(g), batch=2).factors().scale == 0
+    assert all(factors is None or factors.scale == 0 for factors in previous_of_each_pass(parse_curvature(name), x, torch.zeros_like(g)))
 
 
-def test_every_estimator_by_its_definition() -> None:
+def test_every_estimator_of_one_pass_by_its_definition() -> None:
+    """Those of several passes: `oracles/test_estimators.py` and `oracles/test_fisher.py`."""
     x, g = stream(5, 7)
     x64, g64 = x.double(), g.double()
     G = torch.einsum("sto,sti->soi", g64, x64)
@@ -171,24 +197,30 @@ def test_every_estimator_by_its_definition() -> None:
         "sketch-b": (unit(GGt), unit(GtG)),
         "mean": ((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2),
     }
-    assert expected.keys() | {"sketch-a"} == ESTIMATORS.keys()
+    expected["diagonal"] = (torch.diag(expected["mean"][0].diagonal()), torch.diag(expected["mean"][1].diagonal()))
+    assert expected.keys() == {name for name in ESTIMATORS if parse_curvature(name).passes == 1}
     for name, (H_out, H_in) in expected.items():
-        factors = filled(ESTIMATORS[name](), x, g, batch=2).factors()
+        factors = filled(parse_curvature(name), x, g, batch=2).factors()
         torch.testing.assert_close(factors.H_out.double(), H_out, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(factors.H_in.double(), H_in, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "d_out", "d_in"), [(2, 40, 24), (1, 300, 20), (100, 8, 12), (30, 300, 10)])
-def test_the_gram_trick_and_the_direct_product_agree(tokens: int, d_out: int, d_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gram_trick_and_the_direct_product_agree(
+    tokens: int, d_out: int, d_in: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     formed = []
     direct = LayerGrad.weight_gradient
     monkeypatch.setattr(LayerGrad, "weight_gradient", lambda self, sequence: formed.append(sequence) or direct(self, sequence))
     x, g = stream(3, tokens, d_out=d_out, d_in=d_in)
-    factors = filled(SketchB(), x, g, batch=3).factors()
+    H_out, H_in = (covariance(d_out, 0), covariance(d_in, 1)) if weighted else (torch.eye(d).double() for d in (d_out, d_in))
+    previous = KroneckerFactors(H_out=H_out.float(), H_in=H_in.float(), scale=1.0) if weighted else None
+    factors = filled(SketchB(rounds=2), x, g, batch=3, index=int(weighted), previous=previous).factors()
     assert bool(formed) == (tokens > 2)
     G = torch.einsum("sto,sti->soi", g.double(), x.double())
     expected = KroneckerFactors.normalised(
-        torch.einsum("soi,spi->op", G, G), torch.einsum("soi,soj->ij", G, G), trace=G.square().sum().item() / (3 * tokens)
+        (G @ H_in @ G.mT).sum(0), (G.mT @ H_out @ G).sum(0), trace=G.square().sum().item() / (3 * tokens)
     )
     torch.testing.assert_close(factors.H_out.double(), expected.H_out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(factors.H_in.double(), expected.H_in, rtol=1e-4, atol=1e-5)
@@ -217,14 +249,55 @@ def test_gram_sums_in_float32_whatever_it_is_given() -> None:
     torch.testing.assert_close(gram(x), x.float().T @ x.float())
 
 
-@pytest.mark.parametrize("name", ["kfac", "sketch-a", "sketch-a:rounds=3", "mean"])
-def test_names_are_parsed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("kfac", 1),
+        ("mean", 1),
+        ("sketch-a", 4),
+        ("sketch-a:rounds=3", 6),
+        ("sketch-b", 1),
+        ("sketch-b:rounds=3", 3),
+        ("power", 8),
+        ("power:rounds=2", 2),
+        ("triangular", 3),
+        ("triangular:shrinkage=0.25:rounds=1", 2),
+        ("diagonal", 1),
+        ("diagonal:of=power", 8),
+    ],
+)
+def test_names_are_parsed(name: str, passes: int) -> None:
     estimator = parse_curvature(name)
-    assert isinstance(estimator, ESTIMATORS[name.split(":", maxsplit=1)[0]])
-    assert estimator.passes == {"sketch-a": 4, "sketch-a:rounds=3": 6}.get(name, 1)
+    assert type(estimator) is ESTIMATORS[name.split(":", maxsplit=1)[0]]
+    assert estimator.passes == passes
 
 
-@pytest.mark.parametrize("name", ["", "KFAC", "fisher", "kfac:rounds=2", "sketch-a:rounds", "sketch-a:rounds=-1", "sketch-a:rounds=0"])
-def test_bad_names_are_refused(name: str) -> None:
-    with pytest.raises(SchemeError):
+def test_settings_have_the_types_of_their_fields() -> None:
+    assert parse_curvature("triangular:rounds=3:shrinkage=1") == Triangular(rounds=3, shrinkage=1.0)
+    assert parse_curvature("diagonal:of=kfac") == Diagonal(of="kfac")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "unknown curvature"),
+        ("KFAC", "unknown curvature"),
+        ("fisher", "unknown curvature 'fisher': expected one of identity,"),
+        ("kfac:rounds=2", "does not take 'rounds=2': expected no settings"),
+        ("sketch-a:rounds", "does not take 'rounds': expected rounds=INTEGER"),
+        ("sketch-a:rounds=-1", "expected 1 or more"),
+        ("sketch-a:rounds=0", "expected 1 or more"),
+        ("sketch-b:rounds=0", "expected 1 or more"),
+        ("power:rounds=2.5", "does not take 'rounds=2.5': expected rounds=INTEGER"),
+        ("triangular:rounds=0", "expected 1 or more"),
+        ("triangular:shrinkage=half", "does not take 'shrinkage=half': expected rounds=INTEGER, shrinkage=NUMBER"),
+        ("triangular:shrinkage=1.5", "shrinkage=1.5, expected 0"),
+        ("triangular:shrinkage=nan", "shrinkage=nan, expected 0"),
+        ("diagonal:of=fisher", "unknown curvature 'fisher'"),
+        ("diagonal:of", "unknown curvature ''"),
+        ("diagonal:kfac", "does not take 'kfac': expected of=NAME"),
+    ],
+)
+def test_bad_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(SchemeError, match=re.escape(message)):
         parse_curvature(name)

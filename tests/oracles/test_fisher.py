@@ -72,7 +72,7 @@ def test_second_moments_approach_the_dense_fisher(name: str) -> None:
 def test_collect_gives_the_partial_traces_of_the_gradients() -> None:
     model, tokens = tiny_llama(), random_tokens(6, 5)
     chosen = {name: linears(model)[name] for name in LAYERS}
-    factors = collect(model, chosen, tokens, parse_curvature("sketch-b"), seed=2, batch_size=1)
+    factors = collect(model, chosen, tokens, parse_curvature("sketch-b"), seed=2, batch_size=1).factors()
     gradients = weight_gradients(model, chosen, tokens, seed=2)
     for name in LAYERS:
         G = gradients[name]
@@ -90,7 +90,7 @@ def test_collecting_in_safe_batches_changes_no_bit(name: str) -> None:
     safe = safe_batch_size(model, chosen, tokens, seed=1, batch_size=3)
     done: list[int] = []
     single, batched = (
-        collect(model, chosen, tokens, parse_curvature(name), seed=1, batch_size=size, advance=done.append) for size in (1, safe)
+        collect(model, chosen, tokens, parse_curvature(name), seed=1, batch_size=size, advance=done.append).factors() for size in (1, safe)
     )
     for layer, factors in single.items():
         assert torch.equal(batched[layer].H_out, factors.H_out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from roundel.curvature.sketches import Estimator, Sketch
 from roundel.curvature.tap import tapped
 from roundel.types import KroneckerFactors, LayerGrad, TokenBatch
 
-__all__ = ["Prediction", "collect", "predicted_kl", "safe_batch_size"]
+__all__ = ["Collection", "Prediction", "collect", "predicted_kl", "safe_batch_size"]
 
 Advance = Callable[[int], None]
 
@@ -35,6 +35,20 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+@dataclass
+class Collection:
+    """A collection under way: the sums of pass `index` over the first `done` sequences, and the factors of the pass before."""
+
+    index: int = 0
+    done: int = 0
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+    previous: dict[str, KroneckerFactors] = field(default_factory=dict)
+
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """Factors from the sums so far."""
+        return {name: sketch.factors() for name, sketch in self.sketches.items()}
+
+
 def collect(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
@@ -44,8 +58,11 @@ def collect(
     seed: int,
     batch_size: int,
     advance: Advance = _ignore,
-) -> dict[str, KroneckerFactors]:
-    """Factors of every linear.
+    start: Collection | None = None,
+    each_batch: Callable[[Collection], None] = lambda _state: None,
+    each_pass: Callable[[Collection], None] = lambda _state: None,
+) -> Collection:
+    """Sums of every linear over all sequences, in as many passes as the estimator needs.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -55,24 +72,31 @@ def collect(
         seed: Seeds the labels, together with each sequence's id; the same in every pass.
         batch_size: Sequences per forward pass (see `safe_batch_size`).
         advance: Called with the number of sequences done after each batch.
+        start: Where an interrupted collection stopped; it is continued in place.
+        each_batch: Called with the state after each batch, to save it.
+        each_pass: Called with the state when a pass has seen all of `tokens`, before its factors are used: to add other processes' sums.
     """
     device = _device(model)
-    factors: dict[str, KroneckerFactors] = {}
-    for index in range(estimator.passes):
-        sketches = {
-            name: estimator.sketch(linear.out_features, linear.in_features, device, index=index, previous=factors.get(name))
-            for name, linear in linears.items()
-        }
-
-        def consume(name: str, grad: LayerGrad, sketches: dict[str, Sketch] = sketches) -> None:
-            sketches[name].update(grad)
-
-        with tapped(model, linears, consume):
-            for batch in tokens.split(batch_size):
+    state = start or Collection()
+    if start is not None:
+        advance(start.index * len(tokens) + start.done)
+    while True:
+        for name, linear in linears.items():
+            if name not in state.sketches:
+                state.sketches[name] = estimator.sketch(
+                    linear.out_features, linear.in_features, device, index=state.index, previous=state.previous.get(name)
+                )
+        with tapped(model, linears, lambda name, grad: state.sketches[name].update(grad)):
+            for batch in tokens[state.done :].split(batch_size):
                 backward(model, batch, seed, device=device)
+                state.done += len(batch)
+                each_batch(state)
                 advance(len(batch))
-        factors = {name: sketch.factors() for name, sketch in sketches.items()}
-    return factors
+        each_pass(state)
+        if state.index + 1 == estimator.passes:
+            return state
+        state.previous, state.sketches = state.factors(), {}
+        state.index, state.done = state.index + 1, 0
 
 
 def safe_batch_size(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenBatch, *, seed: int, batch_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 __all__ = ["model_card", "number", "with_error"]
@@ -16,7 +17,7 @@ def number(value: float | None) -> str:
 
 def with_error(value: float, error: float | None) -> str:
     """A value and its standard error, which has two significant digits."""
-    return number(value) if error is None or error != error else f"{number(value)} ± {error:.2g}"
+    return number(value) if error is None or math.isnan(error) else f"{number(value)} ± {error:.2g}"
 
 
 def model_card(report: dict[str, Any]) -> str:

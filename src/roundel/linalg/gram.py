@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["add_gram", "gram", "symmetrise"]
+__all__ = ["add_gram", "add_symmetric_product", "gram", "symmetrise"]
 
 BLOCK = 256
 
@@ -21,10 +21,15 @@ BLOCK = 256
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"]) -> None:
     """Adds `x^T x` to `total` in place, in float32; of the blocks above the diagonal nothing is promised."""
     x = x.float()
+    add_symmetric_product(total, x, x)
+
+
+def add_symmetric_product(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> None:
+    """Adds `x^T y`, known to be symmetric (as for `y = M x` with a symmetric `M`), as `add_gram` adds `x^T x`; both are float32."""
     d = x.shape[1]
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
-        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, y[:, :stop])
 
 
 def gram(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:

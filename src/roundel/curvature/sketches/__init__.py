@@ -5,17 +5,35 @@ of a gradient stream. A new estimator is one file and one entry in `ESTIMATORS`.
 """
 
 import dataclasses
+from typing import Any, get_type_hints
 
 from roundel.curvature.sketches.activation import Activation
 from roundel.curvature.sketches.base import Estimator, Sketch
+from roundel.curvature.sketches.diagonal import Diagonal
 from roundel.curvature.sketches.identity import Identity
 from roundel.curvature.sketches.kfac import Kfac
 from roundel.curvature.sketches.mean import Mean
+from roundel.curvature.sketches.power import Power
 from roundel.curvature.sketches.sketch_a import SketchA
 from roundel.curvature.sketches.sketch_b import SketchB
+from roundel.curvature.sketches.triangular import Triangular
 from roundel.errors import SchemeError
 
-__all__ = ["ESTIMATORS", "Activation", "Estimator", "Identity", "Kfac", "Mean", "Sketch", "SketchA", "SketchB", "parse_curvature"]
+__all__ = [
+    "ESTIMATORS",
+    "Activation",
+    "Diagonal",
+    "Estimator",
+    "Identity",
+    "Kfac",
+    "Mean",
+    "Power",
+    "Sketch",
+    "SketchA",
+    "SketchB",
+    "Triangular",
+    "parse_curvature",
+]
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "identity": Identity,
@@ -24,25 +42,33 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "sketch-a": SketchA,
     "sketch-b": SketchB,
     "mean": Mean,
+    "power": Power,
+    "triangular": Triangular,
+    "diagonal": Diagonal,
 }
+
+_PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "NAME"}
+"""The types that a setting can have, and how a message calls their values."""
 
 
 def parse_curvature(spec: str) -> Estimator:
-    """The estimator of a name with settings, such as `kfac` or `sketch-a:rounds=3`.
+    """The estimator of a name with settings, such as `kfac`, `sketch-a:rounds=3` or `triangular:rounds=1:shrinkage=0.3`.
 
     Raises:
-        SchemeError: unknown name or setting.
+        SchemeError: unknown name or setting, or a value that the setting cannot have.
     """
     name, _, settings = spec.partition(":")
     if name not in ESTIMATORS:
         raise SchemeError(f"unknown curvature {name!r}: expected one of {', '.join(ESTIMATORS)}")
     kind = ESTIMATORS[name]
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, int] = {}
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
     for setting in filter(None, settings.split(":")):
         key, _, value = setting.partition("=")
-        if key not in known or not value.isdecimal():
-            expected = ", ".join(f"{k}=INTEGER" for k in sorted(known)) or "no settings"
-            raise SchemeError(f"curvature {name!r} does not take {setting!r}: expected {expected}")
-        values[key] = int(value)
+        try:
+            values[key] = known[key](value)
+        except (KeyError, ValueError):
+            expected = ", ".join(f"{k}={_PLACEHOLDERS[known[k]]}" for k in sorted(known)) or "no settings"
+            raise SchemeError(f"curvature {name!r} does not take {setting!r}: expected {expected}") from None
     return kind(**values)

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from roundel.types import KroneckerFactors, LayerGrad
 
-__all__ = ["Estimator", "Sketch"]
+__all__ = ["Estimator", "Sketch", "aligned"]
+
+
+def aligned(batch: Tensor, sequence: int) -> Tensor:
+    """One sequence in float32, in memory of its own: on some machines `x x^T` rounds differently at an address that is not aligned."""
+    return batch[sequence].to(torch.float32, copy=True)
 
 
 class Sketch(ABC):
@@ -20,8 +25,8 @@ class Sketch(ABC):
     scale.
     """
 
-    def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
-        self.d_out, self.d_in, self.device = d_out, d_in, device
+    def __init__(self, d_out: int, d_in: int, device: torch.device, index: int = 0) -> None:
+        self.d_out, self.d_in, self.device, self.index = d_out, d_in, device, index
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
 
@@ -49,10 +54,12 @@ class Sketch(ABC):
         """Adds the sums of a sketch of other sequences.
 
         Raises:
-            ValueError: the other sketch holds other sums.
+            ValueError: the other sketch holds other sums, or those of another pass.
         """
         if type(self) is not type(other) or (self.d_out, self.d_in) != (other.d_out, other.d_in):
             raise ValueError(f"cannot merge {type(other).__name__} into {type(self).__name__} of {self.d_out} x {self.d_in}")
+        if self.index != other.index:
+            raise ValueError(f"cannot merge a sketch of pass {other.index} into one of pass {self.index}")
         for name, total in self.sums.items():
             total.add_(other.sums[name])
         self.tokens += other.tokens

@@ -27,7 +27,7 @@ class _HalfRound(Sketch):
     """Updates one factor with the tokens weighted by the other; the first pass has no other and weights them equally."""
 
     def __init__(self, d_out: int, d_in: int, device: torch.device, index: int, previous: KroneckerFactors | None) -> None:
-        super().__init__(d_out, d_in, device)
+        super().__init__(d_out, d_in, device, index)
         self.updates_out = index % 2 == 1
         self.previous = previous
         self.start(weighted=d_out if self.updates_out else d_in)
@@ -41,11 +41,6 @@ class _HalfRound(Sketch):
             weight = ((source @ H) * source).sum(-1).clamp(min=0)
             add_gram(self.sums["weighted"], target * weight.sqrt()[:, None])
         self.add_token_trace(grad, sequence)
-
-    def merge(self, other: Sketch) -> None:
-        if isinstance(other, _HalfRound) and (self.updates_out, self.previous is None) != (other.updates_out, other.previous is None):
-            raise ValueError("cannot merge sketches of different passes")
-        super().merge(other)
 
     def factors(self) -> KroneckerFactors:
         updated = symmetrise(self.sums["weighted"])

@@ -1,12 +1,15 @@
 """Sketch B of YAQA (arXiv 2505.22988, section 3.2.2): `H_in = E[G^T G]`, `H_out = E[G G^T]` of per-sequence weight gradients `G`.
 
 One step of power iteration on the Fisher from the identity, cross-token terms included: the two partial traces of the
-Fisher. Always positive semi-definite.
+Fisher. Always positive semi-definite. Each further round is one more pass over the same data and labels, with both factors
+of the pass before; no gradient is stored:
 
-Cost per sequence of `T` tokens: `2 T d_in d_out` flops for `G`, then `d_in d_out (d_in + d_out)` for its two Grams by
+    H_in  <- E[G^T H_out G],    H_out <- E[G H_in G^T]
+
+Cost of the first pass per sequence of `T` tokens: `2 T d_in d_out` flops for `G`, then `d_in d_out (d_in + d_out)` for its two Grams by
 halves. For short sequences and wide layers the Gram trick `G G^T = g^T (x x^T) g`, `G^T G = x^T (g g^T) x` never
 forms `G`: `4 T^2 (d_in + d_out) + 2 T (d_in^2 + d_out^2)` flops. Whichever is cheaper is taken. Memory as for KFAC,
-plus one `G` or two `(T, T)` matrices.
+plus one `G` or two `(T, T)` matrices. Later passes: `weighted`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roundel.curvature.sketches.base import Estimator, Sketch
+from roundel.curvature.sketches.base import Estimator, Sketch, aligned
+from roundel.curvature.sketches.weighted import Weighted
+from roundel.errors import SchemeError
 from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
@@ -37,7 +42,7 @@ class _Sums(Sketch):
             add_gram(self.sums["GtG"], G)
             add_gram(self.sums["GGt"], G.T)
         else:
-            x, g = grad.input.x[sequence].float(), grad.g[sequence].float()
+            x, g = aligned(grad.input.x, sequence), aligned(grad.g, sequence)
             self.sums["GtG"].addmm_(x.T, (g @ g.T) @ x)
             self.sums["GGt"].addmm_(g.T, (x @ x.T) @ g)
 
@@ -50,7 +55,19 @@ class _Sums(Sketch):
 
 @dataclass(frozen=True, kw_only=True)
 class SketchB(Estimator):
-    """`H_out = E[G G^T]`, `H_in = E[G^T G]`."""
+    """`H_out = E[G G^T]`, `H_in = E[G^T G]`, then `rounds - 1` more passes of power iteration from there."""
+
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise SchemeError(f"rounds={self.rounds}, expected 1 or more")
+
+    @property
+    def passes(self) -> int:
+        return self.rounds
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
-        return _Sums(d_out, d_in, device)
+        if previous is None:
+            return _Sums(d_out, d_in, device)
+        return Weighted(d_out, d_in, device, index, previous)

@@ -1,0 +1,178 @@
+"""Factors directories: reused, resumed after a kill, merged, split over processes, refused when they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import roundel
+from e2e.conftest import SETTINGS
+from roundel import factors as factor_files
+from roundel.errors import FactorsError
+from roundel.pipeline import collect_factors
+
+
+@pytest.fixture
+def collect(model: Callable[..., Path], text: Path, tmp_path: Path) -> Callable[..., Path]:
+    def run(name: str, **settings: Any) -> Path:
+        source = settings.pop("source", None) or model()
+        collect_factors(source, output=tmp_path / name, **{"calibration": str(text), **SETTINGS, **settings})
+        return tmp_path / name
+
+    return run
+
+
+def sums(directory: Path) -> dict[str, torch.Tensor]:
+    (path,) = directory.glob("sums-*.safetensors")
+    return load_file(path)
+
+
+def assert_same(first: Path, second: Path, *, exactly: bool = True) -> None:
+    ours, theirs = sums(first), sums(second)
+    assert ours.keys() == theirs.keys()
+    for key, total in ours.items():
+        if exactly:
+            assert torch.equal(total, theirs[key]), key
+        else:
+            torch.testing.assert_close(total, theirs[key], rtol=1e-5, atol=1e-6 * float(total.abs().max()))
+
+
+def test_quantizing_from_factors_gives_the_same_checkpoint(collect, model, quantize, tmp_path) -> None:
+    direct = quantize(model(), tmp_path / "direct", scheme="int3-g32", seed=3)
+    reused = roundel.quantize(
+        model(),
+        output=tmp_path / "reused",
+        factors=collect("factors", seed=3),
+        scheme="int3-g32",
+        eval_sequences=SETTINGS["eval_sequences"],
+    )
+    assert (direct.path / "model.safetensors").read_bytes() == (reused.path / "model.safetensors").read_bytes()
+    assert direct.details["calibration"]["sha256"] == reused.details["calibration"]["sha256"]
+    assert direct.report == reused.report
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("curvature", ["mean", "sketch-a:rounds=1"])
+def test_interrupted_and_resumed_equals_uninterrupted(curvature: str, collect, tmp_path, monkeypatch) -> None:
+    whole = collect("whole", curvature=curvature)
+    save = factor_files.save
+    for stop in (1, 2, 1):
+        saves: list[int] = []
+
+        def killed(*args: Any, stop: int = stop, saves: list[int] = saves) -> Any:
+            saves.append(1)
+            if len(saves) > stop:
+                raise KilledError
+            return save(*args)
+
+        monkeypatch.setattr(factor_files, "save", killed)
+        with pytest.raises(KilledError):
+            collect("parts", curvature=curvature, resume=True, save_every=0.0, batch_size=1)
+        assert not factor_files.load(tmp_path / "parts")[0].complete
+    monkeypatch.setattr(factor_files, "save", save)
+    assert_same(whole, collect("parts", curvature=curvature, resume=True))
+    assert (whole / "header.json").read_bytes() == (tmp_path / "parts" / "header.json").read_bytes()
+    before = sums(tmp_path / "parts")
+    collect("parts", curvature=curvature, resume=True)  # nothing is left to do
+    assert before.keys() == sums(tmp_path / "parts").keys()
+
+
+def test_a_real_kill_at_random_points(collect, model, text, tmp_path) -> None:
+    target, settings = tmp_path / "killed", {"sequences": 24, "seq_len": 64}
+    line = [sys.executable, "-m", "roundel", "collect", model(), "-o", target, "--calibration", text, "--sequences", 24]
+    line += ["--seq-len", 64, "--eval-sequences", 4, "--save-every", 0, "--batch-size", 1, "--resume", "--quiet"]
+    generator = random.Random(7)
+    for wanted in (1, 8, 16):
+        process = subprocess.Popen([str(part) for part in line])
+        while process.poll() is None and _done(target) < wanted:
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.02)
+        process.kill()
+        process.wait()
+    assert _done(target) >= 1
+    collect("killed", resume=True, **settings)
+    assert_same(collect("whole", **settings), target)
+
+
+def _done(directory: Path) -> int:
+    try:
+        return json.loads((directory / "header.json").read_text())["done"]
+    except FileNotFoundError:
+        return 0
+
+
+def test_halves_merged_equal_the_whole(collect, tmp_path) -> None:
+    whole = collect("whole")
+    halves = [collect(f"half-{k}", part=(k, 2)) for k in (1, 2)]
+    factor_files.merge(halves, tmp_path / "merged")
+    assert_same(whole, tmp_path / "merged", exactly=False)
+    merged = factor_files.load(tmp_path / "merged")[0]
+    assert set(merged.sequence_ids) == set(factor_files.load(whole)[0].sequence_ids)
+
+
+def test_windows_of_layers_join_to_the_whole(collect, tmp_path) -> None:
+    whole = collect("whole")
+    factor_files.merge([collect("low", layers=(0, 1)), collect("high", layers=(1, 2))], tmp_path / "joined")
+    assert_same(whole, tmp_path / "joined")
+
+
+def test_two_processes_equal_one(collect, model, text, tmp_path) -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "roundel", "collect", model()]
+    line += ["-o", tmp_path / "two", "--calibration", text, "--sequences", 8, "--seq-len", 32, "--eval-sequences", 4, "--quiet"]
+    subprocess.run([str(part) for part in line], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert_same(collect("one"), tmp_path / "two", exactly=False)
+
+
+def test_what_does_not_fit_is_refused(collect, model, tmp_path) -> None:
+    good = collect("good")
+    with pytest.raises(FactorsError, match="another model"):
+        roundel.quantize(model("qwen2"), output=tmp_path / "out", factors=good, scheme="int4-g32")
+    with pytest.raises(FactorsError, match="share sequences"):
+        factor_files.merge([good, collect("part", part=(1, 2))], tmp_path / "merged")
+    with pytest.raises(FactorsError, match="same sequences"):
+        factor_files.merge([good, good], tmp_path / "merged")
+    with pytest.raises(FactorsError, match="differ in seed"):
+        factor_files.merge([good, collect("other", seed=1)], tmp_path / "merged")
+    with pytest.raises(FactorsError, match="differ in curvature"):
+        collect("good", curvature="kfac", resume=True)
+    (path,) = good.glob("sums-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FactorsError, match="damaged"):
+        roundel.quantize(model(), output=tmp_path / "out", factors=good, scheme="int4-g32")
+    header = good / "header.json"
+    header.write_text(header.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(FactorsError, match="version"):
+        factor_files.load(good)
+    with pytest.raises(FactorsError, match="no factors directory"):
+        factor_files.load(tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_commands(command, model, text, tmp_path) -> None:
+    options = ["--calibration", text, "--sequences", 8, "--seq-len", 32, "--eval-sequences", 4]
+    for part in ("1/2", "2/2"):
+        assert command("collect", model(), "-o", tmp_path / part[0], *options, "--part", part).code == 0
+    assert command("merge", tmp_path / "1", tmp_path / "2", "-o", tmp_path / "both").code == 0
+    outcome = command(
+        "quantize", model(), "-o", tmp_path / "out", "--factors", tmp_path / "both", "--scheme", "int4-g32", "--eval-sequences", 4
+    )
+    assert outcome.code == 0
+    assert (tmp_path / "out" / "roundel.json").exists()
+    for wrong in (["--part", "3/2"], ["--layers", "2:2"], ["--layers", "x"]):
+        assert command("collect", model(), "-o", tmp_path / "wrong", *options, *wrong).code == 2
+    assert command("collect", model(), "-o", tmp_path / "wrong", *options, "--layers", "7:9").code == 2
