@@ -497,8 +497,13 @@ def _write_checkpoint(staging: Path, source: _Source, grid: Grid, rounded: dict[
     """The source checkpoint with the rounded weights in place of the originals; returns the bytes of all tensors."""
     checkpoint = source.checkpoint
     replaced = {checkpoint.weight_of(name): name for name in rounded}
+    fused = checkpoint.fused_in(source.model)
+    pieces = {piece for stored in fused.values() for piece in stored}
 
     def produce(tensor: str) -> dict[str, Tensor]:
+        if tensor in fused:
+            kind = checkpoint.read(fused[tensor][0]).dtype
+            return {tensor: source.model.get_parameter(tensor).detach().cpu().to(kind).contiguous()}
         module = replaced.get(tensor)
         if module is None:
             return {tensor: checkpoint.read(tensor)}
@@ -506,13 +511,16 @@ def _write_checkpoint(staging: Path, source: _Source, grid: Grid, rounded: dict[
         return {prefix + part: value for part, value in compressed_tensors.pack(rounded[module], grid).items()}
 
     def size(tensor: str) -> int:
+        if tensor in fused:
+            return source.model.get_parameter(tensor).numel() * checkpoint.read(fused[tensor][0]).element_size()
         weight = rounded.get(replaced.get(tensor, ""))
         if weight is None:
             return checkpoint.sizes[tensor]
         return compressed_tensors.packed_bytes(weight.codes.shape, grid, weight.scales.dtype)
 
     copy_files(source.path, staging, leave_out={"config.json", "model.safetensors.index.json", "roundel.json"})
-    total = write_shards(staging, {tensor: size(tensor) for tensor in checkpoint}, produce, advance=advance)
+    units = [*(tensor for tensor in checkpoint if tensor not in pieces), *fused]
+    total = write_shards(staging, {tensor: size(tensor) for tensor in units}, produce, advance=advance)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     ignore = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in rounded]
     config["quantization_config"] = compressed_tensors.config(grid, ignore)

@@ -7,13 +7,14 @@ bit what it was.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from roundel.errors import ModelError
 
@@ -56,6 +57,21 @@ class Checkpoint:
         """One tensor."""
         with safe_open(self.files[name], framework="pt") as handle:
             return handle.get_tensor(name)  # type: ignore[no-any-return]
+
+    def fused_in(self, model: nn.Module) -> dict[str, list[str]]:
+        """The model's parameters of three dimensions that are stored in pieces (one for each expert), with the pieces' names.
+
+        A quantized checkpoint stores such a parameter whole, as the model has it: the conversion that Transformers 5 makes of the pieces
+        takes them for packed weights as soon as the checkpoint is a compressed-tensors one.
+        """
+        fused = {}
+        unknown = [stored for stored in self.files.keys() - model.state_dict().keys() if ".experts." in stored]
+        for name, parameter in model.named_parameters():
+            layer = re.match(r"\D*\d+\.", name)  # "model.layers.0.": below it, pieces may have other names than the parameter
+            pieces = sorted(stored for stored in unknown if layer and stored.startswith(layer[0]))
+            if parameter.ndim == 3 and name not in self.files and pieces:
+                fused[name] = pieces
+        return fused
 
     def weight_of(self, module: str) -> str | None:
         """The stored name of a module's weight: its own, or without the leading name that a checkpoint of a base model leaves out."""
