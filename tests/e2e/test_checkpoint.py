@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from roundel.formats.compressed_tensors import pack, unpack
 from roundel.grids import parse_scheme
+from roundel.models import load_model
 from roundel.pipeline import write_shards
 from roundel.rounding.round import dequantized
 from roundel.store import SHARD_BYTES
@@ -168,3 +169,12 @@ def test_a_source_in_several_shards(model, quantize, tmp_path: Path) -> None:
     assert sorted(one) == sorted(several)
     assert all(torch.equal(one[name], several[name]) for name in one)
     assert not (outputs[1] / "model.safetensors.index.json").exists()
+
+
+def test_what_is_evaluated_is_what_users_load(quantized) -> None:
+    """`load_model`, which the reported KL comes from, has our own dequantized weights to the bit."""
+    loaded = load_model(quantized.path, device=torch.device("cpu"), dtype=torch.float32)
+    grid, tensors = parse_scheme("int4-g32"), read(quantized.path)
+    for name in quantized.details["layers"]:
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.weight_")}
+        assert torch.equal(loaded.get_submodule(name).weight, dequantized(grid, unpack(own, grid)))

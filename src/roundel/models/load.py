@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +87,7 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
-            # It means our own `dequantize=True`.
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
+        with redirect_stderr(StringIO()):  # compressed-tensors has bars of its own and no switch for them
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -120,12 +118,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in a directory, in evaluation mode, dequantized if it was quantized by compressed-tensors.
+    """The causal language model in a directory, in evaluation mode, loaded just as its users will load it.
+
+    (`CompressedTensorsConfig(dequantize=True)` is no help: it multiplies codes and scales in the scales' 16 bits,
+    also where the model is float32.)
 
     Raises:
         ModelError: unknown architecture, not a causal language model, weights missing, unreadable or not finite.
     """
-    config = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
     options: dict[str, Any] = {
@@ -135,10 +136,6 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # found and named below
     }
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors":
-        from transformers import CompressedTensorsConfig
-
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model, info = _guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
     missing = sorted(info["missing_keys"])
     if missing:
@@ -146,7 +143,11 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
     for name, stored, expected in sorted(info["mismatched_keys"]):
         raise ModelError(f"weight {name} in {path} has shape {tuple(stored)}; by config.json it is {tuple(expected)}")
     _check_finite(model)
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    model = model.to(device).eval()
+    if hasattr(model, "hf_quantizer"):
+        with torch.no_grad(), _quiet():  # the first forward pass unpacks the weights
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+    return model  # type: ignore[no-any-return]
 
 
 def _check_finite(model: nn.Module) -> None:
