@@ -159,7 +159,7 @@ def quantize(
     if overlap > OVERLAP_WARNING:
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
-        wanted = batch_size or max(1, BATCH_TOKENS // length)
+        wanted = batch_size or _default_batch(length)
         batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted)
         if stored is not None:
             measured = factor_files.restore(*stored, torch.device("cpu")).factors()
@@ -265,6 +265,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _default_batch(length: int) -> int:
+    """Sequences per pass that make about `BATCH_TOKENS` tokens."""
+    return max(1, BATCH_TOKENS // length)
+
+
 def _positions(model: nn.Module) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)  # type: ignore[union-attr,operator]
 
@@ -349,11 +354,11 @@ def collect_factors(
     if going_on:
         found, tensors = factor_files.load(target)
         found.check_same(header, "index", "done", "sums")
-        start = factor_files.restore(found, tensors, _device_of(source.model))
         if found.complete:
             return found
+        start = factor_files.restore(found, tensors, _device_of(source.model))
     share = tokens[rank::world]
-    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=batch_size or max(1, BATCH_TOKENS // length))
+    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=batch_size or _default_batch(length))
     estimator = parse_curvature(recipe.curvature)
     saved = time.monotonic()
 
@@ -574,7 +579,7 @@ def evaluate(
     if overlap is not None and overlap > OVERLAP_WARNING:
         progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
     with progress.stage("evaluation", len(tokens)) as advance:
-        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or max(1, BATCH_TOKENS // length), advance=advance)
+        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or _default_batch(length), advance=advance)
     details = {
         **divergence.as_json(),
         "model": str(model),

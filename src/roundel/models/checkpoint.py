@@ -67,9 +67,11 @@ class Checkpoint:
         fused = {}
         unknown = [stored for stored in self.files.keys() - model.state_dict().keys() if ".experts." in stored]
         for name, parameter in model.named_parameters():
+            if parameter.ndim != 3 or name in self.files:
+                continue
             layer = re.match(r"\D*\d+\.", name)  # "model.layers.0.": below it, pieces may have other names than the parameter
             pieces = sorted(stored for stored in unknown if layer and stored.startswith(layer[0]))
-            if parameter.ndim == 3 and name not in self.files and pieces:
+            if pieces:
                 fused[name] = pieces
         return fused
 

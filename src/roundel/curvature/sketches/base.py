@@ -20,9 +20,8 @@ def aligned(batch: Tensor, sequence: int) -> Tensor:
 class Sketch(ABC):
     """Running sums over the sequences that one linear has seen in one pass.
 
-    Sums are float32 and added sequence by sequence in order, so that they do not depend on the batch size. Two
-    sketches of different sequences merge by addition. `traced` is the sum of the squared norm that sets the absolute
-    scale.
+    Matrices are summed in float32, sequence by sequence in order, so that they do not depend on the batch size. Two
+    sketches of different sequences merge by addition.
     """
 
     def __init__(self, d_out: int, d_in: int, device: torch.device, index: int = 0) -> None:
