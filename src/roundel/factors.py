@@ -134,6 +134,7 @@ def save(directory: Path, header: Header, collection: Collection) -> Header:
         tensors[f"{name}::previous.H_out"] = _pack(factors.H_out)
         tensors[f"{name}::previous.H_in"] = _pack(factors.H_in)
         tensors[f"{name}::previous.scale"] = torch.tensor(factors.scale, dtype=torch.float64)
+        tensors.update({f"{name}::carry.{key}": value.cpu().contiguous() for key, value in factors.carry.items()})
     temporary = directory / f".{header.sums}.tmp"
     with storage(directory / header.sums):
         directory.mkdir(parents=True, exist_ok=True)
@@ -185,6 +186,11 @@ def restore(header: Header, tensors: Mapping[str, Tensor], device: torch.device)
                     H_out=_mirrored(_unpack(tensors[f"{name}::previous.H_out"], zeros_out)).to(device),
                     H_in=_mirrored(_unpack(tensors[f"{name}::previous.H_in"], zeros_in)).to(device),
                     scale=tensors[f"{name}::previous.scale"].item(),
+                    carry={
+                        key.removeprefix(f"{name}::carry."): value.to(device)
+                        for key, value in tensors.items()
+                        if key.startswith(f"{name}::carry.")
+                    },
                 )
             sketch = estimator.sketch(d_out, d_in, device, index=header.index, previous=collection.previous.get(name))
             sketch.tokens = int(tensors[f"{name}::tokens"])

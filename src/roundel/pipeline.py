@@ -47,9 +47,9 @@ from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe
 from roundel.rounding import make_problem, round_weight
-from roundel.rounding.round import dequantized
+from roundel.rounding.round import dequantized, stacked
 from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
-from roundel.types import KroneckerFactors, RoundedWeight, TokenBatch
+from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
 
 __all__ = ["Evaluation", "Quantized", "collect_factors", "evaluate", "quantize"]
 
@@ -350,6 +350,7 @@ def collect_factors(
         sequence_ids=tokens.sequence_ids,
         layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
     )
+    estimator = parse_curvature(recipe.curvature)
     start = None
     if going_on:
         found, tensors = factor_files.load(target)
@@ -357,9 +358,8 @@ def collect_factors(
         if found.complete:
             return found
         start = factor_files.restore(found, tensors, _device_of(source.model))
-    share = tokens[rank::world]
+    share = _share(tokens, estimator.together, rank, world)
     batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=batch_size or _default_batch(length))
-    estimator = parse_curvature(recipe.curvature)
     saved = time.monotonic()
 
     def each_batch(state: Collection) -> None:
@@ -383,6 +383,14 @@ def collect_factors(
         )
     state.done = len(tokens)
     return factor_files.save(target, header, state) if rank == 0 else header
+
+
+def _share(tokens: TokenBatch, together: int, rank: int, world: int) -> TokenBatch:
+    """The sequences of one of `world` processes: every `world`-th run of `together`."""
+    rows = [
+        row for start in range(rank * together, len(tokens), world * together) for row in range(start, min(start + together, len(tokens)))
+    ]
+    return TokenBatch(ids=tokens.ids[rows], sequence_ids=tuple(tokens.sequence_ids[row] for row in rows))
 
 
 def _layer_of(name: str) -> int:
@@ -442,7 +450,7 @@ def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
 
 
 def _round_all(
-    recipe: Recipe, grid: Grid, source: _Source, factors: dict[str, KroneckerFactors], notes: _Notes
+    recipe: Recipe, grid: Grid, source: _Source, factors: dict[str, Factors], notes: _Notes
 ) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
     """Rounds every linear and empties `factors`; a linear that no gradient reached is moved to `source.skipped`."""
     rounded: dict[str, RoundedWeight] = {}
@@ -466,20 +474,25 @@ def _round_all(
     return rounded, rows
 
 
-def _round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: KroneckerFactors) -> tuple[RoundedWeight, dict[str, Any]]:
+def _round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:
     """One linear's codes and its row of the report."""
     began = time.monotonic()
-    factors = KroneckerFactors(H_out=measured.H_out.cpu(), H_in=measured.H_in.cpu(), scale=measured.scale)
-    problem = make_problem(stored.float(), factors, damping=recipe.damping)
-    result = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
-    E = problem.W - dequantized(grid, result)
-    quadratic = torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
+    parts, proxy_loss, damping = [], 0.0, 0.0
+    for rows, group in measured.row_groups():
+        factors = KroneckerFactors(H_out=group.H_out.cpu(), H_in=group.H_in.cpu(), scale=group.scale)
+        problem = make_problem(stored[rows].float(), factors, damping=recipe.damping)
+        part = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
+        E = problem.W - dequantized(grid, part)
+        proxy_loss += 0.5 * factors.scale * torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
+        damping = max(damping, problem.damping)
+        parts.append(part)
+    result = stacked(parts)
     row = {
         "shape": list(stored.shape),
         "bits": grid.bits,
         "bits_per_weight": 8 * compressed_tensors.packed_bytes(stored.shape, grid, result.scales.dtype) / stored.numel(),
-        "damping": problem.damping,
-        "proxy_loss": 0.5 * factors.scale * quadratic,
+        "damping": damping,
+        "proxy_loss": proxy_loss,
         "sweeps": len(result.trace) - 1,
         "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
         "seconds": round(time.monotonic() - began, 3),

@@ -9,6 +9,7 @@ Orientation everywhere: weights, codes and errors are `(d_out, d_in)` as in `tor
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from roundel.linalg.gram import gram
 
-__all__ = ["KroneckerFactors", "LayerGrad", "LayerInput", "RoundedWeight", "RoundingProblem", "TokenBatch"]
+__all__ = ["Factors", "GroupedFactors", "KroneckerFactors", "LayerGrad", "LayerInput", "RoundedWeight", "RoundingProblem", "TokenBatch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,12 @@ class KroneckerFactors:
     H_out: Float[Tensor, "d_out d_out"]
     H_in: Float[Tensor, "d_in d_in"]
     scale: float
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the estimator's next pass needs, if it has one."""
+
+    def row_groups(self) -> list[tuple[slice, KroneckerFactors]]:
+        """Rows of the weight and their own factors: one group of all rows."""
+        return [(slice(0, self.H_out.shape[0]), self)]
 
     @classmethod
     def normalised(cls, H_out: Tensor, H_in: Tensor, *, trace: float) -> KroneckerFactors:
@@ -122,6 +129,32 @@ class KroneckerFactors:
         if not usable:
             return cls(H_out=H_out, H_in=H_in, scale=0.0)
         return cls(H_out=H_out / mean_out, H_in=H_in / mean_in, scale=trace / (d_out * d_in))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedFactors:
+    """Groups of consecutive rows with factors of their own and no coupling: `F ~ blockdiag_k(scale_k * kron(H_out_k, H_in_k))`."""
+
+    groups: tuple[KroneckerFactors, ...]
+
+    @property
+    def scale(self) -> float:
+        """0 where a group has no usable curvature; else the mean over groups."""
+        scales = [group.scale for group in self.groups]
+        return sum(scales) / len(scales) if min(scales) > 0 else 0.0
+
+    def row_groups(self) -> list[tuple[slice, KroneckerFactors]]:
+        """Rows of the weight and their own factors."""
+        found, start = [], 0
+        for group in self.groups:
+            stop = start + group.H_out.shape[0]
+            found.append((slice(start, stop), group))
+            start = stop
+        return found
+
+
+Factors = KroneckerFactors | GroupedFactors
+"""What an estimator makes of its sums: groups of rows are rounded by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

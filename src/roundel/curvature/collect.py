@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from roundel.curvature.fisher import backward
 from roundel.curvature.sketches import Estimator, Sketch
 from roundel.curvature.tap import tapped
-from roundel.types import KroneckerFactors, LayerGrad, TokenBatch
+from roundel.types import Factors, KroneckerFactors, LayerGrad, TokenBatch
 
 __all__ = ["Collection", "Prediction", "collect", "predicted_kl", "safe_batch_size"]
 
@@ -44,7 +44,7 @@ class Collection:
     sketches: dict[str, Sketch] = field(default_factory=dict)
     previous: dict[str, KroneckerFactors] = field(default_factory=dict)
 
-    def factors(self) -> dict[str, KroneckerFactors]:
+    def factors(self) -> dict[str, Factors]:
         """Factors from the sums so far."""
         return {name: sketch.factors() for name, sketch in self.sketches.items()}
 
@@ -92,10 +92,13 @@ def collect(
                 state.done += len(batch)
                 each_batch(state)
                 advance(len(batch))
+        for sketch in state.sketches.values():
+            sketch.finish()
         each_pass(state)
         if state.index + 1 == estimator.passes:
             return state
-        state.previous, state.sketches = state.factors(), {}
+        state.previous = {name: kept for name, kept in state.factors().items() if isinstance(kept, KroneckerFactors)}
+        state.sketches = {}
         state.index, state.done = state.index + 1, 0
 
 

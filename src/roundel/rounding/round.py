@@ -10,7 +10,7 @@ from roundel.rounding.feedback import feedback
 from roundel.rounding.scale import refit_scales
 from roundel.types import RoundedWeight, RoundingProblem
 
-__all__ = ["dequantized", "round_weight"]
+__all__ = ["dequantized", "round_weight", "stacked"]
 
 
 def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dtype: torch.dtype) -> RoundedWeight:
@@ -32,6 +32,19 @@ def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dty
         rounded = candidate
         trace.append(loss)
     return RoundedWeight(codes=rounded.codes, scales=rounded.scales, trace=tuple(trace))
+
+
+def stacked(parts: list[RoundedWeight]) -> RoundedWeight:
+    """Groups of consecutive rows, rounded by themselves, as one weight; `trace` is the sum of theirs."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(len(part.trace) for part in parts)
+    traces = [part.trace + part.trace[-1:] * (longest - len(part.trace)) for part in parts]
+    return RoundedWeight(
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        trace=tuple(map(sum, zip(*traces, strict=True))),
+    )
 
 
 def dequantized(grid: Grid, rounded: RoundedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

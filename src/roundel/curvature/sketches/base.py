@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from roundel.types import KroneckerFactors, LayerGrad
+from roundel.types import Factors, KroneckerFactors, LayerGrad
 
 __all__ = ["Estimator", "Sketch", "aligned"]
 
@@ -45,9 +45,12 @@ class Sketch(ABC):
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         """Adds one sequence of the batch."""
 
+    def finish(self) -> None:  # noqa: B027
+        """Called once when this process has seen all its sequences of the pass, before sums of other processes are added."""
+
     @abstractmethod
-    def factors(self) -> KroneckerFactors:
-        """The factors of all sequences seen so far."""
+    def factors(self) -> Factors:
+        """The factors of all sequences seen so far; what a later pass is to go on from must be `KroneckerFactors`."""
 
     def merge(self, other: Sketch) -> None:
         """Adds the sums of a sketch of other sequences.
@@ -83,6 +86,11 @@ class Estimator(ABC):
     @property
     def passes(self) -> int:
         """How often the data is gone over, with the same labels."""
+        return 1
+
+    @property
+    def together(self) -> int:
+        """So many consecutive sequences belong together: they are never split over processes."""
         return 1
 
     @abstractmethod

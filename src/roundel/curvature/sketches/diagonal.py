@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from roundel.curvature.sketches.base import Estimator, Sketch
-from roundel.types import KroneckerFactors, LayerGrad
+from roundel.types import Factors, GroupedFactors, KroneckerFactors, LayerGrad
 
 __all__ = ["Diagonal"]
 
@@ -39,11 +39,20 @@ class _Diagonals(Sketch):
         else:
             super().merge(other)  # which refuses
 
-    def factors(self) -> KroneckerFactors:
+    def finish(self) -> None:
+        self.full.finish()
+
+    def factors(self) -> Factors:
         self.full.tokens = self.tokens
         full = self.full.factors()
-        H_out, H_in = torch.diag(full.H_out.diagonal()), torch.diag(full.H_in.diagonal())
-        return KroneckerFactors(H_out=H_out, H_in=H_in, scale=full.scale)
+        if isinstance(full, GroupedFactors):
+            return GroupedFactors(groups=tuple(map(_diagonal, full.groups)))
+        return _diagonal(full)
+
+
+def _diagonal(full: KroneckerFactors) -> KroneckerFactors:
+    H_out, H_in = torch.diag(full.H_out.diagonal()), torch.diag(full.H_in.diagonal())
+    return KroneckerFactors(H_out=H_out, H_in=H_in, scale=full.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,12 @@ from roundel.curvature.sketches.base import Estimator, Sketch
 from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
-__all__ = ["Kfac"]
+__all__ = ["Kfac", "KfacSums"]
 
 
-class _Sums(Sketch):
+class KfacSums(Sketch):
+    """Running sums of the (first) pass."""
+
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
         self.start(xx=d_in, gg=d_out)
@@ -36,4 +38,4 @@ class Kfac(Estimator):
     """`H_out = E[g g^T]`, `H_in = E[x x^T]`."""
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
-        return _Sums(d_out, d_in, device)
+        return KfacSums(d_out, d_in, device)

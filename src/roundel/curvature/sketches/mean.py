@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from roundel.curvature.sketches.base import Estimator, Sketch
-from roundel.curvature.sketches.kfac import Kfac
-from roundel.curvature.sketches.sketch_b import SketchB
+from roundel.curvature.sketches.kfac import KfacSums
+from roundel.curvature.sketches.sketch_b import SketchBSums
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["Mean"]
@@ -22,7 +22,7 @@ __all__ = ["Mean"]
 class _Both(Sketch):
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
-        self.kfac, self.sketch_b = Kfac().sketch(d_out, d_in, device), SketchB().sketch(d_out, d_in, device)
+        self.kfac, self.sketch_b = KfacSums(d_out, d_in, device), SketchBSums(d_out, d_in, device)
         self.sums = {**self.sketch_b.sums, **self.kfac.sums}
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:

@@ -25,10 +25,12 @@ from roundel.errors import SchemeError
 from roundel.linalg.gram import add_gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
-__all__ = ["SketchB"]
+__all__ = ["SketchB", "SketchBSums"]
 
 
-class _Sums(Sketch):
+class SketchBSums(Sketch):
+    """Running sums of the (first) pass."""
+
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
         self.start(GtG=d_in, GGt=d_out)
@@ -69,5 +71,5 @@ class SketchB(Estimator):
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         if previous is None:
-            return _Sums(d_out, d_in, device)
+            return SketchBSums(d_out, d_in, device)
         return Weighted(d_out, d_in, device, index, previous)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from roundel.curvature.sketches.base import Estimator, Sketch
-from roundel.curvature.sketches.kfac import Kfac
+from roundel.curvature.sketches.kfac import KfacSums
 from roundel.curvature.sketches.mean import Mean
 from roundel.curvature.sketches.weighted import Weighted
 from roundel.errors import SchemeError
@@ -63,7 +63,7 @@ class _Shrunk(Sketch):
 
     def __init__(self, flip_flop: Weighted, shrinkage: float) -> None:
         super().__init__(flip_flop.d_out, flip_flop.d_in, flip_flop.device, flip_flop.index)
-        self.flip_flop, self.kfac = flip_flop, Kfac().sketch(self.d_out, self.d_in, self.device)
+        self.flip_flop, self.kfac = flip_flop, KfacSums(self.d_out, self.d_in, self.device)
         self.shrinkage = shrinkage
         self.sums = {**flip_flop.sums, **{f"kfac.{name}": total for name, total in self.kfac.sums.items()}}
 
