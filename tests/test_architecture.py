@@ -24,9 +24,10 @@ RANKS = [
     ("recipes", 6),
     ("factors", 7),
     ("pipeline", 8),
-    ("cli", 9),
-    ("__main__", 10),
-    ("__init__", 10),
+    ("inspect", 9),
+    ("cli", 10),
+    ("__main__", 11),
+    ("__init__", 11),
 ]
 
 

@@ -3,9 +3,9 @@
 import importlib.metadata
 
 from roundel.errors import RoundelError
-from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, quantize
+from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export_imatrix, quantize
 from roundel.recipes import Recipe
 
 __version__ = importlib.metadata.version("roundel")
 
-__all__ = ["Evaluation", "Quantized", "Recipe", "RoundelError", "__version__", "collect_factors", "evaluate", "quantize"]
+__all__ = ["Evaluation", "Quantized", "Recipe", "RoundelError", "__version__", "collect_factors", "evaluate", "export_imatrix", "quantize"]

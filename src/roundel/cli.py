@@ -23,8 +23,11 @@ from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate import Divergence
 from roundel.evaluate.card import number, with_error
 from roundel.factors import merge as merge_factors
+from roundel.inspect import SHORT, table_rows
+from roundel.inspect import inspect as run_inspect
 from roundel.pipeline import collect_factors as run_collect
 from roundel.pipeline import evaluate as run_evaluate
+from roundel.pipeline import export_imatrix as run_imatrix
 from roundel.pipeline import quantize as run_quantize
 from roundel.progress import make_progress
 from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
@@ -67,9 +70,16 @@ def quantize(
         str,
         typer.Option(
             help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean (of kfac and sketch-b), "
-            "power[:rounds=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
+            "power[:rounds=N], fastkron[:steps=N][:batch=N], guided[:groups=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
         ),
     ] = _DEFAULT.curvature,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="What is sent back from the logits: sampled (labels drawn from the model), probe (random signs, the same Fisher) "
+            "or data (the text's next tokens: the empirical Fisher)."
+        ),
+    ] = _DEFAULT.labels,
     calibration: Annotated[
         str,
         typer.Option(
@@ -92,7 +102,7 @@ def quantize(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="No linears that match; repeatable.")] = None,
     factors: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Use these collected factors, with their curvature, text, sequences and seed.")
+        Path | None, typer.Option(metavar="DIR", help="Use these collected factors, with their curvature, labels, text and seed.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -111,6 +121,7 @@ def quantize(
         progress=make_progress(quiet=quiet),
         scheme=scheme,
         curvature=curvature,
+        labels=labels,
         calibration=calibration,
         sequences=sequences,
         seq_len=seq_len,
@@ -139,6 +150,7 @@ def collect(
     model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Factors directory; new or empty, unless --resume.")],
     curvature: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.curvature,
+    labels: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.labels,
     calibration: Annotated[str, typer.Option(metavar="SPEC", help="As for quantize.")] = _DEFAULT.calibration,
     sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = _DEFAULT.sequences,
     seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = _DEFAULT.seq_len,
@@ -168,6 +180,7 @@ def collect(
         batch_size=batch_size,
         progress=make_progress(quiet=quiet),
         curvature=curvature,
+        labels=labels,
         calibration=calibration,
         sequences=sequences,
         seq_len=seq_len,
@@ -191,11 +204,83 @@ def merge(
         print(f"{output}: {header.curvature} of {len(header.layers)} linears from {len(header.sequence_ids)} sequences")
 
 
+@app.command()
+def imatrix(
+    factors: Annotated[Path, typer.Argument(help="A complete factors directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="GGUF file to write; must be new.")],
+    model: Annotated[
+        str | None, typer.Option(help="Whose config.json tells the architecture; default: the model that the factors name.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Export the curvature of input columns as an importance matrix for llama-quantize."""
+    written = run_imatrix(factors, output=output, model=model, progress=make_progress(quiet=quiet))
+    if not quiet:
+        print(f"{output}: weights for {len(written.values)} matrices of {written.architecture} from {written.sequences} sequences")
+
+
 def _two_numbers(text: str, separator: str, expected: str, valid: Callable[[int, int], bool]) -> tuple[int, int]:
     first, found, second = text.partition(separator)
     if not found or not first.isdecimal() or not second.isdecimal() or not valid(int(first), int(second)):
         raise SchemeError(f"{text!r}: expected {expected}")
     return int(first), int(second)
+
+
+@app.command()
+def inspect(
+    factors: Annotated[Path, typer.Argument(help="A complete factors directory.")],
+    model: Annotated[str | None, typer.Option(help="The model that they are of; default: the one that they name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Held-out text; default: more of the text that they were collected on.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences, 2 or more.")] = 32,
+    scheme: Annotated[str, typer.Option(help="Predict the KL of rounding to this; as for quantize.")] = _DEFAULT.scheme,
+    damping: Annotated[float, typer.Option(help="As for quantize.")] = _DEFAULT.damping,
+    sweeps: Annotated[int, typer.Option(help="As for quantize.")] = _DEFAULT.sweeps,
+    spectrum_passes: Annotated[int, typer.Option(help="Passes for the Fisher's singular values, 2 or more; 0 leaves them out.")] = 4,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory to make, with a page, plots and inspect.json; must be new or empty.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Sequences per pass and per set of pairs; default about 4096 tokens. Changes the cosine a little."),
+    ] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge factors on text that they have not seen: likeness to the Fisher, loss left by feedback, predicted KL, ranks."""
+    details = run_inspect(
+        factors,
+        model=model,
+        data=data,
+        sequences=sequences,
+        scheme=scheme,
+        damping=damping,
+        sweeps=sweeps,
+        spectrum_passes=spectrum_passes,
+        output=output,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+    )
+    _emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        held_out, curvature = details["held_out"], details["factors"]["curvature"]
+        table = Table(title=f"{curvature} of {details['model']}, {scheme}, on {held_out['sequences']} held-out sequences")
+        for column in SHORT:
+            table.add_column(column, justify="left" if column == SHORT[0] else "right", no_wrap=column == SHORT[0])
+        *rows, total = table_rows(details, SHORT)
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*total)
+        console = Console()
+        (console if console.is_terminal else Console(width=200)).print(table)
+        if output is not None:
+            print(f"{output / 'index.html'}: written")
 
 
 @app.command()

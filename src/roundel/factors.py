@@ -37,10 +37,17 @@ SAMPLES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What was collected from what; equal in all fields but `done`, `sequence_ids` and `layers` for two collections that can be merged."""
+    """What was collected from what; equal in all fields but `done`, `sequence_ids` and `layers` for two collections that can be merged.
 
+    `model`, as the user named it, and `revision`, the Hub's commit if it was one of its snapshots, only say where the model was found: the
+    fingerprint decides whether two models are the same.
+    """
+
+    model: str
+    revision: str | None
     model_fingerprint: str
     curvature: str
+    labels: str
     seed: int
     calibration: str
     seq_len: int
@@ -55,15 +62,21 @@ class Header:
     """Name of the sums file."""
 
     @property
+    def tokens(self) -> int:
+        """How many tokens `sequence_ids` have; written to header.json for its readers."""
+        return len(self.sequence_ids) * self.seq_len
+
+    @property
     def complete(self) -> bool:
         """Whether nothing is left to collect."""
         return self.index == parse_curvature(self.curvature).passes - 1 and self.done == len(self.sequence_ids)
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe with this collection's curvature, text, sequences and seed."""
+        """The recipe with this collection's curvature, labels, text, sequences and seed."""
         return dataclasses.replace(
             recipe,
             curvature=self.curvature,
+            labels=self.labels,
             calibration=self.calibration,
             sequences=len(self.sequence_ids),
             seq_len=self.seq_len,
@@ -71,14 +84,14 @@ class Header:
         )
 
     def check_same(self, other: Header, *ignored: str) -> None:
-        """Refuses another collection's header.
+        """Refuses another collection's header; `model` and `revision` may differ.
 
         Raises:
             FactorsError: names the first field that differs.
         """
         for field in dataclasses.fields(Header):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in ignored and mine != theirs:
+            if field.name not in (*ignored, "model", "revision") and mine != theirs:
                 raise FactorsError(f"the factors differ in {field.name}: {_short(mine)} and {_short(theirs)}")
 
 
@@ -141,7 +154,8 @@ def save(directory: Path, header: Header, collection: Collection) -> Header:
         save_file(tensors, temporary)
         temporary.chmod(0o666 & ~umask())
         temporary.replace(directory / header.sums)
-    write_json(directory / "header.json", {"schema_version": SCHEMA_VERSION, "kind": "factors", **dataclasses.asdict(header)})
+    stored = {"schema_version": SCHEMA_VERSION, "kind": "factors", **dataclasses.asdict(header), "tokens": header.tokens}
+    write_json(directory / "header.json", stored)
     for old in directory.glob("sums-*.safetensors"):
         if old.name != header.sums:
             old.unlink()
@@ -158,6 +172,7 @@ def load(directory: Path) -> tuple[Header, dict[str, Tensor]]:
         stored = json.loads((directory / "header.json").read_text(encoding="utf-8"))
         if stored.pop("kind") != "factors" or stored.pop("schema_version") != SCHEMA_VERSION:
             raise FactorsError(f"{directory} is no factors directory of version {SCHEMA_VERSION}")
+        stored.pop("tokens")
         layers = {name: (int(shape[0]), int(shape[1])) for name, shape in stored.pop("layers").items()}
         header = Header(**{**stored, "layers": layers, "sequence_ids": tuple(stored["sequence_ids"])})
         if Path(header.sums).name != header.sums:

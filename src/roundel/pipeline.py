@@ -1,4 +1,4 @@
-"""The stages, from artifact to artifact: `quantize` and `evaluate`.
+"""The stages, from artifact to artifact: `quantize`, `collect_factors`, `export_imatrix` and `evaluate`.
 
     model, text -> tokens -> factors of every linear -> rounded weights -> staged checkpoint -> measured KL -> report,
     and only then the output directory
@@ -9,6 +9,7 @@ checkpoint is written one shard at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -34,24 +35,35 @@ from roundel.calibration import (
     split_tokens,
     windows,
 )
-from roundel.curvature import collect, parse_curvature, predicted_kl
+from roundel.curvature import Sketch, collect, parse_curvature, predicted_kl
 from roundel.curvature.collect import Collection, safe_batch_size
-from roundel.errors import DataError, FactorsError, ModelError, NumericalError, SchemeError, in_layer
+from roundel.errors import DataError, FactorsError, ModelError, NumericalError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
 from roundel.factors import Header
-from roundel.formats import compressed_tensors
+from roundel.formats import compressed_tensors, imatrix
 from roundel.grids import Grid, parse_scheme
 from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
-from roundel.models.load import pick_device, pick_dtype
+from roundel.models.load import model_type, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe
 from roundel.rounding import make_problem, round_weight
 from roundel.rounding.round import dequantized, stacked
-from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
+from roundel.store import check_output, copy_files, staged_directory, staged_file, storage, write_json, write_shards, write_text
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
 
-__all__ = ["Evaluation", "Quantized", "collect_factors", "evaluate", "quantize"]
+__all__ = [
+    "Evaluation",
+    "OpenFactors",
+    "Quantized",
+    "Source",
+    "collect_factors",
+    "evaluate",
+    "export_imatrix",
+    "open_factors",
+    "quantize",
+    "round_linear",
+]
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 4096
@@ -77,8 +89,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A loaded original."""
+class Source:
+    """A loaded original, and which of its linears are looked at."""
 
     name: str
     path: Path
@@ -124,8 +136,8 @@ def quantize(
     Args:
         model: A local directory or a Hub id; `demo` is the embedded model.
         output: Directory to make; must not exist, or be empty.
-        factors: A directory that `collect_factors` made of the same model: nothing is collected then, and its curvature, text, sequences
-            and seed take the place of the recipe's.
+        factors: A directory that `collect_factors` made of the same model: nothing is collected then, and its curvature, labels, text,
+            sequences and seed take the place of the recipe's.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
         batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
@@ -160,14 +172,21 @@ def quantize(
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
         wanted = batch_size or _default_batch(length)
-        batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted)
+        batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
         if stored is not None:
             measured = factor_files.restore(*stored, torch.device("cpu")).factors()
         else:
             estimator = parse_curvature(recipe.curvature)
             with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
                 measured = collect(
-                    source.model, source.linears, split.calibration, estimator, seed=recipe.seed, batch_size=batch, advance=advance
+                    source.model,
+                    source.linears,
+                    split.calibration,
+                    estimator,
+                    seed=recipe.seed,
+                    batch_size=batch,
+                    labels=recipe.labels,
+                    advance=advance,
                 ).factors()
     with notes.timed("rounding"):
         rounded, layers = _round_all(recipe, grid, source, measured, notes)
@@ -180,6 +199,7 @@ def quantize(
             split.heldout,
             seed=recipe.seed,
             batch_size=batch,
+            labels=recipe.labels,
             advance=advance,
         )
     with staged_directory(target) as staging:
@@ -236,7 +256,7 @@ def quantize(
     return Quantized(path=target, report=divergence, details=details)
 
 
-def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> _Source:
+def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
     path = locate(name)
     place = pick_device(device)
     model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
@@ -246,7 +266,7 @@ def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> _So
     selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
     found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
     absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
-    return _Source(
+    return Source(
         name=name,
         path=path,
         model=model,
@@ -279,10 +299,9 @@ def _revision(source: Path) -> str | None:
     return source.name if source.parent.name == "snapshots" else None
 
 
-def _check_model(header: Header, source: _Source) -> None:
+def _check_model(header: Header, source: Source) -> None:
     """Refuses incomplete factors and those of another model; linears that they do not hold are skipped."""
-    if not header.complete:
-        raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
+    _check_complete(header)
     if header.model_fingerprint != factor_files.model_fingerprint(source.checkpoint):
         raise FactorsError(f"the factors are of another model than {source.name}; collect them again")
     for name in set(source.linears) - set(header.layers):
@@ -290,6 +309,11 @@ def _check_model(header: Header, source: _Source) -> None:
         del source.linears[name]
     if not source.linears:
         raise FactorsError("the factors hold none of the linears to be quantized")
+
+
+def _check_complete(header: Header) -> None:
+    if not header.complete:
+        raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
 
 
 def collect_factors(
@@ -341,8 +365,11 @@ def collect_factors(
     _check_vocabulary(source.model, tokens)
     tokens = tokens[part[0] - 1 :: part[1]]
     header = Header(
+        model=str(model),
+        revision=_revision(source.path),
         model_fingerprint=factor_files.model_fingerprint(source.checkpoint),
         curvature=recipe.curvature,
+        labels=recipe.labels,
         seed=recipe.seed,
         calibration=recipe.calibration,
         seq_len=length,
@@ -359,7 +386,8 @@ def collect_factors(
             return found
         start = factor_files.restore(found, tensors, _device_of(source.model))
     share = _share(tokens, estimator.together, rank, world)
-    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=batch_size or _default_batch(length))
+    wanted = batch_size or _default_batch(length)
+    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
     saved = time.monotonic()
 
     def each_batch(state: Collection) -> None:
@@ -376,6 +404,7 @@ def collect_factors(
             estimator,
             seed=recipe.seed,
             batch_size=batch,
+            labels=recipe.labels,
             advance=advance,
             start=start if world == 1 else None,
             each_batch=each_batch,
@@ -383,6 +412,137 @@ def collect_factors(
         )
     state.done = len(tokens)
     return factor_files.save(target, header, state) if rank == 0 else header
+
+
+def export_imatrix(
+    factors: str | Path, *, output: str | Path, model: str | Path | None = None, progress: Progress | None = None
+) -> imatrix.Imatrix:
+    """Writes the curvature of each linear's input columns as llama.cpp's importance matrix.
+
+    Args:
+        factors: A complete directory that `collect_factors` made.
+        output: The GGUF file to write.
+        model: Whose config.json tells the architecture, and so the tensors' names; by default the one that the factors name.
+        progress: Where to warn of linears that are left out; silent by default.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    progress, target = progress or Silent(), Path(output)
+    if target.is_dir():
+        raise OutputError(f"{target} is a directory: expected the name of a file to write")
+    check_output(target)
+    header, sums = factor_files.load(Path(factors))
+    _check_complete(header)
+    try:
+        kind = model_type(str(model or header.model))
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(f"{error}; the factors name this model: give another copy with --model") from error
+    architecture = imatrix.architecture(kind)
+    names = imatrix.tensor_names(architecture, header.layers)
+    values: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for module, shape in header.layers.items():
+        if module not in names:
+            progress.warn(f"{module} is left out: llama.cpp has no matrix with its columns")
+            continue
+        one = dataclasses.replace(header, layers={module: shape})  # one at a time: the sums of all of them are large
+        sketch = factor_files.restore(one, sums, torch.device("cpu")).sketches[module]
+        weights = _column_weights(sketch)
+        if weights is None:
+            progress.warn(f"{module} is left out: no usable gradient reached it")
+            continue
+        values[names[module]], counts[names[module]] = weights, sketch.tokens
+    if not values:
+        raise FactorsError(f"none of the factors' linears has a matrix in llama.cpp's {architecture}")
+    matrix = imatrix.Imatrix(
+        architecture=architecture,
+        dataset=header.calibration,
+        sequences=len(header.sequence_ids),
+        seq_len=header.seq_len,
+        values=values,
+        counts=counts,
+    )
+    with storage(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(target) as temporary:
+        imatrix.write(temporary, matrix)
+    return matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenFactors:
+    """A factors directory with its model, and text that the factors have not seen."""
+
+    header: Header
+    recipe: Recipe
+    grid: Grid
+    source: Source
+    factors: dict[str, Factors]
+    heldout: TokenBatch
+
+
+def open_factors(
+    factors: str | Path,
+    *,
+    model: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> OpenFactors:
+    """Loads complete factors, their model and held-out text, as `quantize(factors=...)` does.
+
+    Args:
+        factors: A directory that `collect_factors` made.
+        model: By default the one that the factors name.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        progress: As for `quantize`.
+        settings: The fields of `Recipe` that concern rounding and held-out text; the others are the factors'.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    header, sums = factor_files.load(Path(factors))
+    _check_complete(header)
+    recipe = header.applied_to(Recipe(**settings))
+    if recipe.eval_data == "self":
+        raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
+    grid = parse_scheme(recipe.scheme)
+    source = _load(str(model or header.model), recipe, grid, device, dtype)
+    _check_model(header, source)
+    known = frozenset(header.sequence_ids)
+    if recipe.eval_data:
+        heldout = _evaluation_tokens(recipe.eval_data, source.tokenizer, header.seq_len, recipe.eval_sequences)
+        unseen = [row for row, sequence in enumerate(heldout.sequence_ids) if sequence not in known]
+        heldout = TokenBatch(ids=heldout.ids[unseen], sequence_ids=tuple(heldout.sequence_ids[row] for row in unseen))
+    else:
+        heldout = _text(recipe, source, header.seq_len, progress or Silent(), known=known).heldout
+    if len(heldout):
+        _check_vocabulary(source.model, heldout)
+    measured = factor_files.restore(header, sums, torch.device("cpu")).factors()
+    return OpenFactors(header=header, recipe=recipe, grid=grid, source=source, factors=measured, heldout=heldout)
+
+
+def _column_weights(sketch: Sketch) -> Tensor | None:
+    """`sum_i F_ij,ij` of the estimated Fisher for each column `j`, `(d_in,)`, scaled; None where the factors are not usable.
+
+    Readers use only ratios of weights. Where the estimator has summed up `x x^T` the mean is that of `E[x_j^2]`, so that the
+    weights of `activation` are exactly those of llama-imatrix; else it is 1.
+    """
+    total = torch.zeros(sketch.d_in, dtype=torch.float64)
+    for _, group in sketch.factors().row_groups():
+        total += group.scale * group.H_out.diagonal().sum(dtype=torch.float64) * group.H_in.diagonal().double()
+    if not (torch.isfinite(total).all() and total.sum() > 0):
+        return None
+    squares = [total.diagonal().double().mean() for name, total in sketch.sums.items() if name.rpartition(".")[2] == "xx"]
+    return total * (squares[0] / sketch.tokens if squares else 1.0) / total.mean()
 
 
 def _share(tokens: TokenBatch, together: int, rank: int, world: int) -> TokenBatch:
@@ -418,7 +578,7 @@ def _add_processes(state: Collection, world: int) -> None:
         sketch.tokens = int(tokens)
 
 
-def _text(recipe: Recipe, source: _Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
+def _text(recipe: Recipe, source: Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
     """Calibration and evaluation sequences; `known` are the ids of those that factors have seen."""
     heldout = 0 if recipe.eval_data else recipe.eval_sequences
     wanted = recipe.sequences + heldout
@@ -450,7 +610,7 @@ def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
 
 
 def _round_all(
-    recipe: Recipe, grid: Grid, source: _Source, factors: dict[str, Factors], notes: _Notes
+    recipe: Recipe, grid: Grid, source: Source, factors: dict[str, Factors], notes: _Notes
 ) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
     """Rounds every linear and empties `factors`; a linear that no gradient reached is moved to `source.skipped`."""
     rounded: dict[str, RoundedWeight] = {}
@@ -465,7 +625,7 @@ def _round_all(
                 stored_name = source.checkpoint.weight_of(name)
                 assert stored_name is not None
                 with in_layer(name):
-                    rounded[name], rows[name] = _round_linear(recipe, grid, source.checkpoint.read(stored_name), own)
+                    rounded[name], rows[name] = round_linear(recipe, grid, source.checkpoint.read(stored_name), own)
                 if rows[name]["damping"] > recipe.damping:
                     notes.warn(f"{name}: damping raised to {rows[name]['damping']:g}, its factors were not positive definite")
             advance(1)
@@ -474,7 +634,7 @@ def _round_all(
     return rounded, rows
 
 
-def _round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:
+def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:
     """One linear's codes and its row of the report."""
     began = time.monotonic()
     parts, proxy_loss, damping = [], 0.0, 0.0
@@ -511,7 +671,7 @@ def _scale_dtype(weight: Tensor) -> torch.dtype:
     return torch.float16 if 1e-2 < largest < 1e4 else torch.bfloat16
 
 
-def _write_checkpoint(staging: Path, source: _Source, grid: Grid, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]) -> int:
+def _write_checkpoint(staging: Path, source: Source, grid: Grid, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]) -> int:
     """The source checkpoint with the rounded weights in place of the originals; returns the bytes of all tensors."""
     checkpoint = source.checkpoint
     replaced = {checkpoint.weight_of(name): name for name in rounded}

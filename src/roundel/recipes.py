@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from roundel.curvature import parse_curvature
+from roundel.curvature.fisher import LABEL_KINDS
 from roundel.errors import SchemeError
 from roundel.grids import parse_scheme
 
@@ -25,6 +26,7 @@ class Recipe:
 
     scheme: str = "int4-g128"
     curvature: str = "mean"
+    labels: str = "sampled"
     calibration: str = "self"
     sequences: int = 512
     seq_len: int = 512
@@ -39,6 +41,8 @@ class Recipe:
     def __post_init__(self) -> None:
         parse_scheme(self.scheme)
         parse_curvature(self.curvature)
+        if self.labels not in LABEL_KINDS:
+            raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
         lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:

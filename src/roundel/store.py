@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roundel.errors import OutputError, StorageError
 
-__all__ = ["check_output", "copy_files", "staged_directory", "storage", "umask", "write_json", "write_shards", "write_text"]
+__all__ = ["check_output", "copy_files", "staged_directory", "staged_file", "storage", "umask", "write_json", "write_shards", "write_text"]
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -81,6 +81,23 @@ def staged_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """The path of a file to write, which takes `target`'s place when the block ends well and vanishes when it does not.
+
+    Raises:
+        StorageError: it cannot be written or renamed.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    with storage(target):
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 def umask() -> int:
     """The process's mask for new files, which can only be read by setting it."""
     mask = os.umask(0)
@@ -95,14 +112,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storage(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with staged_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def copy_files(source: Path, target: Path, *, leave_out: set[str]) -> None:

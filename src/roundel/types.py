@@ -98,6 +98,10 @@ class LayerGrad:
         """`G_s = sum_t g_t x_t^T` of one sequence, in float32."""
         return self.g[sequence].float().T @ self.input.x[sequence].float()
 
+    def inner(self, sequence: int, E: Float[Tensor, "d_out d_in"]) -> Float[Tensor, ""]:
+        """`<G_s, E>` of one sequence in float64, without forming `G_s`."""
+        return ((self.input.x[sequence].float() @ E.T) * self.g[sequence].float()).sum(dtype=torch.float64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerFactors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("curvature", ["mean", "sketch-a:rounds=1"])
+@pytest.mark.parametrize("curvature", ["mean", "sketch-a:rounds=1", "fastkron:steps=2:batch=3"])
 def test_interrupted_and_resumed_equals_uninterrupted(curvature: str, collect, tmp_path, monkeypatch) -> None:
     whole = collect("whole", curvature=curvature)
     save = factor_files.save
@@ -163,6 +164,34 @@ def test_what_does_not_fit_is_refused(collect, model, tmp_path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("labels", ["probe", "data"])
+def test_labels_are_those_of_the_factors(labels: str, collect, model, quantize, tmp_path) -> None:
+    direct = quantize(model(), tmp_path / "direct", scheme="int3-g32", labels=labels)
+    factors = collect("factors", labels=labels)
+    reused = roundel.quantize(model(), output=tmp_path / "reused", factors=factors, scheme="int3-g32", eval_sequences=4)
+    assert direct.details["recipe"]["labels"] == reused.details["recipe"]["labels"] == labels
+    assert direct.details["predicted_kl"] == reused.details["predicted_kl"]
+    assert (direct.path / "model.safetensors").read_bytes() == (reused.path / "model.safetensors").read_bytes()
+    with pytest.raises(FactorsError, match=f"differ in labels: {labels} and sampled"):
+        factor_files.merge([factors, collect("sampled", part=(1, 2))], tmp_path / "merged")
+    with pytest.raises(FactorsError, match="differ in labels"):
+        collect("factors", resume=True)
+
+
+def test_a_copy_of_the_model_elsewhere_is_the_same_model(collect, model, tmp_path) -> None:
+    whole, halves = collect("whole"), [collect("half-1", part=(1, 2))]
+    copy = tmp_path / "snapshots" / "0123abcd"  # as the Hub's cache has it
+    shutil.copytree(model(), copy)
+    halves.append(collect("half-2", part=(2, 2), source=copy))
+    stored = json.loads((halves[1] / "header.json").read_text())
+    assert (stored["model"], stored["revision"], stored["labels"], stored["tokens"]) == (str(copy), "0123abcd", "sampled", 4 * 32)
+    factor_files.merge(halves, tmp_path / "merged")
+    assert_same(whole, tmp_path / "merged", exactly=False)
+    merged = json.loads((tmp_path / "merged" / "header.json").read_text())
+    assert (merged["model"], merged["revision"], merged["tokens"]) == (str(model()), None, 8 * 32)
+    assert collect_factors(copy, output=whole, resume=True, calibration=merged["calibration"], **SETTINGS).complete
+
+
 def test_commands(command, model, text, tmp_path) -> None:
     options = ["--calibration", text, "--sequences", 8, "--seq-len", 32, "--eval-sequences", 4]
     for part in ("1/2", "2/2"):
@@ -173,6 +202,8 @@ def test_commands(command, model, text, tmp_path) -> None:
     )
     assert outcome.code == 0
     assert (tmp_path / "out" / "roundel.json").exists()
-    for wrong in (["--part", "3/2"], ["--layers", "2:2"], ["--layers", "x"]):
+    assert command("collect", model(), "-o", tmp_path / "probe", *options, "--labels", "probe").code == 0
+    assert json.loads((tmp_path / "probe" / "header.json").read_text())["labels"] == "probe"
+    for wrong in (["--labels", "hard"], ["--part", "3/2"], ["--layers", "2:2"], ["--layers", "x"]):
         assert command("collect", model(), "-o", tmp_path / "wrong", *options, *wrong).code == 2
     assert command("collect", model(), "-o", tmp_path / "wrong", *options, "--layers", "7:9").code == 2

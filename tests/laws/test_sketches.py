@@ -13,12 +13,22 @@ from laws.problems import covariance, draw
 from roundel.curvature.sketches import ESTIMATORS, Diagonal, Estimator, Sketch, SketchB, Triangular, parse_curvature
 from roundel.errors import SchemeError
 from roundel.linalg.gram import add_gram, gram, symmetrise
-from roundel.types import KroneckerFactors, LayerGrad, LayerInput
+from roundel.types import Factors, KroneckerFactors, LayerGrad, LayerInput
 
 CPU = torch.device("cpu")
 D_OUT, D_IN = 6, 9
 MORE = ["sketch-b:rounds=3", "triangular:rounds=1:shrinkage=0", "diagonal:of=triangular", "diagonal:of=sketch-a"]
+MORE += [
+    "fastkron:tolerance=0",
+    "fastkron:steps=2:batch=3",
+    "diagonal:of=fastkron",
+    "guided:groups=1",
+    "guided:groups=6",
+    "diagonal:of=guided",
+]
 TOKEN_INDEPENDENT = {"identity", "activation", "kfac", "sketch-a", "diagonal:of=sketch-a"}
+TOKEN_INDEPENDENT |= {"guided", "guided:groups=1", "guided:groups=6", "diagonal:of=guided"}
+CLOSELY, EXACTLY = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 0, "atol": 0}
 every_estimator = pytest.mark.parametrize("name", [*ESTIMATORS, *MORE])
 seeds = st.integers(0, 10_000)
 
@@ -34,24 +44,47 @@ def layer_grad(x: Tensor, g: Tensor) -> LayerGrad:
     return LayerGrad(input=LayerInput(x.clone()), g=g.clone())
 
 
-def filled(estimator: Estimator, x: Tensor, g: Tensor, *, batch: int, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
+def filled(
+    estimator: Estimator,
+    x: Tensor,
+    g: Tensor,
+    *,
+    batch: int,
+    index: int = 0,
+    previous: KroneckerFactors | None = None,
+    finish: bool = True,
+) -> Sketch:
     sketch = estimator.sketch(g.shape[2], x.shape[2], CPU, index=index, previous=previous)
     for start in range(0, len(x), batch):
         sketch.update(layer_grad(x[start : start + batch], g[start : start + batch]))
+    if finish:
+        sketch.finish()
     return sketch
 
 
-def previous_of_each_pass(estimator: Estimator, x: Tensor, g: Tensor) -> list[KroneckerFactors | None]:
-    previous: list[KroneckerFactors | None] = [None]
+def factors_of_each_pass(estimator: Estimator, x: Tensor, g: Tensor) -> list[Factors]:
+    found: list[Factors] = []
     for index in range(estimator.passes):
-        previous.append(filled(estimator, x, g, batch=1, index=index, previous=previous[-1]).factors())
-    return previous
+        previous = found[-1] if found else None
+        assert previous is None or isinstance(previous, KroneckerFactors)  # groups only come from a last pass
+        found.append(filled(estimator, x, g, batch=1, index=index, previous=previous).factors())
+    return found
 
 
-def assert_same(one: KroneckerFactors, other: KroneckerFactors) -> None:
-    torch.testing.assert_close(one.H_out, other.H_out, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one.H_in, other.H_in, rtol=1e-4, atol=1e-5)
-    assert one.scale == pytest.approx(other.scale, rel=1e-5)
+def previous_of_each_pass(estimator: Estimator, x: Tensor, g: Tensor) -> list[KroneckerFactors | None]:
+    """For each pass the factors that it starts from."""
+    return [None, *factors_of_each_pass(estimator, x, g)[:-1]]
+
+
+def groups_of(factors: Factors) -> list[KroneckerFactors]:
+    return [group for _, group in factors.row_groups()]
+
+
+def assert_same(one: Factors, other: Factors, *, exactly: bool = False) -> None:
+    for ours, theirs in zip(groups_of(one), groups_of(other), strict=True):
+        torch.testing.assert_close(ours.H_out, theirs.H_out, **EXACTLY if exactly else CLOSELY)
+        torch.testing.assert_close(ours.H_in, theirs.H_in, **EXACTLY if exactly else CLOSELY)
+        assert ours.scale == pytest.approx(theirs.scale, rel=0 if exactly else 1e-5, abs=0)
 
 
 @every_estimator
@@ -59,23 +92,26 @@ def assert_same(one: KroneckerFactors, other: KroneckerFactors) -> None:
 @settings(max_examples=10, deadline=None)
 def test_factors_are_positive_with_mean_diagonal_one(name: str, sequences: int, tokens: int, seed: int) -> None:
     x, g = stream(sequences, tokens, seed=seed)
-    for factors in previous_of_each_pass(parse_curvature(name), x, g)[1:]:
-        assert factors is not None
+    for factors in factors_of_each_pass(parse_curvature(name), x, g):
         assert factors.scale > 0
-        for H, size in ((factors.H_out, D_OUT), (factors.H_in, D_IN)):
-            assert H.shape == (size, size)
-            assert torch.equal(H, H.T)
-            assert H.diagonal().mean().item() == pytest.approx(1, rel=1e-5)
-            assert torch.linalg.eigvalsh(H.double()).min() > -1e-5
+        assert sum(group.H_out.shape[0] for group in groups_of(factors)) == D_OUT
+        for group in groups_of(factors):
+            assert group.scale > 0
+            for H, size in ((group.H_out, len(group.H_out)), (group.H_in, D_IN)):
+                assert H.shape == (size, size)
+                assert torch.equal(H, H.T)
+                assert H.diagonal().mean().item() == pytest.approx(1, rel=1e-5)
+                assert torch.linalg.eigvalsh(H.double()).min() > -1e-5
 
 
 @every_estimator
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_merging_equals_one_pass(name: str, tokens: int) -> None:
     estimator, (x, g) = parse_curvature(name), stream(6, tokens)
-    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+    cut = 4 // estimator.together * estimator.together
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)):
         whole, merged, other = (
-            filled(estimator, x[rows], g[rows], batch=2, index=index, previous=previous) for rows in (slice(6), slice(4), slice(4, 6))
+            filled(estimator, x[rows], g[rows], batch=2, index=index, previous=previous) for rows in (slice(6), slice(cut), slice(cut, 6))
         )
         merged.merge(other)
         assert merged.sums.keys() == whole.sums.keys()
@@ -88,10 +124,11 @@ def test_merging_equals_one_pass(name: str, tokens: int) -> None:
 @every_estimator
 def test_merging_into_an_empty_sketch_equals_one_pass(name: str) -> None:
     estimator, (x, g) = parse_curvature(name), stream(4, 10)
-    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)):
         total = estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
-        for row in range(4):
-            total.merge(filled(estimator, x[row : row + 1], g[row : row + 1], batch=1, index=index, previous=previous))
+        for row in range(0, 4, estimator.together):
+            rows = slice(row, row + estimator.together)
+            total.merge(filled(estimator, x[rows], g[rows], batch=1, index=index, previous=previous))
         assert_same(total.factors(), filled(estimator, x, g, batch=4, index=index, previous=previous).factors())
 
 
@@ -99,13 +136,15 @@ def test_merging_into_an_empty_sketch_equals_one_pass(name: str) -> None:
 def test_sums_and_tokens_are_the_whole_state(name: str) -> None:
     """What is stored of a sketch: the lower triangles of its sums, and its count of tokens."""
     estimator, (x, g) = parse_curvature(name), stream(4, 10)
-    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
-        stopped = filled(estimator, x[:2], g[:2], batch=2, index=index, previous=previous)
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)):
+        stopped = filled(estimator, x[:2], g[:2], batch=2, index=index, previous=previous, finish=False)
         restored = estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
         restored.tokens = stopped.tokens
         for key, total in restored.sums.items():
-            total.copy_(stopped.sums[key].tril() if total.ndim else stopped.sums[key])
+            square = total.ndim == 2 and total.shape[0] == total.shape[1]
+            total.copy_(stopped.sums[key].tril() if square else stopped.sums[key])
         restored.update(layer_grad(x[2:], g[2:]))
+        restored.finish()
         whole = filled(estimator, x, g, batch=4, index=index, previous=previous)
         assert_same(restored.factors(), whole.factors())
 
@@ -125,7 +164,7 @@ def test_sketches_of_other_passes_do_not_merge(name: str) -> None:
     estimator, (x, g) = parse_curvature(name), stream(3, 5)
     sketches = [
         estimator.sketch(D_OUT, D_IN, CPU, index=index, previous=previous)
-        for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1])
+        for index, previous in enumerate(previous_of_each_pass(estimator, x, g))
     ]
     for one, other in permutations(sketches, 2):
         with pytest.raises(ValueError, match="cannot merge"):
@@ -136,14 +175,12 @@ def test_sketches_of_other_passes_do_not_merge(name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 def test_batches_do_not_matter_bit_for_bit(name: str, tokens: int) -> None:
     estimator, (x, g) = parse_curvature(name), stream(4, tokens)
-    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)[:-1]):
+    for index, previous in enumerate(previous_of_each_pass(estimator, x, g)):
         single, *others = (filled(estimator, x, g, batch=batch, index=index, previous=previous) for batch in (1, 2, 3, 4))
         for other in others:
             assert other.tokens == single.tokens
             assert all(torch.equal(other.sums[key], total) for key, total in single.sums.items())
-            assert torch.equal(other.factors().H_out, single.factors().H_out)
-            assert torch.equal(other.factors().H_in, single.factors().H_in)
-            assert other.factors().scale == single.factors().scale
+            assert_same(other.factors(), single.factors(), exactly=True)
 
 
 @every_estimator
@@ -153,6 +190,7 @@ def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> Non
     sketches = [estimator.sketch(D_OUT, D_IN, CPU) for _ in range(2)]
     for sketch in sketches:
         sketch.update(LayerGrad(input=shared, g=g))
+        sketch.finish()
     alone = filled(estimator, x, g, batch=2)
     for sketch in sketches:
         assert all(torch.equal(sketch.sums[key], total) for key, total in alone.sums.items())
@@ -162,20 +200,19 @@ def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> Non
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_the_scale_carries_the_trace_per_token(name: str, tokens: int) -> None:
     x, g = stream(3, tokens)
-    factors = previous_of_each_pass(parse_curvature(name), x, g)[-1]
-    assert factors is not None
+    factors = factors_of_each_pass(parse_curvature(name), x, g)[-1]
     G = torch.einsum("sto,sti->soi", g.double(), x.double())
     cross_token = G.square().sum() / (3 * tokens)
     token_independent = torch.einsum("sto,sti->stoi", g.double(), x.double()).square().sum() / (3 * tokens)
     expected = token_independent if name in TOKEN_INDEPENDENT else cross_token
-    trace = factors.scale * torch.trace(factors.H_out) * torch.trace(factors.H_in)
-    assert trace.item() == pytest.approx(expected.item(), rel=1e-4)
+    trace = sum(group.scale * group.H_out.trace().item() * group.H_in.trace().item() for group in groups_of(factors))
+    assert trace == pytest.approx(expected.item(), rel=1e-4)
 
 
 @every_estimator
 def test_no_gradient_at_all_gives_scale_zero(name: str) -> None:
     x, g = stream(2, 3)
-    assert all(factors is None or factors.scale == 0 for factors in previous_of_each_pass(parse_curvature(name), x, torch.zeros_like(g)))
+    assert all(factors.scale == 0 for factors in factors_of_each_pass(parse_curvature(name), x, torch.zeros_like(g)))
 
 
 def test_every_estimator_of_one_pass_by_its_definition() -> None:
@@ -190,19 +227,23 @@ def test_every_estimator_of_one_pass_by_its_definition() -> None:
         return H / H.diagonal().mean()
 
     eye_out, eye_in = torch.eye(D_OUT, dtype=torch.float64), torch.eye(D_IN, dtype=torch.float64)
+    squares = (g64.square()[..., rows].mean(-1) for rows in (slice(2), slice(2, 4), slice(4, 5), slice(5, 6)))
+    guided = [unit(torch.einsum("st,sti,stj->ij", square, x64, x64)) for square in squares]
     expected = {
-        "identity": (eye_out, eye_in),
-        "activation": (eye_out, unit(xx)),
-        "kfac": (unit(gg), unit(xx)),
-        "sketch-b": (unit(GGt), unit(GtG)),
-        "mean": ((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2),
+        "identity": [(eye_out, eye_in)],
+        "activation": [(eye_out, unit(xx))],
+        "kfac": [(unit(gg), unit(xx))],
+        "sketch-b": [(unit(GGt), unit(GtG))],
+        "mean": [((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2)],
+        "guided": [(torch.eye(size, dtype=torch.float64), H_in) for size, H_in in zip((2, 2, 1, 1), guided, strict=True)],
     }
-    expected["diagonal"] = (torch.diag(expected["mean"][0].diagonal()), torch.diag(expected["mean"][1].diagonal()))
+    expected["diagonal"] = [tuple(torch.diag(H.diagonal()) for H in expected["mean"][0])]
     assert expected.keys() == {name for name in ESTIMATORS if parse_curvature(name).passes == 1}
-    for name, (H_out, H_in) in expected.items():
-        factors = filled(parse_curvature(name), x, g, batch=2).factors()
-        torch.testing.assert_close(factors.H_out.double(), H_out, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(factors.H_in.double(), H_in, rtol=1e-4, atol=1e-5)
+    for name, groups in expected.items():
+        found = groups_of(filled(parse_curvature(name), x, g, batch=2).factors())
+        for factors, (H_out, H_in) in zip(found, groups, strict=True):
+            torch.testing.assert_close(factors.H_out.double(), H_out, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(factors.H_in.double(), H_in, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "d_out", "d_in"), [(2, 40, 24), (1, 300, 20), (100, 8, 12), (30, 300, 10)])
@@ -264,6 +305,10 @@ def test_gram_sums_in_float32_whatever_it_is_given() -> None:
         ("triangular:shrinkage=0.25:rounds=1", 2),
         ("diagonal", 1),
         ("diagonal:of=power", 8),
+        ("fastkron", 4),
+        ("fastkron:steps=128:batch=16:tolerance=0.01", 128),
+        ("guided", 1),
+        ("guided:groups=2", 1),
     ],
 )
 def test_names_are_parsed(name: str, passes: int) -> None:
@@ -295,6 +340,12 @@ def test_settings_have_the_types_of_their_fields() -> None:
         ("triangular:shrinkage=nan", "shrinkage=nan, expected 0"),
         ("diagonal:of=fisher", "unknown curvature 'fisher'"),
         ("diagonal:of", "unknown curvature ''"),
+        ("fastkron:steps=0", "fastkron: steps=0, expected 1 or more"),
+        ("fastkron:batch=0", "fastkron: batch=0, expected 1 or more"),
+        ("fastkron:tolerance=1", "tolerance=1.0, expected 0"),
+        ("fastkron:tolerance=nan", "tolerance=nan, expected 0"),
+        ("fastkron:rounds=2", "does not take 'rounds=2': expected batch=INTEGER, steps=INTEGER, tolerance=NUMBER"),
+        ("guided:groups=0", "guided: groups=0, expected 1 or more"),
         ("diagonal:kfac", "does not take 'kfac': expected of=NAME"),
     ],
 )

@@ -11,7 +11,7 @@ from oracles.tiny import LinearChain, dense_fisher, linears, random_tokens, repe
 from roundel.curvature import collect, parse_curvature, predicted_kl
 from roundel.curvature.collect import safe_batch_size
 from roundel.curvature.fisher import backward, label_gradient
-from roundel.curvature.sketches import Kfac, SketchA
+from roundel.curvature.sketches import Estimator, Kfac, Mean, SketchA, SketchB
 from roundel.curvature.tap import tapped
 from roundel.evaluate.divergence import compare_models
 from roundel.types import LayerGrad, LayerInput, TokenBatch
@@ -160,16 +160,18 @@ def test_predicted_kl_is_the_measured_kl_of_a_small_error() -> None:
     assert measured == pytest.approx(0.5 * (E.flatten().double() @ F @ E.flatten().double()).item() / 5, rel=0.03)
 
 
-def test_kfac_is_exact_for_a_deep_linear_net_with_one_token_per_sequence() -> None:
+@pytest.mark.parametrize("estimator", [Kfac(), SketchB(), Mean()], ids=lambda estimator: type(estimator).__name__)
+def test_estimators_are_exact_for_a_deep_linear_net_with_one_token_per_sequence(estimator: Estimator) -> None:
     """With the middle weight zero all logits are equal, so the label gradient is independent of the input, as KFAC assumes.
 
-    Every label of every input is enumerated, so nothing is left to chance.
+    The Fisher is then one Kronecker product, which its partial traces (Sketch B) determine too. Every label of every input is
+    enumerated, so nothing is left to chance.
     """
     vocabulary, inputs = 5, 8
     weights = [draw(4, 3, seed=1).float(), torch.zeros(6, 4), draw(7, 6, seed=2).float(), draw(vocabulary, 7, seed=3).float()]
     model = LinearChain(weights, draw(inputs, 3, seed=4).float())
     chosen = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    sketches = {name: Kfac().sketch(linear.out_features, linear.in_features, CPU) for name, linear in chosen.items()}
+    sketches = {name: estimator.sketch(linear.out_features, linear.in_features, CPU) for name, linear in chosen.items()}
     with tapped(model, chosen, lambda name, grad: sketches[name].update(grad)):
         for label in range(vocabulary):
             logits = model(torch.arange(inputs)[:, None]).logits

@@ -57,6 +57,7 @@ def collect(
     *,
     seed: int,
     batch_size: int,
+    labels: str = "sampled",
     advance: Advance = _ignore,
     start: Collection | None = None,
     each_batch: Callable[[Collection], None] = lambda _state: None,
@@ -71,6 +72,7 @@ def collect(
         estimator: Which curvature.
         seed: Seeds the labels, together with each sequence's id; the same in every pass.
         batch_size: Sequences per forward pass (see `safe_batch_size`).
+        labels: What is sent back from the logits (see `fisher`).
         advance: Called with the number of sequences done after each batch.
         start: Where an interrupted collection stopped; it is continued in place.
         each_batch: Called with the state after each batch, to save it.
@@ -88,13 +90,18 @@ def collect(
                 )
         with tapped(model, linears, lambda name, grad: state.sketches[name].update(grad)):
             for batch in tokens[state.done :].split(batch_size):
-                backward(model, batch, seed, device=device)
+                backward(model, batch, seed, labels, device=device)
                 state.done += len(batch)
                 each_batch(state)
                 advance(len(batch))
         for sketch in state.sketches.values():
             sketch.finish()
         each_pass(state)
+        left = estimator.passes - 1 - state.index
+        if left and all(estimator.converged(sketch) for sketch in state.sketches.values()):
+            # the passes that are left would change nothing: they count as done
+            advance(left * len(tokens))
+            state.index += left
         if state.index + 1 == estimator.passes:
             return state
         state.previous = {name: kept for name, kept in state.factors().items() if isinstance(kept, KroneckerFactors)}
@@ -102,7 +109,9 @@ def collect(
         state.index, state.done = state.index + 1, 0
 
 
-def safe_batch_size(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenBatch, *, seed: int, batch_size: int) -> int:
+def safe_batch_size(
+    model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenBatch, *, seed: int, batch_size: int, labels: str = "sampled"
+) -> int:
     """`batch_size`, if the first batch gives every linear the same bits as its sequences one by one; else 1.
 
     The last, smaller batch of the data is checked too.
@@ -122,7 +131,7 @@ def safe_batch_size(model: nn.Module, linears: Mapping[str, nn.Linear], tokens: 
 
         with tapped(model, linears, consume):
             for batch in of.split(size):
-                backward(model, batch, seed, device=_device(model))
+                backward(model, batch, seed, labels, device=_device(model))
                 offset += len(batch)
         return found
 
@@ -163,10 +172,12 @@ def predicted_kl(
     *,
     seed: int,
     batch_size: int,
+    labels: str = "sampled",
     advance: Advance = _ignore,
 ) -> Prediction:
     """Predicts the KL of the errors `error(name) = W - W_hat` from gradients of `tokens`, which should be held out from the factors.
 
+    The KL's Hessian is the Fisher of the model's own labels, whatever the factors were collected with: `labels="data"` counts as "sampled".
     Cost: one forward and one backward pass, plus one product with `E` per token and linear.
     """
     inner = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears}
@@ -175,12 +186,11 @@ def predicted_kl(
     def consume(name: str, grad: LayerGrad) -> None:
         E = error(name).to(grad.g.device)
         for sequence in grad.sequences():
-            value = ((grad.input.x[sequence].float() @ E.T) * grad.g[sequence].float()).sum(dtype=torch.float64)
-            inner[name][start + sequence] = value.item()
+            inner[name][start + sequence] = grad.inner(sequence, E).item()
 
     with tapped(model, linears, consume):
         for batch in tokens.split(batch_size):
-            backward(model, batch, seed, device=_device(model))
+            backward(model, batch, seed, "sampled" if labels == "data" else labels, device=_device(model))
             start += len(batch)
             advance(len(batch))
     length = tokens.ids.shape[1]

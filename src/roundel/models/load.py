@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -20,16 +21,16 @@ from roundel.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_model", "load_tokenizer", "locate", "pick_device", "pick_dtype"]
+__all__ = ["load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
 
 
-def locate(model: str) -> Path:
+def locate(model: str, files: Sequence[str] = _FILES) -> Path:
     """The directory of a model: the embedded one for `demo`, `model` itself if there is one, else the Hub's snapshot
-    of that id (downloaded once, safetensors only).
+    of that id (`files` of it, downloaded once; by default all that loading needs, safetensors only).
 
     Raises:
         ModelError: neither exists, or the directory has no config.json.
@@ -41,13 +42,27 @@ def locate(model: str) -> Path:
                 f"no model at {model!r}: expected a directory with config.json and *.safetensors, or a Hub id like Qwen/Qwen3-0.6B"
             )
         try:
-            path = Path(snapshot_download(model, allow_patterns=_FILES))
+            path = Path(snapshot_download(model, allow_patterns=list(files)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"no directory {model!r}, and the Hub could not deliver a model of that id: {reason}") from error
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: expected a Hugging Face model directory")
     return path
+
+
+def model_type(model: str) -> str:
+    """The type of a model, or of the language model in it, by its config.json; of a Hub model nothing else is fetched.
+
+    Raises:
+        ModelError: as `locate`, or config.json does not say.
+    """
+    path = locate(model, ["config.json"]) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return str(config.get("text_config", {}).get("model_type") or config["model_type"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path} names no model_type: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 from roundel.curvature.sketches.activation import Activation
 from roundel.curvature.sketches.base import Estimator, Sketch
 from roundel.curvature.sketches.diagonal import Diagonal
+from roundel.curvature.sketches.fastkron import FastKron
+from roundel.curvature.sketches.guided import Guided
 from roundel.curvature.sketches.identity import Identity
 from roundel.curvature.sketches.kfac import Kfac
 from roundel.curvature.sketches.mean import Mean
@@ -24,6 +26,8 @@ __all__ = [
     "Activation",
     "Diagonal",
     "Estimator",
+    "FastKron",
+    "Guided",
     "Identity",
     "Kfac",
     "Mean",
@@ -43,6 +47,8 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "sketch-b": SketchB,
     "mean": Mean,
     "power": Power,
+    "fastkron": FastKron,
+    "guided": Guided,
     "triangular": Triangular,
     "diagonal": Diagonal,
 }

@@ -93,6 +93,10 @@ class Estimator(ABC):
         """So many consecutive sequences belong together: they are never split over processes."""
         return 1
 
+    def converged(self, sketch: Sketch) -> bool:
+        """Whether later passes would leave this sketch's factors as they are."""
+        return False
+
     @abstractmethod
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         """An empty sketch for pass `index`; `previous` are the factors of the pass before."""

@@ -40,13 +40,16 @@ class SketchBSums(Sketch):
         product = 2 * tokens * self.d_in * self.d_out + self.d_in * self.d_out * (self.d_in + self.d_out)
         trick = 4 * tokens**2 * (self.d_in + self.d_out) + 2 * tokens * (self.d_in**2 + self.d_out**2)
         if product <= trick:
-            G = grad.weight_gradient(sequence)
-            add_gram(self.sums["GtG"], G)
-            add_gram(self.sums["GGt"], G.T)
+            self.add_gradient(grad.weight_gradient(sequence))
         else:
             x, g = aligned(grad.input.x, sequence), aligned(grad.g, sequence)
             self.sums["GtG"].addmm_(x.T, (g @ g.T) @ x)
             self.sums["GGt"].addmm_(g.T, (x @ x.T) @ g)
+
+    def add_gradient(self, G: Tensor) -> None:
+        """Adds the two Grams of one gradient."""
+        add_gram(self.sums["GtG"], G)
+        add_gram(self.sums["GGt"], G.T)
 
     def factors(self) -> KroneckerFactors:
         return self.normalised(symmetrise(self.sums["GGt"]), symmetrise(self.sums["GtG"]))

@@ -59,14 +59,18 @@ class Weighted(Sketch):
         trick = 6 * tokens**2 * sides + 3 * tokens * squares
         if product <= trick:
             G = grad.weight_gradient(sequence)
-            add_symmetric_product(self.sums["GtMG"], G, self.M_out @ G)
-            add_symmetric_product(self.sums["GMGt"], G.T, self.M_in @ G.T)
+            self.add_gradient(G)
             self.sums["trace"] += G.square().sum(dtype=torch.float64)
         else:
             x, g = aligned(grad.input.x, sequence), aligned(grad.g, sequence)
             add_symmetric_product(self.sums["GtMG"], x, (g @ self.M_out @ g.T) @ x)
             add_symmetric_product(self.sums["GMGt"], g, (x @ self.M_in @ x.T) @ g)
             self.sums["trace"] += ((x @ x.T) * (g @ g.T)).sum(dtype=torch.float64)
+
+    def add_gradient(self, G: Tensor) -> None:
+        """Adds the two products of one gradient; its trace is the caller's."""
+        add_symmetric_product(self.sums["GtMG"], G, self.M_out @ G)
+        add_symmetric_product(self.sums["GMGt"], G.T, self.M_in @ G.T)
 
     def factors(self) -> KroneckerFactors:
         return self.normalised(symmetrise(self.sums["GMGt"]), symmetrise(self.sums["GtMG"]))
