@@ -156,20 +156,29 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
     return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), cut], dim=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Split:
-    """Sequences to calibrate on and sequences held out from them."""
+    """Sequences to calibrate on, sequences to choose between roundings by, and sequences held out from both."""
 
     calibration: TokenBatch
+    choice: TokenBatch
     heldout: TokenBatch
+
+    @property
+    def used(self) -> TokenBatch:
+        """Everything that the codes depend on."""
+        ids, names = torch.cat([self.calibration.ids, self.choice.ids]), self.calibration.sequence_ids + self.choice.sequence_ids
+        return TokenBatch(ids=ids, sequence_ids=names)
 
 
 def split_tokens(
-    available: Tensor, *, calibration: int, heldout: int, seed: int, source: str, known: frozenset[int] | None = None
+    available: Tensor, *, calibration: int, heldout: int, seed: int, source: str, choice: int = 0, known: frozenset[int] | None = None
 ) -> Split:
-    """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`.
+    """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`, `choice` of them
+    to choose by.
 
-    With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others are held out.
+    With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others serve to choose
+    and are held out.
 
     Raises:
         DataError: there are not enough windows; says how much there is and how much is needed.
@@ -181,16 +190,19 @@ def split_tokens(
             f"{(calibration + heldout) * length} tokens, {calibration} sequences to calibrate and {heldout} held out; "
             "give more text, or smaller --sequences, --eval-sequences or --seq-len"
         )
-    if known is not None:
-        seen = torch.tensor([sequence in known for sequence in TokenBatch.of(available).sequence_ids])
-        if int((~seen).sum()) < heldout:
-            raise DataError(f"{source} has fewer than {heldout} sequences that the factors have not seen; give other text with --eval-data")
-        return Split(
-            calibration=TokenBatch.of(available[seen]), heldout=TokenBatch.of(available[~seen][-heldout:] if heldout else available[:0])
-        )
-    rest = count - heldout
-    chosen = torch.randperm(rest, generator=torch.Generator().manual_seed(seed))[:calibration].sort().values
-    return Split(calibration=TokenBatch.of(available[chosen]), heldout=TokenBatch.of(available[rest:]))
+    ids = TokenBatch.of(available).sequence_ids if known is not None else ()
+    seen = {row for row, sequence in enumerate(ids) if known is not None and sequence in known}
+    unseen = [row for row in range(count) if row not in seen]
+    if len(unseen) < heldout:
+        raise DataError(f"{source} has fewer than {heldout} sequences that the factors have not seen; give other text with --eval-data")
+    last = unseen[len(unseen) - heldout :]
+    drawn = torch.randperm(count - heldout, generator=torch.Generator().manual_seed(seed)).tolist()
+    if known is None:
+        fit, rest = drawn[: calibration - choice], drawn[calibration - choice : calibration]
+    else:
+        free = set(unseen) - set(last)
+        fit, rest = list(seen), [row for row in drawn if row in free][:choice]
+    return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last)))
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ class Header:
     labels: str
     seed: int
     calibration: str
+    sequences: int
+    """How many were asked for: those of all parts, and those that the estimator leaves out to choose by."""
     seq_len: int
     tokens_sha256: str
     sequence_ids: tuple[int, ...]
@@ -78,7 +80,7 @@ class Header:
             curvature=self.curvature,
             labels=self.labels,
             calibration=self.calibration,
-            sequences=len(self.sequence_ids),
+            sequences=self.sequences,
             seq_len=self.seq_len,
             seed=self.seed,
         )

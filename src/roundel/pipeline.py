@@ -35,7 +35,7 @@ from roundel.calibration import (
     split_tokens,
     windows,
 )
-from roundel.curvature import Sketch, collect, parse_curvature, predicted_kl
+from roundel.curvature import Sketch, choose, collect, inner_products, parse_curvature, predicted_kl
 from roundel.curvature.collect import Collection, safe_batch_size
 from roundel.errors import DataError, FactorsError, ModelError, NumericalError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
@@ -54,6 +54,7 @@ from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
 
 __all__ = [
     "Evaluation",
+    "Notes",
     "OpenFactors",
     "Quantized",
     "Source",
@@ -62,6 +63,7 @@ __all__ = [
     "export_imatrix",
     "open_factors",
     "quantize",
+    "round_all",
     "round_linear",
 ]
 
@@ -101,7 +103,7 @@ class Source:
     skipped: dict[str, str]
 
 
-class _Notes:
+class Notes:
     """Warnings for the report, shown as they come, and the seconds of each stage."""
 
     def __init__(self, progress: Progress) -> None:
@@ -150,7 +152,7 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
-    recipe, notes, target = Recipe(**settings), _Notes(progress or Silent()), Path(output)
+    recipe, notes, target = Recipe(**settings), Notes(progress or Silent()), Path(output)
     progress = notes.progress
     check_output(target)
     stored = None
@@ -165,7 +167,7 @@ def quantize(
     length = min(recipe.seq_len, _positions(source.model))
     with notes.timed("text"):
         split = _text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
-        fingerprint = Fingerprint.of(split.calibration)
+        fingerprint = Fingerprint.of(split.used)
         overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
     _check_vocabulary(source.model, split.calibration, split.heldout)
     if overlap > OVERLAP_WARNING:
@@ -174,11 +176,11 @@ def quantize(
         wanted = batch_size or _default_batch(length)
         batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
         if stored is not None:
-            measured = factor_files.restore(*stored, torch.device("cpu")).factors()
+            sketches = factor_files.restore(*stored, torch.device("cpu")).sketches
         else:
             estimator = parse_curvature(recipe.curvature)
             with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
-                measured = collect(
+                sketches = collect(
                     source.model,
                     source.linears,
                     split.calibration,
@@ -187,9 +189,9 @@ def quantize(
                     batch_size=batch,
                     labels=recipe.labels,
                     advance=advance,
-                ).factors()
+                ).sketches
     with notes.timed("rounding"):
-        rounded, layers = _round_all(recipe, grid, source, measured, notes)
+        rounded, layers = round_all(recipe, grid, source, sketches, split.choice, notes, batch_size=batch)
     chosen = {name: source.linears[name] for name in rounded}
     with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
         prediction = predicted_kl(
@@ -223,6 +225,7 @@ def quantize(
             "calibration": {
                 "source": recipe.calibration,
                 "sequences": len(split.calibration),
+                "sequences_to_choose_by": len(split.choice),
                 "seq_len": length,
                 "tokens": split.calibration.ids.numel(),
                 "sha256": data_hash(split.calibration),
@@ -372,6 +375,7 @@ def collect_factors(
         labels=recipe.labels,
         seed=recipe.seed,
         calibration=recipe.calibration,
+        sequences=recipe.sequences,
         seq_len=length,
         tokens_sha256=data_hash(tokens),
         sequence_ids=tokens.sequence_ids,
@@ -588,10 +592,13 @@ def _text(recipe: Recipe, source: Source, length: int, progress: Progress, known
     else:
         # Up to four times what is needed, so that the seed has something to choose from.
         available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
-    split = split_tokens(available, calibration=recipe.sequences, heldout=heldout, seed=recipe.seed, source=recipe.calibration, known=known)
+    choice = parse_curvature(recipe.curvature).held_out(recipe.sequences)
+    split = split_tokens(
+        available, calibration=recipe.sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
+    )
     if recipe.eval_data:
         other = _evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
-        split = Split(calibration=split.calibration, heldout=other)
+        split = dataclasses.replace(split, heldout=other)
     return split
 
 
@@ -609,29 +616,76 @@ def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
-def _round_all(
-    recipe: Recipe, grid: Grid, source: Source, factors: dict[str, Factors], notes: _Notes
+def round_all(
+    recipe: Recipe,
+    grid: Grid,
+    source: Source,
+    sketches: dict[str, Sketch],
+    choice: TokenBatch,
+    notes: Notes,
+    *,
+    batch_size: int,
 ) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
-    """Rounds every linear and empties `factors`; a linear that no gradient reached is moved to `source.skipped`."""
-    rounded: dict[str, RoundedWeight] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    """Rounds every linear and empties `sketches`; a linear that no gradient reached is moved to `source.skipped`.
+
+    With sequences in `choice`, each linear is rounded under all of the estimator's candidates and one is chosen by the KL predicted there.
+    """
+    estimator = parse_curvature(recipe.curvature)
+    rounded: dict[str, dict[str, RoundedWeight]] = {}
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
     with notes.progress.stage("rounding", len(source.linears)) as advance:
         for name in source.linears:
-            own = factors.pop(name)
-            if own.scale == 0:
+            candidates = estimator.candidates(sketches.pop(name))
+            if not len(choice):
+                candidates = dict(list(candidates.items())[:1])
+            if any(candidate.factors.scale == 0 for candidate in candidates.values()):
                 source.skipped[name] = "no usable gradient reached it"
                 notes.warn(f"{name} stays in its precision: no usable gradient reached it")
-            else:
-                stored_name = source.checkpoint.weight_of(name)
-                assert stored_name is not None
+                advance(1)
+                continue
+            stored_name = source.checkpoint.weight_of(name)
+            assert stored_name is not None
+            stored = source.checkpoint.read(stored_name)
+            rounded[name], rows[name] = {}, {}
+            for label, candidate in candidates.items():
+                own = dataclasses.replace(recipe, damping=min(10.0, recipe.damping * candidate.damping))
                 with in_layer(name):
-                    rounded[name], rows[name] = round_linear(recipe, grid, source.checkpoint.read(stored_name), own)
-                if rows[name]["damping"] > recipe.damping:
-                    notes.warn(f"{name}: damping raised to {rows[name]['damping']:g}, its factors were not positive definite")
+                    rounded[name][label], rows[name][label] = round_linear(own, grid, stored, candidate.factors)
+                if rows[name][label]["damping"] > own.damping:
+                    notes.warn(f"{name}: damping raised to {rows[name][label]['damping']:g}, its factors were not positive definite")
             advance(1)
     if not rounded:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
-    return rounded, rows
+    labels = list(next(iter(rounded.values())))
+    if len(labels) == 1:
+        return {name: each[labels[0]] for name, each in rounded.items()}, {name: each[labels[0]] for name, each in rows.items()}
+
+    def error_of(label: str) -> Callable[[str], Tensor]:
+        return lambda name: source.linears[name].weight.float().cpu() - dequantized(grid, rounded[name][label])
+
+    with notes.progress.stage("choice", len(choice)) as advance:
+        inner = inner_products(
+            source.model,
+            {name: source.linears[name] for name in rounded},
+            {label: error_of(label) for label in labels},
+            choice,
+            seed=recipe.seed,
+            batch_size=batch_size,
+            labels=recipe.labels,
+            advance=advance,
+        )
+    chosen: dict[str, RoundedWeight] = {}
+    report: dict[str, dict[str, Any]] = {}
+    for name, results in rounded.items():
+        predicted = {label: 0.5 * inner[label][name].square() / choice.ids.shape[1] for label in labels}
+        best = choose(predicted)
+        chosen[name] = results[best]
+        report[name] = {
+            **rows[name][best],
+            "candidate": best,
+            "candidates_predicted_kl": {label: values.mean().item() for label, values in predicted.items()},
+        }
+    return chosen, report
 
 
 def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:

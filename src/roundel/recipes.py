@@ -25,7 +25,7 @@ class Recipe:
     """
 
     scheme: str = "int4-g128"
-    curvature: str = "mean"
+    curvature: str = "auto"
     labels: str = "sampled"
     calibration: str = "self"
     sequences: int = 512

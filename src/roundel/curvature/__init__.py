@@ -4,7 +4,8 @@
 from `sketches` sums them up inside the backward pass, `collect` runs the passes. Nothing is stored but the sums.
 """
 
-from roundel.curvature.collect import collect, predicted_kl
-from roundel.curvature.sketches import Estimator, Sketch, parse_curvature
+from roundel.curvature.choose import choose
+from roundel.curvature.collect import collect, inner_products, predicted_kl
+from roundel.curvature.sketches import Candidate, Estimator, Sketch, parse_curvature
 
-__all__ = ["Estimator", "Sketch", "collect", "parse_curvature", "predicted_kl"]
+__all__ = ["Candidate", "Estimator", "Sketch", "choose", "collect", "inner_products", "parse_curvature", "predicted_kl"]

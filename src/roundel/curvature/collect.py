@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from roundel.curvature.fisher import backward
@@ -22,7 +23,7 @@ from roundel.curvature.sketches import Estimator, Sketch
 from roundel.curvature.tap import tapped
 from roundel.types import Factors, KroneckerFactors, LayerGrad, TokenBatch
 
-__all__ = ["Collection", "Prediction", "collect", "predicted_kl", "safe_batch_size"]
+__all__ = ["Collection", "Prediction", "collect", "inner_products", "predicted_kl", "safe_batch_size"]
 
 Advance = Callable[[int], None]
 
@@ -164,6 +165,39 @@ class Prediction:
     joint_stderr: float
 
 
+def inner_products(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    errors: Mapping[str, Callable[[str], Tensor]],
+    tokens: TokenBatch,
+    *,
+    seed: int,
+    batch_size: int,
+    labels: str = "sampled",
+    advance: Advance = _ignore,
+) -> dict[str, dict[str, Float[Tensor, " sequences"]]]:
+    """`<G_s, E>` of every sequence, for each label of `errors` and each linear: `1/2 <G_s, E>^2` divided by the tokens predicts a KL.
+
+    The KL's Hessian is the Fisher of the model's own labels, whatever the factors were collected with: `labels="data"` counts as "sampled".
+    Cost: one forward and one backward pass for all, plus one product with each `E` per token and linear.
+    """
+    inner = {label: {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears} for label in errors}
+    start = 0
+
+    def consume(name: str, grad: LayerGrad) -> None:
+        for label, error in errors.items():
+            E = error(name).to(grad.g.device)
+            for sequence in grad.sequences():
+                inner[label][name][start + sequence] = grad.inner(sequence, E).item()
+
+    with tapped(model, linears, consume):
+        for batch in tokens.split(batch_size):
+            backward(model, batch, seed, "sampled" if labels == "data" else labels, device=_device(model))
+            start += len(batch)
+            advance(len(batch))
+    return inner
+
+
 def predicted_kl(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
@@ -177,22 +211,10 @@ def predicted_kl(
 ) -> Prediction:
     """Predicts the KL of the errors `error(name) = W - W_hat` from gradients of `tokens`, which should be held out from the factors.
 
-    The KL's Hessian is the Fisher of the model's own labels, whatever the factors were collected with: `labels="data"` counts as "sampled".
-    Cost: one forward and one backward pass, plus one product with `E` per token and linear.
+    Labels and cost: `inner_products`.
     """
-    inner = {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears}
-    start = 0
-
-    def consume(name: str, grad: LayerGrad) -> None:
-        E = error(name).to(grad.g.device)
-        for sequence in grad.sequences():
-            inner[name][start + sequence] = grad.inner(sequence, E).item()
-
-    with tapped(model, linears, consume):
-        for batch in tokens.split(batch_size):
-            backward(model, batch, seed, "sampled" if labels == "data" else labels, device=_device(model))
-            start += len(batch)
-            advance(len(batch))
+    errors = {"": error}
+    inner = inner_products(model, linears, errors, tokens, seed=seed, batch_size=batch_size, labels=labels, advance=advance)[""]
     length = tokens.ids.shape[1]
     per_sequence = {name: 0.5 * values.square() / length for name, values in inner.items()}
     separate = sum(per_sequence.values(), torch.zeros(len(tokens), dtype=torch.float64))

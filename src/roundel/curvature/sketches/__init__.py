@@ -8,7 +8,8 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from roundel.curvature.sketches.activation import Activation
-from roundel.curvature.sketches.base import Estimator, Sketch
+from roundel.curvature.sketches.auto import Auto
+from roundel.curvature.sketches.base import Candidate, Estimator, Sketch
 from roundel.curvature.sketches.diagonal import Diagonal
 from roundel.curvature.sketches.fastkron import FastKron
 from roundel.curvature.sketches.guided import Guided
@@ -24,6 +25,8 @@ from roundel.errors import SchemeError
 __all__ = [
     "ESTIMATORS",
     "Activation",
+    "Auto",
+    "Candidate",
     "Diagonal",
     "Estimator",
     "FastKron",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 ESTIMATORS: dict[str, type[Estimator]] = {
+    "auto": Auto,
     "identity": Identity,
     "activation": Activation,
     "kfac": Kfac,

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from roundel.types import Factors, KroneckerFactors, LayerGrad
 
-__all__ = ["Estimator", "Sketch", "aligned"]
+__all__ = ["Candidate", "Estimator", "Sketch", "aligned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Factors to round one linear with, and by what the recipe's damping is multiplied."""
+
+    factors: Factors
+    damping: float = 1.0
 
 
 def aligned(batch: Tensor, sequence: int) -> Tensor:
@@ -92,6 +101,14 @@ class Estimator(ABC):
     def together(self) -> int:
         """So many consecutive sequences belong together: they are never split over processes."""
         return 1
+
+    def held_out(self, sequences: int) -> int:
+        """How many of so many sequences are left out of the sums, to choose between `candidates` by."""
+        return 0
+
+    def candidates(self, sketch: Sketch) -> dict[str, Candidate]:
+        """Factors to choose from, by name, the preferred ones first."""
+        return {"": Candidate(factors=sketch.factors())}
 
     def converged(self, sketch: Sketch) -> bool:
         """Whether later passes would leave this sketch's factors as they are."""

@@ -1,4 +1,4 @@
-"""The mean of normalised KFAC and Sketch B, both from one backward pass: the default.
+"""The mean of normalised KFAC and Sketch B, both from one backward pass: what the default starts from.
 
 Sketch B sees the cross-token terms but is noisy with few sequences; KFAC is smooth but blind to them. Their mean
 beats both at every width that we measured (`docs/log.md`). Cost and memory: the sum of the two.
@@ -16,10 +16,12 @@ from roundel.curvature.sketches.kfac import KfacSums
 from roundel.curvature.sketches.sketch_b import SketchBSums
 from roundel.types import KroneckerFactors, LayerGrad
 
-__all__ = ["Mean"]
+__all__ = ["Mean", "MeanSums"]
 
 
-class _Both(Sketch):
+class MeanSums(Sketch):
+    """The sums of both."""
+
     def __init__(self, d_out: int, d_in: int, device: torch.device) -> None:
         super().__init__(d_out, d_in, device)
         self.kfac, self.sketch_b = KfacSums(d_out, d_in, device), SketchBSums(d_out, d_in, device)
@@ -33,6 +35,11 @@ class _Both(Sketch):
         kfac, sketch_b = self.kfac.factors(), self.sketch_b.factors()
         return self.normalised(kfac.H_out + sketch_b.H_out, kfac.H_in + sketch_b.H_in)
 
+    def kfac_factors(self) -> KroneckerFactors:
+        """The factors of `kfac` alone, with the scale of both."""
+        kfac = self.kfac.factors()
+        return self.normalised(kfac.H_out, kfac.H_in)
+
     def total_trace(self) -> Tensor:
         return self.sketch_b.total_trace()
 
@@ -42,4 +49,4 @@ class Mean(Estimator):
     """Mean of the normalised factors of `kfac` and `sketch-b`."""
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
-        return _Both(d_out, d_in, device)
+        return MeanSums(d_out, d_in, device)
