@@ -24,6 +24,7 @@ RANKS = [
     ("recipes", 6),
     ("factors", 7),
     ("pipeline", 8),
+    ("compare", 9),
     ("inspect", 9),
     ("cli", 10),
     ("__main__", 11),

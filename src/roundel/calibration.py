@@ -178,7 +178,7 @@ def split_tokens(
     to choose by.
 
     With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others serve to choose
-    and are held out.
+    and are held out: the same ones, if the factors were collected with these numbers. None to choose by is a copy of one to calibrate on.
 
     Raises:
         DataError: there are not enough windows; says how much there is and how much is needed.
@@ -190,18 +190,21 @@ def split_tokens(
             f"{(calibration + heldout) * length} tokens, {calibration} sequences to calibrate and {heldout} held out; "
             "give more text, or smaller --sequences, --eval-sequences or --seq-len"
         )
-    ids = TokenBatch.of(available).sequence_ids if known is not None else ()
-    seen = {row for row, sequence in enumerate(ids) if known is not None and sequence in known}
-    unseen = [row for row in range(count) if row not in seen]
-    if len(unseen) < heldout:
-        raise DataError(f"{source} has fewer than {heldout} sequences that the factors have not seen; give other text with --eval-data")
-    last = unseen[len(unseen) - heldout :]
+    ids = TokenBatch.of(available).sequence_ids
     drawn = torch.randperm(count - heldout, generator=torch.Generator().manual_seed(seed)).tolist()
+    last = list(range(count - heldout, count))
     if known is None:
-        fit, rest = drawn[: calibration - choice], drawn[calibration - choice : calibration]
+        fit = drawn[: calibration - choice]
+        seen = {ids[row] for row in fit}
+        rest = [row for row in drawn if ids[row] not in seen][:choice]
     else:
-        free = set(unseen) - set(last)
-        fit, rest = list(seen), [row for row in drawn if row in free][:choice]
+        fit = [row for row in range(count) if ids[row] in known]
+        unseen = [row for row in drawn + last if ids[row] not in known]
+        if len(unseen) < heldout:
+            raise DataError(f"{source} has fewer than {heldout} sequences that the factors have not seen; give other text with --eval-data")
+        rest = unseen[: min(choice, len(unseen) - heldout)]
+        left = sorted(unseen[len(rest) :])
+        last = left[len(left) - heldout :]
     return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last)))
 
 

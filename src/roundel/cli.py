@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from roundel.compare import ABLATION, COMPARED, compared_rows
+from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate import Divergence
 from roundel.evaluate.card import number, with_error
@@ -311,6 +313,74 @@ def evaluate(
     _emit(result.details, json_file)
     if not quiet and str(json_file) != "-":
         Console().print(_divergence_table(f"{model} against {reference}", result.report))
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the table, CSV, JSON, page and plots; new or empty.")],
+    curvatures: Annotated[
+        str, typer.Option(metavar="A,B,...", help="As for quantize, or gptq or nearest; the others are compared with the first.")
+    ] = ",".join(ABLATION),
+    schemes: Annotated[str, typer.Option(metavar="A,B,...", help="As for quantize.")] = "int3-g32,int4-g32",
+    sequences: Annotated[str, typer.Option(metavar="N,M,...", help="Numbers of calibration sequences; several give a curve.")] = "512",
+    seeds: Annotated[int, typer.Option(help="So many seeds, from 0.")] = 3,
+    calibration: Annotated[str, typer.Option(metavar="SPEC", help="As for quantize.")] = _DEFAULT.calibration,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each sequence, at most the model's positions.")] = _DEFAULT.seq_len,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Evaluation text; default: held out from the calibration text.")
+    ] = None,
+    eval_sequences: Annotated[int, typer.Option(help="Evaluation sequences.")] = _DEFAULT.eval_sequences,
+    labels: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.labels,
+    sweeps: Annotated[int, typer.Option(help="As for quantize; gptq and nearest have none.")] = _DEFAULT.sweeps,
+    damping: Annotated[float, typer.Option(help="As for quantize.")] = _DEFAULT.damping,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what the directory holds of the same comparison.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare curvature estimators: KL on held-out text, with everything else equal."""
+    details = run_compare(
+        model,
+        output=output,
+        curvatures=_listed(curvatures),
+        schemes=_listed(schemes),
+        sequences=[_whole(item, "--sequences") for item in _listed(sequences)],
+        seeds=seeds,
+        resume=resume,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+        calibration=calibration,
+        seq_len=seq_len,
+        eval_data=eval_data,
+        eval_sequences=eval_sequences,
+        labels=labels,
+        sweeps=sweeps,
+        damping=damping,
+    )
+    _emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        table = Table(title=f"{model}: KL in nats per token, mean of {seeds} seeds")
+        for index, column in enumerate(COMPARED):
+            table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=True)
+        for cells in compared_rows(details["summary"]):
+            table.add_row(*cells)
+        Console().print(table)
+        print(f"{output}: index.html has the plots, compare.json everything")
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise SchemeError(f"{option} {text!r}: expected whole numbers, such as 64,512")
+    return int(text)
 
 
 @app.command()

@@ -59,12 +59,17 @@ __all__ = [
     "Quantized",
     "Source",
     "collect_factors",
+    "default_batch",
     "evaluate",
     "export_imatrix",
+    "load_source",
     "open_factors",
     "quantize",
     "round_all",
     "round_linear",
+    "sequence_length",
+    "split_text",
+    "versions",
 ]
 
 SCHEMA_VERSION = 1
@@ -161,19 +166,19 @@ def quantize(
         recipe = stored[0].applied_to(recipe)
     grid = parse_scheme(recipe.scheme)
     with notes.timed("load"):
-        source = _load(str(model), recipe, grid, device, dtype)
+        source = load_source(str(model), recipe, grid, device, dtype)
         if stored is not None:
             _check_model(stored[0], source)
-    length = min(recipe.seq_len, _positions(source.model))
+    length = sequence_length(source.model, recipe)
     with notes.timed("text"):
-        split = _text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
+        split = split_text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
         fingerprint = Fingerprint.of(split.used)
         overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
-    _check_vocabulary(source.model, split.calibration, split.heldout)
+    _check_vocabulary(source.model, split.used, split.heldout)
     if overlap > OVERLAP_WARNING:
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
-        wanted = batch_size or _default_batch(length)
+        wanted = batch_size or default_batch(length)
         batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
         if stored is not None:
             sketches = factor_files.restore(*stored, torch.device("cpu")).sketches
@@ -216,7 +221,7 @@ def quantize(
         details: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "roundel": importlib.metadata.version("roundel"),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "compressed-tensors", "numba")},
+            "versions": versions(),
             "model": {"name": source.name, "revision": _revision(source.path), "parameters": parameters},
             "scheme": recipe.scheme,
             "curvature": recipe.curvature,
@@ -259,7 +264,8 @@ def quantize(
     return Quantized(path=target, report=divergence, details=details)
 
 
-def _load(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
+def load_source(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
+    """The original model and the linears that the recipe and the grid choose of it."""
     path = locate(name)
     place = pick_device(device)
     model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
@@ -288,7 +294,17 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _default_batch(length: int) -> int:
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on, beside Roundel itself."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "compressed-tensors", "numba")}
+
+
+def sequence_length(model: nn.Module, recipe: Recipe) -> int:
+    """Tokens in a sequence: as asked for, at most the model's positions."""
+    return min(recipe.seq_len, _positions(model))
+
+
+def default_batch(length: int) -> int:
     """Sequences per pass that make about `BATCH_TOKENS` tokens."""
     return max(1, BATCH_TOKENS // length)
 
@@ -359,12 +375,12 @@ def collect_factors(
     going_on = resume and (target / "header.json").exists()
     if not going_on and rank == 0:
         check_output(target)
-    source = _load(str(model), recipe, parse_scheme(recipe.scheme), device, dtype)
+    source = load_source(str(model), recipe, parse_scheme(recipe.scheme), device, dtype)
     linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
     if not linears:
         raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
-    length = min(recipe.seq_len, _positions(source.model))
-    tokens = _text(recipe, source, length, progress).calibration
+    length = sequence_length(source.model, recipe)
+    tokens = split_text(recipe, source, length, progress).calibration
     _check_vocabulary(source.model, tokens)
     tokens = tokens[part[0] - 1 :: part[1]]
     header = Header(
@@ -390,7 +406,7 @@ def collect_factors(
             return found
         start = factor_files.restore(found, tensors, _device_of(source.model))
     share = _share(tokens, estimator.together, rank, world)
-    wanted = batch_size or _default_batch(length)
+    wanted = batch_size or default_batch(length)
     batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
     saved = time.monotonic()
 
@@ -519,7 +535,7 @@ def open_factors(
     if recipe.eval_data == "self":
         raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
     grid = parse_scheme(recipe.scheme)
-    source = _load(str(model or header.model), recipe, grid, device, dtype)
+    source = load_source(str(model or header.model), recipe, grid, device, dtype)
     _check_model(header, source)
     known = frozenset(header.sequence_ids)
     if recipe.eval_data:
@@ -527,7 +543,7 @@ def open_factors(
         unseen = [row for row, sequence in enumerate(heldout.sequence_ids) if sequence not in known]
         heldout = TokenBatch(ids=heldout.ids[unseen], sequence_ids=tuple(heldout.sequence_ids[row] for row in unseen))
     else:
-        heldout = _text(recipe, source, header.seq_len, progress or Silent(), known=known).heldout
+        heldout = split_text(recipe, source, header.seq_len, progress or Silent(), known=known).heldout
     if len(heldout):
         _check_vocabulary(source.model, heldout)
     measured = factor_files.restore(header, sums, torch.device("cpu")).factors()
@@ -582,7 +598,7 @@ def _add_processes(state: Collection, world: int) -> None:
         sketch.tokens = int(tokens)
 
 
-def _text(recipe: Recipe, source: Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
+def split_text(recipe: Recipe, source: Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
     """Calibration and evaluation sequences; `known` are the ids of those that factors have seen."""
     heldout = 0 if recipe.eval_data else recipe.eval_sequences
     wanted = recipe.sequences + heldout
@@ -633,6 +649,7 @@ def round_all(
     estimator = parse_curvature(recipe.curvature)
     rounded: dict[str, dict[str, RoundedWeight]] = {}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
+    raised: dict[tuple[str, str], bool] = {}
     with notes.progress.stage("rounding", len(source.linears)) as advance:
         for name in source.linears:
             candidates = estimator.candidates(sketches.pop(name))
@@ -651,41 +668,40 @@ def round_all(
                 own = dataclasses.replace(recipe, damping=min(10.0, recipe.damping * candidate.damping))
                 with in_layer(name):
                     rounded[name][label], rows[name][label] = round_linear(own, grid, stored, candidate.factors)
-                if rows[name][label]["damping"] > own.damping:
-                    notes.warn(f"{name}: damping raised to {rows[name][label]['damping']:g}, its factors were not positive definite")
+                raised[name, label] = rows[name][label]["damping"] > own.damping
             advance(1)
     if not rounded:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     labels = list(next(iter(rounded.values())))
-    if len(labels) == 1:
-        return {name: each[labels[0]] for name, each in rounded.items()}, {name: each[labels[0]] for name, each in rows.items()}
+    chosen = dict.fromkeys(rounded, labels[0])
+    if len(labels) > 1:
+        linears = {name: source.linears[name] for name in rounded}
 
-    def error_of(label: str) -> Callable[[str], Tensor]:
-        return lambda name: source.linears[name].weight.float().cpu() - dequantized(grid, rounded[name][label])
+        def error_of(label: str) -> Callable[[str], Tensor]:
+            return lambda name: linears[name].weight.float().cpu() - dequantized(grid, rounded[name][label])
 
-    with notes.progress.stage("choice", len(choice)) as advance:
-        inner = inner_products(
-            source.model,
-            {name: source.linears[name] for name in rounded},
-            {label: error_of(label) for label in labels},
-            choice,
-            seed=recipe.seed,
-            batch_size=batch_size,
-            labels=recipe.labels,
-            advance=advance,
-        )
-    chosen: dict[str, RoundedWeight] = {}
-    report: dict[str, dict[str, Any]] = {}
-    for name, results in rounded.items():
-        predicted = {label: 0.5 * inner[label][name].square() / choice.ids.shape[1] for label in labels}
-        best = choose(predicted)
-        chosen[name] = results[best]
-        report[name] = {
-            **rows[name][best],
-            "candidate": best,
-            "candidates_predicted_kl": {label: values.mean().item() for label, values in predicted.items()},
-        }
-    return chosen, report
+        # its last batch has another size than those of the calibration, for which `batch_size` was found safe
+        batch_size = safe_batch_size(source.model, linears, choice, seed=recipe.seed, batch_size=batch_size, labels=recipe.labels)
+        with notes.progress.stage("choice", len(choice)) as advance:
+            inner = inner_products(
+                source.model,
+                linears,
+                {label: error_of(label) for label in labels},
+                choice,
+                seed=recipe.seed,
+                batch_size=batch_size,
+                labels=recipe.labels,
+                advance=advance,
+            )
+        for name in rounded:
+            predicted = {label: 0.5 * inner[label][name].square() / choice.ids.shape[1] for label in labels}
+            chosen[name] = choose(predicted)
+            rows[name][chosen[name]]["candidate"] = chosen[name]
+            rows[name][chosen[name]]["candidates_predicted_kl"] = {label: values.mean().item() for label, values in predicted.items()}
+    for name, label in chosen.items():
+        if raised[name, label]:
+            notes.warn(f"{name}: damping raised to {rows[name][label]['damping']:g}, its factors were not positive definite")
+    return {name: rounded[name][label] for name, label in chosen.items()}, {name: rows[name][label] for name, label in chosen.items()}
 
 
 def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:
@@ -806,7 +822,7 @@ def evaluate(
     if overlap is not None and overlap > OVERLAP_WARNING:
         progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
     with progress.stage("evaluation", len(tokens)) as advance:
-        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or _default_batch(length), advance=advance)
+        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or default_batch(length), advance=advance)
     details = {
         **divergence.as_json(),
         "model": str(model),

@@ -100,7 +100,8 @@ class LayerGrad:
 
     def inner(self, sequence: int, E: Float[Tensor, "d_out d_in"]) -> Float[Tensor, ""]:
         """`<G_s, E>` of one sequence in float64, without forming `G_s`."""
-        return ((self.input.x[sequence].float() @ E.T) * self.g[sequence].float()).sum(dtype=torch.float64)
+        x = self.input.x[sequence].to(torch.float32, copy=True)  # at an address that is not aligned some machines round differently
+        return ((x @ E.T) * self.g[sequence].float()).sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

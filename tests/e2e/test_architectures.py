@@ -27,10 +27,10 @@ REPORT = {
     "curvature": None,
     "seed": None,
     "recipe": {
-        *("scheme", "curvature", "calibration", "sequences", "seq_len", "eval_data", "eval_sequences"),
+        *("scheme", "curvature", "labels", "calibration", "sequences", "seq_len", "eval_data", "eval_sequences"),
         *("sweeps", "damping", "seed", "include", "exclude"),
     },
-    "calibration": {"source", "sequences", "seq_len", "tokens", "sha256", "fingerprint"},
+    "calibration": {"source", "sequences", "sequences_to_choose_by", "seq_len", "tokens", "sha256", "fingerprint"},
     "bits_per_weight": {"quantized", "model", "quantized_fraction"},
     "predicted_kl": {"total", "total_stderr", "joint", "joint_stderr", "predicted_over_measured"},
     "evaluation": {"source", "sha256", "overlap_with_calibration", "kl", "top1_agreement", "perplexity", "tokens", "sequences"},
@@ -114,6 +114,7 @@ def test_report_is_complete(run) -> None:
     assert all(set(row) == ROW for row in report["layers"].values())
     assert report["model"]["name"] == str(source)
     assert report["calibration"]["sequences"] == 8
+    assert report["calibration"]["sequences_to_choose_by"] == 0
     assert report["calibration"]["tokens"] == 8 * 32
     assert report["evaluation"]["tokens"] == 4 * 32
     # 4-bit codes, a 16-bit scale for 32 of them, and the shape that the format stores with each weight.

@@ -1,5 +1,6 @@
 """One conformance suite for every estimator."""
 
+import dataclasses
 import re
 from itertools import permutations
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laws.problems import covariance, draw
-from roundel.curvature.sketches import ESTIMATORS, Diagonal, Estimator, Sketch, SketchB, Triangular, parse_curvature
+from roundel.curvature.sketches import ESTIMATORS, Auto, Diagonal, Estimator, Sketch, SketchB, Triangular, parse_curvature
 from roundel.errors import SchemeError
 from roundel.linalg.gram import add_gram, gram, symmetrise
 from roundel.types import Factors, KroneckerFactors, LayerGrad, LayerInput
@@ -212,7 +213,44 @@ def test_the_scale_carries_the_trace_per_token(name: str, tokens: int) -> None:
 @every_estimator
 def test_no_gradient_at_all_gives_scale_zero(name: str) -> None:
     x, g = stream(2, 3)
-    assert all(factors.scale == 0 for factors in factors_of_each_pass(parse_curvature(name), x, torch.zeros_like(g)))
+    estimator = parse_curvature(name)
+    assert all(factors.scale == 0 for factors in factors_of_each_pass(estimator, x, torch.zeros_like(g)))
+    if estimator.passes == 1:
+        sketch = filled(estimator, x, torch.zeros_like(g), batch=2)
+        assert all(candidate.factors.scale == 0 for candidate in estimator.candidates(sketch).values())
+
+
+@every_estimator
+def test_the_first_candidate_is_the_estimate_itself(name: str) -> None:
+    estimator, (x, g) = parse_curvature(name), stream(4, 6)
+    last = previous_of_each_pass(estimator, x, g)[-1]
+    sketch = filled(estimator, x, g, batch=2, index=estimator.passes - 1, previous=last)
+    candidates = estimator.candidates(sketch)
+    first = next(iter(candidates.values()))
+    assert_same(first.factors, sketch.factors(), exactly=True)
+    assert first.damping == 1
+    assert all(candidate.factors.scale > 0 for candidate in candidates.values())
+    assert (estimator.held_out(10**6) > 0) == (len(candidates) > 1)
+
+
+def test_the_candidates_of_auto_by_their_definition() -> None:
+    x, g = stream(5, 7)
+    estimator = Auto()
+    found = estimator.candidates(filled(estimator, x, g, batch=2))
+    mean, kfac, activation = (filled(parse_curvature(name), x, g, batch=2).factors() for name in ("mean", "kfac", "activation"))
+    assert {label: candidate.damping for label, candidate in found.items()} == {"mean": 1, "mean, damped": 4, "kfac": 1, "input only": 1}
+    for label, expected in (("mean", mean), ("mean, damped", mean), ("kfac", kfac), ("input only", activation)):
+        factors = found[label].factors
+        # one absolute size for all: that of the gradients with their cross-token terms
+        assert_same(factors, dataclasses.replace(expected, scale=mean.scale))
+    assert torch.equal(found["input only"].factors.H_out, torch.eye(D_OUT))
+
+
+def test_sequences_that_auto_holds_out() -> None:
+    counts = {sequences: Auto().held_out(sequences) for sequences in (0, 8, 63, 64, 71, 72, 512)}
+    assert counts == {0: 0, 8: 0, 63: 0, 64: 8, 71: 8, 72: 9, 512: 64}
+    assert Auto(holdout=2).held_out(15) == 0
+    assert Auto(holdout=2).held_out(16) == 8
 
 
 def test_every_estimator_of_one_pass_by_its_definition() -> None:
@@ -237,6 +275,7 @@ def test_every_estimator_of_one_pass_by_its_definition() -> None:
         "mean": [((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2)],
         "guided": [(torch.eye(size, dtype=torch.float64), H_in) for size, H_in in zip((2, 2, 1, 1), guided, strict=True)],
     }
+    expected["auto"] = expected["mean"]
     expected["diagonal"] = [tuple(torch.diag(H.diagonal()) for H in expected["mean"][0])]
     assert expected.keys() == {name for name in ESTIMATORS if parse_curvature(name).passes == 1}
     for name, groups in expected.items():
@@ -293,6 +332,8 @@ def test_gram_sums_in_float32_whatever_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
+        ("auto", 1),
+        ("auto:holdout=4", 1),
         ("kfac", 1),
         ("mean", 1),
         ("sketch-a", 4),
@@ -327,7 +368,9 @@ def test_settings_have_the_types_of_their_fields() -> None:
     [
         ("", "unknown curvature"),
         ("KFAC", "unknown curvature"),
-        ("fisher", "unknown curvature 'fisher': expected one of identity,"),
+        ("fisher", "unknown curvature 'fisher': expected one of auto, identity,"),
+        ("auto:holdout=1", "auto: holdout=1, expected 2 or more"),
+        ("auto:holdout=no", "does not take 'holdout=no': expected holdout=INTEGER"),
         ("kfac:rounds=2", "does not take 'rounds=2': expected no settings"),
         ("sketch-a:rounds", "does not take 'rounds': expected rounds=INTEGER"),
         ("sketch-a:rounds=-1", "expected 1 or more"),

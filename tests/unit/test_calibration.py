@@ -190,6 +190,82 @@ def test_too_little_text_says_what_there_is_and_what_is_needed() -> None:
     split_tokens(torch.zeros(10, 4, dtype=torch.int64), calibration=8, heldout=2, seed=0, source="notes.txt")
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sequences_to_choose_by_are_calibration_sequences_that_are_not_fitted_on(seed: int) -> None:
+    available = torch.arange(90).reshape(30, 3)
+    numbers = {"calibration": 16, "heldout": 5, "seed": seed, "source": "x"}
+    whole, parted = split_tokens(available, **numbers), split_tokens(available, **numbers, choice=4)
+    assert whole.choice.ids.shape == (0, 3)
+    assert (len(parted.calibration), len(parted.choice), len(parted.heldout)) == (12, 4, 5)
+    fit, choice, heldout = (set(part.sequence_ids) for part in (parted.calibration, parted.choice, parted.heldout))
+    assert not fit & choice
+    assert not (fit | choice) & heldout
+    assert fit | choice == set(whole.calibration.sequence_ids)
+    assert torch.equal(parted.heldout.ids, whole.heldout.ids)
+    assert torch.equal(parted.used.ids, torch.cat([parted.calibration.ids, parted.choice.ids]))
+    assert parted.used.sequence_ids == TokenBatch.of(parted.used.ids).sequence_ids
+    rows = {sequence: row for row, sequence in enumerate(TokenBatch.of(available).sequence_ids)}
+    for part in (parted.calibration, parted.choice):
+        assert torch.equal(part.ids, available[[rows[sequence] for sequence in part.sequence_ids]])
+        assert [rows[sequence] for sequence in part.sequence_ids] == sorted(rows[sequence] for sequence in part.sequence_ids)
+
+
+def same(one: TokenBatch, other: TokenBatch) -> bool:
+    return one.sequence_ids == other.sequence_ids and torch.equal(one.ids, other.ids)
+
+
+@pytest.mark.parametrize("windows_at_hand", [21, 22, 60])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_factors_that_know_their_sequences_give_the_same_parts(windows_at_hand: int, seed: int) -> None:
+    available = torch.arange(3 * windows_at_hand).reshape(-1, 3)
+    numbers = {"calibration": 16, "heldout": 5, "seed": seed, "source": "x", "choice": 4}
+    direct = split_tokens(available, **numbers)
+    known = split_tokens(available, **numbers, known=frozenset(direct.calibration.sequence_ids))
+    assert same(direct.calibration, known.calibration)
+    assert same(direct.choice, known.choice)
+    assert same(direct.heldout, known.heldout)
+
+
+def test_a_part_of_the_sequences_is_enough_to_know() -> None:
+    """Factors of one `--part`: what the others would have seen serves to choose by, as any other text."""
+    available = torch.arange(90).reshape(30, 3)
+    numbers = {"calibration": 16, "heldout": 5, "seed": 0, "source": "x", "choice": 4}
+    part = split_tokens(available, **numbers).calibration[::2]
+    found = split_tokens(available, **numbers, known=frozenset(part.sequence_ids))
+    assert same(found.calibration, part)
+    assert (len(found.choice), len(found.heldout)) == (4, 5)
+    assert len({*found.calibration.sequence_ids, *found.choice.sequence_ids, *found.heldout.sequence_ids}) == 6 + 4 + 5
+
+
+@pytest.mark.parametrize("heldout", [1, 8, 14])
+def test_more_or_less_may_be_held_out_than_when_the_factors_were_collected(heldout: int) -> None:
+    available = torch.arange(90).reshape(30, 3)
+    fit = split_tokens(available, calibration=16, heldout=5, seed=0, source="x", choice=4).calibration
+    found = split_tokens(available, calibration=16, heldout=heldout, seed=0, source="x", choice=4, known=frozenset(fit.sequence_ids))
+    assert same(found.calibration, fit)
+    assert (len(found.choice), len(found.heldout)) == (4, heldout)
+    assert len({*fit.sequence_ids, *found.choice.sequence_ids, *found.heldout.sequence_ids}) == 12 + 4 + heldout
+
+
+def test_what_is_chosen_by_is_no_copy_of_what_was_fitted_on() -> None:
+    available = torch.arange(60).reshape(20, 3)[torch.arange(40) % 20]  # every window twice
+    numbers = {"calibration": 16, "heldout": 0, "seed": 0, "source": "x", "choice": 4}
+    direct = split_tokens(available, **numbers)
+    assert len(direct.choice) == 4
+    assert not set(direct.calibration.sequence_ids) & set(direct.choice.sequence_ids)
+    known = split_tokens(available, **numbers, known=frozenset(direct.calibration.sequence_ids))
+    assert same(direct.choice, known.choice)
+
+
+def test_factors_that_have_seen_all_leave_nothing_to_hold_out() -> None:
+    available = torch.arange(60).reshape(20, 3)
+    known = frozenset(TokenBatch.of(available[:17]).sequence_ids)
+    with pytest.raises(DataError, match="fewer than 4 sequences that the factors have not seen"):
+        split_tokens(available, calibration=16, heldout=4, seed=0, source="x", choice=2, known=known)
+    found = split_tokens(available, calibration=16, heldout=2, seed=0, source="x", choice=2, known=known)
+    assert (len(found.choice), len(found.heldout)) == (1, 2)
+
+
 # Sampling from the model
 
 

@@ -39,6 +39,8 @@ class Divergence:
     perplexity_reference: float
     tokens: int
     sequences: int
+    sequence_kl: tuple[float, ...] = ()
+    """Of each sequence, for paired comparisons; not in the report."""
 
     def as_json(self) -> dict[str, Any]:
         """The nested form that reports have; a standard error of a single sequence is null."""
@@ -99,6 +101,7 @@ def compare_models(
         perplexity_reference=perplexities[1].item(),
         tokens=len(flat),
         sequences=count,
+        sequence_kl=tuple(sequence_means.tolist()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Plots of numbers by decoder layer, as PNG bytes.
+"""Plots of numbers by decoder layer and by method, as PNG bytes.
 
 matplotlib's objects are used without pyplot, so that nothing is global: no current figure, no backend, no window. One colour
 and one marker for each kind of linear, the same in every plot of the same kinds.
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["Point", "Series", "histogram", "lines", "stacked_bars"]
+__all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "scatter", "stacked_bars"]
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb7733", "#777777", "#000000", "#99cc33")
 MARKERS = "osD^vPX*<>"
@@ -110,6 +110,94 @@ def histogram(values: Sequence[float], *, title: str, xlabel: str, ylabel: str) 
     axes.legend(frameon=False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def intervals(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: str, xlabel: str) -> bytes:
+    """A panel for each entry; in each a row for each `(name, value, standard error)`, the first one emphasised by a line."""
+    longest = max(len(rows) for rows in panels.values())
+    figure = Figure(figsize=(2.2 + 3.8 * len(panels), 1.6 + 0.3 * longest), dpi=DPI, layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+        places = range(len(rows))
+        axes.barh(
+            places, [row[1] for row in rows], xerr=[row[2] for row in rows], color=COLOURS[0], height=0.62, error_kw={"elinewidth": 1}
+        )
+        axes.set_yticks(places, [row[0] for row in rows])
+        axes.axvline(rows[0][1], color=COLOURS[1], linestyle="--", linewidth=1)
+        for place, row in zip(places, rows, strict=True):
+            axes.annotate(f"{row[1]:.4f}", (row[1] + row[2], place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.set_xlim(0, 1.22 * max(row[1] + row[2] for row in rows))
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=9)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+    grid[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], *, title: str, xlabel: str, ylabel: str) -> bytes:
+    """A panel for each entry; in each a curve of `(x, y, standard error)` for each name, both axes logarithmic."""
+    figure = Figure(figsize=(2.6 + 4.2 * len(panels), 4.2), dpi=DPI, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, named) in zip(grid, panels.items(), strict=True):
+        for index, (label, points) in enumerate(named.items()):
+            axes.errorbar(
+                [point[0] for point in points],
+                [point[1] for point in points],
+                yerr=[point[2] for point in points],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4.5,
+                linewidth=1.3,
+                elinewidth=1,
+                capsize=2,
+                label=label,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({point[0] for points in named.values() for point in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%.3g"))
+        axes.tick_params(axis="y", which="both", labelsize=8)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    _legend(figure, grid[0])
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: str, ylabel: str, columns: int) -> bytes:
+    """A panel for each entry, `columns` in a row; in each a marker for each `(name, x, y)`, the same for the same name everywhere."""
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.8 + 3.6 * columns, 0.8 + 3.0 * height), dpi=DPI, layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False)
+    names = list(dict.fromkeys(point[0] for points in panels.values() for point in points))
+    for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
+        for label, x, y in points:
+            index = names.index(label)
+            axes.plot(
+                x,
+                y,
+                linestyle="",
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[(index * 3) % len(MARKERS)],
+                markersize=7,
+                label=label,
+            )
+        axes.set_title(name, fontsize=9)
+        axes.set_ylabel(ylabel, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    _legend(figure, grid.flat[0])
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 

@@ -1,0 +1,419 @@
+"""Curvature estimators side by side, under one rounding and one measure: `roundel compare`.
+
+For each seed and number of sequences all estimators collect from one gradient stream (`curvature.together`). Then each linear is rounded
+with each estimator's factors to each scheme, exactly as `quantize` does it, and the KL of the whole model is measured on held-out text that
+is the same for all. Beside it: the held-out J and cosine of the factors (`curvature.diagnose`), tokens, passes, seconds and memory.
+
+Two kinds of error are told apart. `kl_stderr` is over held-out sequences, of the mean over seeds. Methods share the sequences, so their
+*ratio* to the first method is known better than that: its error comes from the paired differences by sequence, and from the spread over
+seeds.
+
+Cost: a collection, then for each method and scheme a rounding and a forward pass of both models over the held-out text. Each seed and
+number of sequences is saved when it is done, and `resume` goes on after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundel.calibration import Split, data_hash
+from roundel.curvature import parse_curvature
+from roundel.curvature.collect import safe_batch_size
+from roundel.curvature.diagnose import Diagnosis, diagnose, total
+from roundel.curvature.together import Measured, collect_together
+from roundel.errors import OutputError, SchemeError
+from roundel.evaluate import compare_models, plots
+from roundel.evaluate.html import Paragraph, Picture, Table, page
+from roundel.grids import parse_scheme
+from roundel.models import select_linears
+from roundel.pipeline import Notes, Source, default_batch, load_source, round_all, sequence_length, split_text, versions
+from roundel.progress import Progress, Silent
+from roundel.recipes import GPTQ, NEAREST, Recipe
+from roundel.rounding.round import dequantized
+from roundel.store import check_output, storage, write_json, write_text
+from roundel.types import TokenBatch
+
+__all__ = ["ABLATION", "COMPARED", "compare", "compared_rows", "summary_rows"]
+
+SCHEMA_VERSION = 1
+
+NAMED: dict[str, dict[str, Any]] = {"nearest": NEAREST, "gptq": GPTQ}
+"""Methods that are more than a curvature."""
+
+ABLATION = (
+    "auto",
+    "mean",
+    "kfac",
+    "sketch-b",
+    "sketch-a",
+    "triangular",
+    "power",
+    "fastkron",
+    "fastkron:batch=16",
+    "fastkron:batch=128",
+    "guided",
+    "diagonal:of=mean",
+    "activation",
+    "gptq",
+    "nearest",
+)
+"""All rows of the papers' ablations, and ours."""
+
+COMPARED = ("scheme", "sequences", "method", "KL", "ratio to the first", "J ratio", "cosine", "passes", "seconds", "MiB")
+"""Columns of the table that is printed."""
+
+DIAGNOSED = 32
+"""Held-out sequences for J and the cosine."""
+
+
+def compare(
+    model: str | Path,
+    *,
+    output: str | Path,
+    curvatures: Sequence[str] = ABLATION,
+    schemes: Sequence[str] = ("int3-g32", "int4-g32"),
+    sequences: Sequence[int] = (512,),
+    seeds: int = 3,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Quantizes one model by all methods and measures them on the same held-out text.
+
+    Args:
+        model: As for `quantize`.
+        output: Directory to make: `compare.json`, `summary.csv`, `index.html` and plots.
+        curvatures: Estimators with settings; `gptq` and `nearest` are those recipes (no sweeps). The others are compared with the first.
+        schemes: As for `quantize`.
+        sequences: Numbers of calibration sequences; several give the calibration-size curve.
+        seeds: So many seeds, from 0: of the choice of sequences and of the labels.
+        resume: Keep what an interrupted comparison of the same settings has finished.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: As for `quantize`.
+        progress: Where to report; silent by default.
+        settings: The other fields of `Recipe`, common to all methods.
+
+    Returns:
+        The contents of compare.json.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    for name, values in (("curvatures", curvatures), ("schemes", schemes), ("sequences", sequences)):
+        if not values or len(set(values)) < len(values):
+            raise SchemeError(f"{name} is {', '.join(map(str, values)) or 'empty'}: expected one or more, each once")
+    if seeds < 1:
+        raise SchemeError(f"seeds is {seeds}: expected 1 or more")
+    base = Recipe(**{**settings, "scheme": schemes[0], "curvature": "auto", "sequences": min(sequences)})
+    recipes = {label: dataclasses.replace(base, **NAMED.get(label, {"curvature": label})) for label in curvatures}
+    for scheme in schemes:
+        parse_scheme(scheme)
+    notes, target = Notes(progress or Silent()), Path(output)
+    details: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "comparison",
+        "model": str(model),
+        "methods": {label: {key: recipe.as_json()[key] for key in ("curvature", "sweeps", "damping")} for label, recipe in recipes.items()},
+        "schemes": list(schemes),
+        "sequences": list(sequences),
+        "seeds": seeds,
+        "recipe": {
+            key: value for key, value in base.as_json().items() if key not in ("scheme", "curvature", "sequences", "seed", "sweeps")
+        },
+        "versions": versions(),
+    }
+    rows = _finished(target, details) if resume and (target / "compare.json").exists() else []
+    if not rows:
+        check_output(target)
+        with storage(target):
+            target.mkdir(parents=True, exist_ok=True)
+    source, linears = _load(model, base, schemes, device, dtype)
+    twin = copy.deepcopy(source.model)
+    for seed in range(seeds):
+        for count in sequences:
+            if any(row["seed"] == seed and row["sequences"] == count for row in rows):
+                continue
+            notes.progress.say(f"--- seed {seed}, {count} sequences")
+            these = {label: dataclasses.replace(recipe, seed=seed, sequences=count) for label, recipe in recipes.items()}
+            rows += _one_setting(source, linears, twin, these, notes, batch_size)
+            details["summary"] = summary_rows(rows)
+            write_json(target / "compare.json", {**details, "rows": rows})
+    details = {**details, "summary": summary_rows(rows), "warnings": sorted(set(notes.warnings)), "rows": rows}
+    with storage(target):
+        _write(target, details)
+    return details
+
+
+def _finished(target: Path, details: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an interrupted comparison, if it had the same settings."""
+    try:
+        stored = json.loads((target / "compare.json").read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = stored["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{target}/compare.json cannot be read ({error}); start again in a new directory") from error
+    for key, value in details.items():
+        if stored.get(key) != value:
+            raise OutputError(f"{target} holds a comparison with other {key}; give the same settings, or a new directory without --resume")
+    return rows
+
+
+def _load(
+    model: str | Path, recipe: Recipe, schemes: Sequence[str], device: str, dtype: str
+) -> tuple[Source, dict[str, dict[str, nn.Linear]]]:
+    """The model with the linears of all schemes, and those of each."""
+    source = load_source(str(model), recipe, parse_scheme(schemes[0]), device, dtype)
+    linears: dict[str, dict[str, nn.Linear]] = {}
+    for scheme in schemes:
+        selection = select_linears(source.model, parse_scheme(scheme), include=recipe.include, exclude=recipe.exclude)
+        linears[scheme] = {name: linear for name, linear in selection.linears.items() if source.checkpoint.weight_of(name)}
+    every = {name: linear for own in linears.values() for name, linear in own.items()}
+    return dataclasses.replace(source, linears=every), linears
+
+
+def _one_setting(
+    source: Source,
+    linears: dict[str, dict[str, nn.Linear]],
+    twin: nn.Module,
+    recipes: dict[str, Recipe],
+    notes: Notes,
+    batch_size: int | None,
+) -> list[dict[str, Any]]:
+    """All methods and schemes with one seed and number of sequences."""
+    some = next(iter(recipes.values()))
+    length = sequence_length(source.model, some)
+    split = split_text(dataclasses.replace(some, curvature="auto"), source, length, notes.progress)
+    tokens = split.used
+    wanted = batch_size or default_batch(length)
+    batch = safe_batch_size(source.model, source.linears, tokens, seed=some.seed, batch_size=wanted, labels=some.labels)
+    estimators = {recipe.curvature: parse_curvature(recipe.curvature) for recipe in recipes.values()}
+    with notes.progress.stage("curvature", len(tokens) * max(estimator.passes for estimator in estimators.values())) as advance:
+        measured = collect_together(
+            source.model, source.linears, tokens, estimators, seed=some.seed, batch_size=batch, labels=some.labels, advance=advance
+        )
+    diagnoses = _diagnosed(source, measured, split, some, notes)
+    rows = []
+    work = [(scheme, label) for scheme in linears for label in recipes]
+    for scheme, label in work:
+        recipe = dataclasses.replace(recipes[label], scheme=scheme)
+        own, grid = measured[recipe.curvature], parse_scheme(scheme)
+        seen = len(tokens) - estimators[recipe.curvature].held_out(len(tokens))
+        within = dataclasses.replace(source, linears=linears[scheme], skipped={})
+        began = time.monotonic()
+        rounded, layers = round_all(recipe, grid, within, dict(own.sketches), tokens[seen:], notes, batch_size=batch)
+        seconds = time.monotonic() - began
+        modules = dict(twin.named_modules())
+        for name, result in rounded.items():
+            modules[name].weight.data.copy_(dequantized(grid, result))
+        divergence = compare_models(twin, source.model, split.heldout, batch_size=wanted)
+        for name in rounded:
+            modules[name].weight.data.copy_(source.linears[name].weight.data)
+        diagnosis = diagnoses.get(recipe.curvature)
+        rows.append(
+            {
+                "method": label,
+                "scheme": scheme,
+                "sequences": len(tokens),
+                "seed": recipe.seed,
+                "kl": divergence.kl_mean,
+                "kl_stderr": divergence.as_json()["kl"]["stderr"],
+                "top1_agreement": divergence.top1_agreement,
+                "perplexity": divergence.perplexity_model,
+                "perplexity_reference": divergence.perplexity_reference,
+                "proxy_kl": sum(row["proxy_loss"] for row in layers.values()),
+                **({} if diagnosis is None else diagnosis.as_json()),
+                "tokens": tokens.ids.numel(),
+                "passes": own.passes,
+                "collect_seconds": round(own.seconds, 3),
+                "rounding_seconds": round(seconds, 3),
+                "state_bytes": own.state_bytes,
+                "quantized_linears": len(rounded),
+                "tokens_sha256": data_hash(tokens),
+                "heldout_sha256": data_hash(split.heldout),
+                "sequence_kl": [float(f"{value:.6g}") for value in divergence.sequence_kl],
+            }
+        )
+        notes.progress.say(f"{scheme} {label}: KL {divergence.kl_mean:.5f}")
+    return rows
+
+
+def _diagnosed(source: Source, measured: dict[str, Measured], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:
+    """Held-out J and cosine of each curvature, all linears together; nothing with fewer than two held-out sequences."""
+    heldout: TokenBatch = split.heldout[:DIAGNOSED]
+    if len(heldout) < 2:
+        return {}
+    factors = {label: {name: sketch.factors() for name, sketch in own.sketches.items()} for label, own in measured.items()}
+    batch = max(2, default_batch(heldout.ids.shape[1]))
+    with notes.progress.stage("held-out gradients", len(heldout)) as advance:
+        found = diagnose(
+            source.model,
+            source.linears,
+            factors,
+            heldout,
+            seed=recipe.seed,
+            batch_size=batch,
+            damping=recipe.damping,
+            advance=advance,
+        )
+    return {label: total(own.values()) for label, own in found.items() if own}
+
+
+def _error(values: Iterable[float]) -> float:
+    """Standard error of the mean; 0 for a single value."""
+    known = list(values)
+    return statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+
+
+def summary_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds of each scheme, number of sequences and method, with errors (see the module's docstring).
+
+    `ratio` is the KL over that of the first method with the same scheme, number of sequences and seeds.
+    """
+    groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        groups.setdefault((row["scheme"], row["sequences"]), {}).setdefault(row["method"], []).append(row)
+    found = []
+    for (scheme, sequences), methods in groups.items():
+        first = next(iter(methods.values()))
+        for method, own in methods.items():
+            by_sequence = torch.tensor([row["sequence_kl"] for row in own], dtype=torch.float64)
+            reference = torch.tensor([row["sequence_kl"] for row in first], dtype=torch.float64)
+            ratios = [row["kl"] / base["kl"] for row, base in zip(own, first, strict=True)]
+            paired = (by_sequence.mean(0) - reference.mean(0)).tolist()
+            found.append(
+                {
+                    "scheme": scheme,
+                    "sequences": sequences,
+                    "method": method,
+                    "seeds": len(own),
+                    "kl": statistics.fmean(row["kl"] for row in own),
+                    "kl_stderr": _error(by_sequence.mean(0).tolist()),
+                    "ratio": statistics.fmean(ratios),
+                    "ratio_stderr": math.hypot(_error(paired) / reference.mean().item(), _error(ratios)),
+                    **{
+                        key: statistics.fmean(row[key] for row in own)
+                        for key in ("top1_agreement", "perplexity", "proxy_kl", "collect_seconds", "rounding_seconds")
+                    },
+                    **{
+                        key: statistics.fmean(row[key] for row in own) if all(row.get(key) is not None for row in own) else None
+                        for key in ("j_ratio", "cosine")
+                    },
+                    **{key: own[0][key] for key in ("tokens", "passes", "state_bytes")},
+                }
+            )
+    return found
+
+
+def _write(target: Path, details: dict[str, Any]) -> None:
+    """All files of the comparison."""
+    summary: list[dict[str, Any]] = details["summary"]
+    write_json(target / "compare.json", details)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(summary[0]))
+    writer.writeheader()
+    writer.writerows(summary)
+    write_text(target / "summary.csv", table.getvalue())
+    counts, schemes = details["sequences"], details["schemes"]
+    most = max(row["sequences"] for row in summary)
+    largest = [row for row in summary if row["sequences"] == most]
+    pictures = {
+        "kl.png": (
+            plots.intervals(
+                {
+                    scheme: [(row["method"], row["kl"], row["kl_stderr"]) for row in largest if row["scheme"] == scheme]
+                    for scheme in schemes
+                },
+                title=f"{details['model']}: KL on held-out text, {most} calibration sequences",
+                xlabel="KL(original || quantized), nats per token",
+            ),
+            "Mean over seeds; bars are standard errors over held-out sequences.",
+        ),
+        "ranking.png": (
+            plots.scatter(
+                {
+                    f"{scheme}: {name}": [
+                        (row["method"], row[key], row["kl"])
+                        for row in largest
+                        if row["scheme"] == scheme and row[key] is not None and details["methods"][row["method"]]["sweeps"] > 0
+                    ]
+                    for scheme in schemes
+                    for key, name in (("j_ratio", "held-out J / J(nearest)"), ("cosine", "cosine to the Fisher"))
+                },
+                title="What ranks the methods?",
+                ylabel="KL, nats per token",
+                columns=2,
+            ),
+            "Each point is a method, all with the same sweeps. A quantity ranks methods if the points rise or fall in order.",
+        ),
+    }
+    if len(counts) > 1:
+        pictures["sequences.png"] = (
+            plots.curves(
+                {
+                    scheme: {
+                        method: [
+                            (row["sequences"], row["kl"], row["kl_stderr"])
+                            for row in summary
+                            if row["scheme"] == scheme and row["method"] == method
+                        ]
+                        for method in details["methods"]
+                    }
+                    for scheme in schemes
+                },
+                title=f"{details['model']}: KL against calibration data",
+                xlabel="calibration sequences",
+                ylabel="KL, nats per token",
+            ),
+            "Mean over seeds; bars are standard errors over held-out sequences.",
+        )
+    for name, (png, _) in pictures.items():
+        (target / name).write_bytes(png)
+    body: list[Paragraph | Table | Picture] = [
+        Paragraph(
+            text=f"{details['model']}, {details['seeds']} seeds, calibrated on {details['recipe']['calibration']}. "
+            "J ratio: share of nearest rounding's expected loss that feedback leaves on held-out gradients. Seconds and MiB are of the "
+            "collection: as if the estimator ran alone, and of its sums."
+        ),
+        Table(columns=COMPARED, rows=compared_rows(summary)),
+        *(Picture(png=png, caption=caption) for png, caption in pictures.values()),
+    ]
+    write_text(target / "index.html", page(f"Curvature estimators on {details['model']}", body))
+
+
+def compared_rows(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the table, in the order of `COMPARED`."""
+    return [_cells(row) for row in summary]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def optional(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    return [
+        row["scheme"],
+        str(row["sequences"]),
+        row["method"],
+        f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}",
+        f"{row['ratio']:.3f} ± {row['ratio_stderr']:.3f}",
+        optional(row["j_ratio"]),
+        optional(row["cosine"]),
+        str(row["passes"]),
+        f"{row['collect_seconds']:.1f}",
+        f"{row['state_bytes'] / 2**20:.1f}",
+    ]

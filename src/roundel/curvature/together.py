@@ -1,0 +1,144 @@
+"""Several estimators over one gradient stream: each pass is one forward and backward pass for all that still need it.
+
+Every estimator sees the same sequences, labels and gradients as it would alone, in the same order, and gets the same sums. An estimator
+that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones.
+
+Cost: as many passes as the longest estimator needs, and the sums of all. `seconds` of each is what it would have taken alone: its own
+sums plus all of each pass that it took part in; a Gram matrix of inputs that two estimators need is formed for each. Memory: the sums
+of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from roundel.curvature.fisher import backward
+from roundel.curvature.sketches import Estimator, Sketch
+from roundel.curvature.tap import tapped
+from roundel.types import KroneckerFactors, LayerGrad, LayerInput, TokenBatch
+
+__all__ = ["Measured", "collect_together"]
+
+
+@dataclass
+class Measured:
+    """What one estimator has collected."""
+
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+    """The sums of each linear in the last pass."""
+    passes: int = 0
+    seconds: float = 0.0
+    """As if it had run alone."""
+    state_bytes: int = 0
+    """Of sums and of what goes from pass to pass, all linears together, at their largest."""
+
+
+def collect_together(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    tokens: TokenBatch,
+    estimators: Mapping[str, Estimator],
+    *,
+    seed: int,
+    batch_size: int,
+    labels: str = "sampled",
+    advance: Callable[[int], None] = lambda _sequences: None,
+) -> dict[str, Measured]:
+    """What `collect` gives for each estimator, by label.
+
+    Args:
+        model: As for `collect`.
+        linears: As for `collect`.
+        tokens: All sequences; those to choose by come last.
+        estimators: By label.
+        seed: As for `collect`.
+        batch_size: As for `collect`; batches do not cross the point where an estimator stops.
+        labels: As for `collect`.
+        advance: Called with the number of sequences done; in all `len(tokens)` times the largest number of passes, or less if all converge.
+    """
+    device = next(model.parameters()).device
+    ends = {label: len(tokens) - estimator.held_out(len(tokens)) for label, estimator in estimators.items()}
+    cuts = sorted({0, len(tokens), *ends.values()})
+    batches = [batch for start, stop in itertools.pairwise(cuts) for batch in tokens[start:stop].split(batch_size)]
+    found = {label: Measured() for label in estimators}
+    previous: dict[str, dict[str, KroneckerFactors]] = {label: {} for label in estimators}
+    active = dict(estimators)
+    index = 0
+    while active:
+        for label, estimator in active.items():
+            found[label].sketches = {
+                name: estimator.sketch(linear.out_features, linear.in_features, device, index=index, previous=previous[label].get(name))
+                for name, linear in linears.items()
+            }
+        own = _one_pass(model, linears, batches, {label: (found[label].sketches, ends[label]) for label in active}, seed, labels, advance)
+        for label, estimator in list(active.items()):
+            measured = found[label]
+            for sketch in measured.sketches.values():
+                sketch.finish()
+            measured.passes += 1
+            measured.seconds += own[label]
+            measured.state_bytes = max(measured.state_bytes, _bytes(measured.sketches, previous[label]))
+            last = index + 1 == estimator.passes or all(estimator.converged(sketch) for sketch in measured.sketches.values())
+            if last:
+                del active[label], previous[label]
+            else:
+                factors = {name: sketch.factors() for name, sketch in measured.sketches.items()}
+                previous[label] = {name: kept for name, kept in factors.items() if isinstance(kept, KroneckerFactors)}
+        index += 1
+    return found
+
+
+def _one_pass(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: list[TokenBatch],
+    parts: Mapping[str, tuple[dict[str, Sketch], int]],
+    seed: int,
+    labels: str,
+    advance: Callable[[int], None],
+) -> dict[str, float]:
+    """Feeds all sketches; returns the seconds that each label would have taken alone."""
+    device = next(model.parameters()).device
+    own = dict.fromkeys(parts, 0.0)
+    inputs: WeakKeyDictionary[LayerInput, dict[str, LayerInput]] = WeakKeyDictionary()
+    done = 0
+
+    def consume(name: str, grad: LayerGrad) -> None:
+        copies = inputs.setdefault(grad.input, {})
+        for label, (sketches, end) in parts.items():
+            if done < end:
+                began = _now(device)
+                # an input of its own: else the first to ask would pay for the Gram matrices of all
+                input = copies.setdefault(label, LayerInput(grad.input.x))
+                sketches[name].update(LayerGrad(input=input, g=grad.g))
+                own[label] += _now(device) - began
+
+    began = _now(device)
+    with tapped(model, linears, consume):
+        for batch in batches:
+            backward(model, batch, seed, labels, device=device)
+            done += len(batch)
+            advance(len(batch))
+    shared = _now(device) - began - sum(own.values())
+    return {label: shared + seconds for label, seconds in own.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _bytes(sketches: Mapping[str, Sketch], previous: Mapping[str, KroneckerFactors]) -> int:
+    tensors: list[Tensor] = [total for sketch in sketches.values() for total in sketch.sums.values()]
+    for factors in previous.values():
+        tensors += [factors.H_out, factors.H_in, *factors.carry.values()]
+    distinct = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(distinct.values())
