@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from roundel.compare import ABLATION, COMPARED, compared_rows
+from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate import Divergence
@@ -72,6 +73,7 @@ def quantize(
         str,
         typer.Option(
             help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean (of kfac and sketch-b), "
+            "auto[:holdout=N] (mean, or what held-out gradients say is better), "
             "power[:rounds=N], fastkron[:steps=N][:batch=N], guided[:groups=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
         ),
     ] = _DEFAULT.curvature,
@@ -364,13 +366,26 @@ def compare(
     )
     _emit(details, json_file)
     if not quiet and str(json_file) != "-":
-        table = Table(title=f"{model}: KL in nats per token, mean of {seeds} seeds")
-        for index, column in enumerate(COMPARED):
-            table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=True)
-        for cells in compared_rows(details["summary"]):
-            table.add_row(*cells)
-        Console().print(table)
+        _print_comparison(details)
         print(f"{output}: index.html has the plots, compare.json everything")
+
+
+def _print_comparison(details: dict[str, Any]) -> None:
+    """A table for each scheme, narrow enough for most terminals; a terminal that is narrower breaks its lines, and nothing is cut off."""
+    columns = [column for column in PRINTED if column != "sequences" or len(details["sequences"]) > 1]
+    console = Console()
+    for scheme in details["schemes"]:
+        summary = [row for row in details["summary"] if row["scheme"] == scheme]
+        title = f"{scheme}: KL in nats per token, mean of {details['seeds']} seeds"
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in columns:
+            table.add_column(column.removesuffix(" to the first"), justify="left" if column == "method" else "right", no_wrap=True)
+        for row, cells in zip(summary, compared_rows(summary, columns), strict=True):
+            table.add_row(*cells, end_section=row["method"] == summary[-1]["method"])
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        Console(width=max(console.width, needed)).print(table)
+        print()
+    print(f"ratio: to the KL of {details['summary'][0]['method']}; seconds: of the collection, as if alone")
 
 
 def _listed(text: str) -> list[str]:

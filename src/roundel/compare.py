@@ -1,8 +1,9 @@
 """Curvature estimators side by side, under one rounding and one measure: `roundel compare`.
 
 For each seed and number of sequences all estimators collect from one gradient stream (`curvature.together`). Then each linear is rounded
-with each estimator's factors to each scheme, exactly as `quantize` does it, and the KL of the whole model is measured on held-out text that
-is the same for all. Beside it: the held-out J and cosine of the factors (`curvature.diagnose`), tokens, passes, seconds and memory.
+with each estimator's factors to each scheme, exactly as `quantize` does it, and the KL of the whole model is measured on held-out text,
+the same for all seeds and numbers of sequences: what `quantize` holds out with seed 0 and the largest number. Beside it: the held-out J and
+cosine of the factors (`curvature.diagnose`), tokens, passes, seconds and memory.
 
 Two kinds of error are told apart. `kl_stderr` is over held-out sequences, of the mean over seeds. Methods share the sequences, so their
 *ratio* to the first method is known better than that: its error comes from the paired differences by sequence, and from the spread over
@@ -29,24 +30,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundel.calibration import Split, data_hash
+from roundel.calibration import Fingerprint, Split, data_hash
 from roundel.curvature import parse_curvature
 from roundel.curvature.collect import safe_batch_size
 from roundel.curvature.diagnose import Diagnosis, diagnose, total
-from roundel.curvature.together import Measured, collect_together
+from roundel.curvature.together import Measured, collect_together, segments
 from roundel.errors import OutputError, SchemeError
 from roundel.evaluate import compare_models, plots
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 from roundel.grids import parse_scheme
 from roundel.models import select_linears
-from roundel.pipeline import Notes, Source, default_batch, load_source, round_all, sequence_length, split_text, versions
+from roundel.models.load import pick_device, pick_dtype
+from roundel.pipeline import (
+    OVERLAP_WARNING,
+    Notes,
+    Source,
+    _check_vocabulary,
+    default_batch,
+    load_source,
+    round_all,
+    sequence_length,
+    split_text,
+    versions,
+)
 from roundel.progress import Progress, Silent
 from roundel.recipes import GPTQ, NEAREST, Recipe
 from roundel.rounding.round import dequantized
 from roundel.store import check_output, storage, write_json, write_text
 from roundel.types import TokenBatch
 
-__all__ = ["ABLATION", "COMPARED", "compare", "compared_rows", "summary_rows"]
+__all__ = ["ABLATION", "COMPARED", "PRINTED", "compare", "compared_rows", "summary_rows"]
 
 SCHEMA_VERSION = 1
 
@@ -73,7 +86,10 @@ ABLATION = (
 """All rows of the papers' ablations, and ours."""
 
 COMPARED = ("scheme", "sequences", "method", "KL", "ratio to the first", "J ratio", "cosine", "passes", "seconds", "MiB")
-"""Columns of the table that is printed."""
+"""Columns of the table on the page."""
+
+PRINTED = ("sequences", "method", "KL", "ratio to the first", "J ratio", "seconds")
+"""Columns of the tables that are printed, one for each scheme."""
 
 DIAGNOSED = 32
 """Held-out sequences for J and the cosine."""
@@ -108,7 +124,7 @@ def compare(
         dtype: As for `quantize`.
         batch_size: As for `quantize`.
         progress: Where to report; silent by default.
-        settings: The other fields of `Recipe`, common to all methods.
+        settings: The other fields of `Recipe` but `scheme`, `curvature` and `seed`, common to all methods.
 
     Returns:
         The contents of compare.json.
@@ -121,6 +137,8 @@ def compare(
             raise SchemeError(f"{name} is {', '.join(map(str, values)) or 'empty'}: expected one or more, each once")
     if seeds < 1:
         raise SchemeError(f"seeds is {seeds}: expected 1 or more")
+    if own := {"scheme", "curvature", "seed"} & settings.keys():
+        raise SchemeError(f"{', '.join(sorted(own))}: a comparison takes several; give schemes, curvatures and the number of seeds")
     base = Recipe(**{**settings, "scheme": schemes[0], "curvature": "auto", "sequences": min(sequences)})
     recipes = {label: dataclasses.replace(base, **NAMED.get(label, {"curvature": label})) for label in curvatures}
     for scheme in schemes:
@@ -137,41 +155,55 @@ def compare(
         "recipe": {
             key: value for key, value in base.as_json().items() if key not in ("scheme", "curvature", "sequences", "seed", "sweeps")
         },
+        "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
         "versions": versions(),
     }
-    rows = _finished(target, details) if resume and (target / "compare.json").exists() else []
-    if not rows:
+    rows: list[dict[str, Any]] = []
+    if resume and (target / "compare.json").exists():
+        rows, notes.warnings = _finished(target, details)
+    else:
         check_output(target)
         with storage(target):
             target.mkdir(parents=True, exist_ok=True)
-    source, linears = _load(model, base, schemes, device, dtype)
-    twin = copy.deepcopy(source.model)
-    for seed in range(seeds):
-        for count in sequences:
-            if any(row["seed"] == seed and row["sequences"] == count for row in rows):
-                continue
+    known = {(row["seed"], row["sequences"]) for row in rows}
+    missing = [(seed, count) for seed in range(seeds) for count in sequences if (seed, count) not in known]
+    if missing:
+        source, linears = _load(model, base, schemes, device, dtype)
+        twin = copy.deepcopy(source.model)
+        most = max(sequences)
+        first = _split(source, dataclasses.replace(base, seed=0, sequences=most), notes)
+        for seed, count in missing:
             notes.progress.say(f"--- seed {seed}, {count} sequences")
             these = {label: dataclasses.replace(recipe, seed=seed, sequences=count) for label, recipe in recipes.items()}
-            rows += _one_setting(source, linears, twin, these, notes, batch_size)
-            details["summary"] = summary_rows(rows)
-            write_json(target / "compare.json", {**details, "rows": rows})
-    details = {**details, "summary": summary_rows(rows), "warnings": sorted(set(notes.warnings)), "rows": rows}
+            split = first
+            if (seed, count) != (0, most):
+                split = _split(source, dataclasses.replace(base, seed=seed, sequences=count), notes)
+                split = dataclasses.replace(split, heldout=first.heldout)  # lies behind what any of them calibrates on
+            rows += _one_setting(source, linears, twin, these, split, notes, batch_size)
+            write_json(target / "compare.json", _details(details, rows, notes))
+    details = _details(details, rows, notes)
     with storage(target):
         _write(target, details)
     return details
 
 
-def _finished(target: Path, details: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an interrupted comparison, if it had the same settings."""
+def _details(settings: dict[str, Any], rows: list[dict[str, Any]], notes: Notes) -> dict[str, Any]:
+    """The contents of compare.json."""
+    return {**settings, "summary": summary_rows(rows), "warnings": sorted(set(notes.warnings)), "rows": rows}
+
+
+def _finished(target: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and warnings of an interrupted comparison, if it had the same settings."""
     try:
         stored = json.loads((target / "compare.json").read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] = stored["rows"]
-    except (OSError, ValueError, KeyError) as error:
+        rows, warnings = stored["rows"], stored.get("warnings", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{target}/compare.json cannot be read ({error}); start again in a new directory") from error
-    for key, value in details.items():
-        if stored.get(key) != value:
+    for key, value in settings.items():
+        # as text, since the order of the methods counts: the others are compared with the first
+        if key in stored and json.dumps(stored[key]) != json.dumps(value):
             raise OutputError(f"{target} holds a comparison with other {key}; give the same settings, or a new directory without --resume")
-    return rows
+    return rows, warnings
 
 
 def _load(
@@ -187,22 +219,30 @@ def _load(
     return dataclasses.replace(source, linears=every), linears
 
 
+def _split(source: Source, recipe: Recipe, notes: Notes) -> Split:
+    """The sequences of a recipe whose curvature is `auto`: what others hold nothing out of, in the same order."""
+    split = split_text(recipe, source, sequence_length(source.model, recipe), notes.progress)
+    _check_vocabulary(source.model, split.used, split.heldout)
+    return split
+
+
 def _one_setting(
     source: Source,
     linears: dict[str, dict[str, nn.Linear]],
     twin: nn.Module,
     recipes: dict[str, Recipe],
+    split: Split,
     notes: Notes,
     batch_size: int | None,
 ) -> list[dict[str, Any]]:
     """All methods and schemes with one seed and number of sequences."""
-    some = next(iter(recipes.values()))
-    length = sequence_length(source.model, some)
-    split = split_text(dataclasses.replace(some, curvature="auto"), source, length, notes.progress)
-    tokens = split.used
-    wanted = batch_size or default_batch(length)
-    batch = safe_batch_size(source.model, source.linears, tokens, seed=some.seed, batch_size=wanted, labels=some.labels)
+    some, tokens = next(iter(recipes.values())), split.used
+    overlap = Fingerprint.of(split.heldout).overlap(Fingerprint.of(tokens))
+    if overlap > OVERLAP_WARNING:
+        notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: every KL is too good")
+    wanted = batch_size or default_batch(tokens.ids.shape[1])
     estimators = {recipe.curvature: parse_curvature(recipe.curvature) for recipe in recipes.values()}
+    batch = _safe_batch(source, segments(tokens, estimators.values()), some, wanted)
     with notes.progress.stage("curvature", len(tokens) * max(estimator.passes for estimator in estimators.values())) as advance:
         measured = collect_together(
             source.model, source.linears, tokens, estimators, seed=some.seed, batch_size=batch, labels=some.labels, advance=advance
@@ -229,7 +269,7 @@ def _one_setting(
             {
                 "method": label,
                 "scheme": scheme,
-                "sequences": len(tokens),
+                "sequences": recipe.sequences,
                 "seed": recipe.seed,
                 "kl": divergence.kl_mean,
                 "kl_stderr": divergence.as_json()["kl"]["stderr"],
@@ -251,6 +291,15 @@ def _one_setting(
         )
         notes.progress.say(f"{scheme} {label}: KL {divergence.kl_mean:.5f}")
     return rows
+
+
+def _safe_batch(source: Source, parts: Sequence[TokenBatch], recipe: Recipe, wanted: int) -> int:
+    """`wanted`, if batches of all the sizes that occur in `parts` give the same bits as single sequences; else 1."""
+    for part in parts:
+        found = safe_batch_size(source.model, source.linears, part, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
+        if found < min(wanted, len(part)):
+            return 1
+    return wanted
 
 
 def _diagnosed(source: Source, measured: dict[str, Measured], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:
@@ -329,9 +378,23 @@ def _write(target: Path, details: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(summary)
     write_text(target / "summary.csv", table.getvalue())
-    counts, schemes = details["sequences"], details["schemes"]
-    most = max(row["sequences"] for row in summary)
+    counts, schemes, methods = details["sequences"], details["schemes"], details["methods"]
+    model = Path(details["model"]).name if Path(details["model"]).exists() else details["model"]
+    most = max(counts)
     largest = [row for row in summary if row["sequences"] == most]
+    sweeps = max(method["sweeps"] for method in methods.values())
+    ranked = {
+        f"{scheme}: {name}": points
+        for scheme in schemes
+        for key, name in (("j_ratio", "held-out J / J(nearest)"), ("cosine", "cosine to the Fisher"))
+        if (
+            points := [
+                (row["method"], row[key], row["kl"])
+                for row in largest
+                if row["scheme"] == scheme and row[key] is not None and methods[row["method"]]["sweeps"] == sweeps
+            ]
+        )
+    }
     pictures = {
         "kl.png": (
             plots.intervals(
@@ -339,29 +402,17 @@ def _write(target: Path, details: dict[str, Any]) -> None:
                     scheme: [(row["method"], row["kl"], row["kl_stderr"]) for row in largest if row["scheme"] == scheme]
                     for scheme in schemes
                 },
-                title=f"{details['model']}: KL on held-out text, {most} calibration sequences",
+                title=f"{model}: KL on held-out text, {most} calibration sequences",
                 xlabel="KL(original || quantized), nats per token",
             ),
             "Mean over seeds; bars are standard errors over held-out sequences.",
         ),
-        "ranking.png": (
-            plots.scatter(
-                {
-                    f"{scheme}: {name}": [
-                        (row["method"], row[key], row["kl"])
-                        for row in largest
-                        if row["scheme"] == scheme and row[key] is not None and details["methods"][row["method"]]["sweeps"] > 0
-                    ]
-                    for scheme in schemes
-                    for key, name in (("j_ratio", "held-out J / J(nearest)"), ("cosine", "cosine to the Fisher"))
-                },
-                title="What ranks the methods?",
-                ylabel="KL, nats per token",
-                columns=2,
-            ),
-            "Each point is a method, all with the same sweeps. A quantity ranks methods if the points rise or fall in order.",
-        ),
     }
+    if ranked:  # nothing is diagnosed with fewer than two held-out sequences
+        pictures["ranking.png"] = (
+            plots.scatter(ranked, title="What ranks the methods?", ylabel="KL, nats per token", columns=2),
+            f"Each point is a method, all with {sweeps} sweeps. A quantity ranks methods if the points rise or fall in order.",
+        )
     if len(counts) > 1:
         pictures["sequences.png"] = (
             plots.curves(
@@ -372,11 +423,11 @@ def _write(target: Path, details: dict[str, Any]) -> None:
                             for row in summary
                             if row["scheme"] == scheme and row["method"] == method
                         ]
-                        for method in details["methods"]
+                        for method in methods
                     }
                     for scheme in schemes
                 },
-                title=f"{details['model']}: KL against calibration data",
+                title=f"{model}: KL against calibration data",
                 xlabel="calibration sequences",
                 ylabel="KL, nats per token",
             ),
@@ -393,27 +444,29 @@ def _write(target: Path, details: dict[str, Any]) -> None:
         Table(columns=COMPARED, rows=compared_rows(summary)),
         *(Picture(png=png, caption=caption) for png, caption in pictures.values()),
     ]
-    write_text(target / "index.html", page(f"Curvature estimators on {details['model']}", body))
+    write_text(target / "index.html", page(f"Curvature estimators on {model}", body))
 
 
-def compared_rows(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The cells of the table, in the order of `COMPARED`."""
-    return [_cells(row) for row in summary]
+def compared_rows(summary: Sequence[dict[str, Any]], columns: Sequence[str] = COMPARED) -> list[list[str]]:
+    """The cells of the table's rows."""
+    return [[_cells(row)[column] for column in columns] for row in summary]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any]) -> dict[str, str]:
     def optional(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
-    return [
-        row["scheme"],
-        str(row["sequences"]),
-        row["method"],
-        f"{row['kl']:.5f} ± {row['kl_stderr']:.5f}",
-        f"{row['ratio']:.3f} ± {row['ratio_stderr']:.3f}",
-        optional(row["j_ratio"]),
-        optional(row["cosine"]),
-        str(row["passes"]),
-        f"{row['collect_seconds']:.1f}",
-        f"{row['state_bytes'] / 2**20:.1f}",
-    ]
+    error = row["kl_stderr"]
+    places = 1 - math.floor(math.log10(error)) if error > 0 else 5  # two digits of the error
+    return {
+        "scheme": row["scheme"],
+        "sequences": str(row["sequences"]),
+        "method": row["method"],
+        "KL": f"{row['kl']:.{places}f} ± {row['kl_stderr']:.{places}f}",
+        "ratio to the first": f"{row['ratio']:.3f} ± {row['ratio_stderr']:.3f}",
+        "J ratio": optional(row["j_ratio"]),
+        "cosine": optional(row["cosine"]),
+        "passes": str(row["passes"]),
+        "seconds": f"{row['collect_seconds']:.1f}",
+        "MiB": f"{row['state_bytes'] / 2**20:.1f}",
+    }

@@ -56,6 +56,8 @@ class Header:
     tokens_sha256: str
     sequence_ids: tuple[int, ...]
     layers: dict[str, tuple[int, int]]
+    pilot: int = 0
+    """How many of `sequence_ids`, the first, make pass 0 alone."""
     index: int = 0
     """The pass that is being summed."""
     done: int = 0
@@ -71,7 +73,8 @@ class Header:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to collect."""
-        return self.index == parse_curvature(self.curvature).passes - 1 and self.done == len(self.sequence_ids)
+        wanted = len(self.sequence_ids) - (self.pilot if self.index > 0 else 0)
+        return self.index == parse_curvature(self.curvature).passes - 1 and self.done == wanted
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with this collection's curvature, labels, text, sequences and seed."""
@@ -223,6 +226,14 @@ def _mirrored(lower: Tensor) -> Tensor:
     return lower + lower.tril(-1).T
 
 
+def _same_pilot(one: Collection, other: Collection) -> bool:
+    """Whether the sums of two collections have the same weights."""
+    return one.previous.keys() == other.previous.keys() and all(
+        torch.equal(mine.H_out, other.previous[name].H_out) and torch.equal(mine.H_in, other.previous[name].H_in)
+        for name, mine in one.previous.items()
+    )
+
+
 def merge(directories: list[Path], output: Path) -> Header:
     """Adds up complete collections of different sequences, or joins those of different layers of the same sequences.
 
@@ -249,13 +260,16 @@ def merge(directories: list[Path], output: Path) -> Header:
             header = dataclasses.replace(header, layers={**header.layers, **other.layers})
             continue
         header.check_same(other, "sequence_ids", "tokens_sha256", "done", "sums")
-        if set(header.sequence_ids) & set(other.sequence_ids):
+        if set(header.sequence_ids[header.pilot :]) & set(other.sequence_ids[header.pilot :]):
             raise FactorsError("the collections share sequences, which would count twice")
-        if header.index > 0:
-            raise FactorsError(f"{header.curvature} goes over the data several times; its sums of different sequences cannot be added")
+        if header.index > 0 and not (header.pilot and _same_pilot(total, collection)):
+            raise FactorsError(
+                f"{header.curvature} weights its sums by those of a pass before, and these sums have other weights: they cannot be added; "
+                "collect parts of the same sequences with --part"
+            )
         for name, sketch in total.sketches.items():
             sketch.merge(collection.sketches[name])
         combined = hashlib.sha256((header.tokens_sha256 + other.tokens_sha256).encode()).hexdigest()
-        header = dataclasses.replace(header, sequence_ids=header.sequence_ids + other.sequence_ids, tokens_sha256=combined)
-        total.done = len(header.sequence_ids)
+        header = dataclasses.replace(header, sequence_ids=header.sequence_ids + other.sequence_ids[header.pilot :], tokens_sha256=combined)
+        total.done += collection.done
     return save(output, header, total)

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from roundel.calibration import (
     windows,
 )
 from roundel.curvature import Sketch, choose, collect, inner_products, parse_curvature, predicted_kl
-from roundel.curvature.collect import Collection, safe_batch_size
+from roundel.curvature.collect import Collection, passes, pilot_first, safe_batch_size
 from roundel.errors import DataError, FactorsError, ModelError, NumericalError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
@@ -179,12 +179,13 @@ def quantize(
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
         wanted = batch_size or default_batch(length)
-        batch = safe_batch_size(source.model, source.linears, split.calibration, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
+        estimator = parse_curvature(recipe.curvature)
+        parts = passes(estimator, split.calibration)
+        batch = _safe_batch(source.model, source.linears, parts, recipe, wanted)
         if stored is not None:
             sketches = factor_files.restore(*stored, torch.device("cpu")).sketches
         else:
-            estimator = parse_curvature(recipe.curvature)
-            with progress.stage("curvature", len(split.calibration) * estimator.passes) as advance:
+            with progress.stage("curvature", sum(map(len, parts))) as advance:
                 sketches = collect(
                     source.model,
                     source.linears,
@@ -382,7 +383,11 @@ def collect_factors(
     length = sequence_length(source.model, recipe)
     tokens = split_text(recipe, source, length, progress).calibration
     _check_vocabulary(source.model, tokens)
-    tokens = tokens[part[0] - 1 :: part[1]]
+    estimator = parse_curvature(recipe.curvature)
+    pilot = estimator.pilot(len(tokens))
+    rest = range(pilot, len(tokens))[part[0] - 1 :: part[1]]
+    parts = [tokens.select(range(pilot)), tokens.select(rest)] if pilot else [tokens.select(rest)] * estimator.passes
+    tokens = tokens.select([*range(pilot), *rest])
     header = Header(
         model=str(model),
         revision=_revision(source.path),
@@ -395,9 +400,9 @@ def collect_factors(
         seq_len=length,
         tokens_sha256=data_hash(tokens),
         sequence_ids=tokens.sequence_ids,
+        pilot=pilot,
         layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
     )
-    estimator = parse_curvature(recipe.curvature)
     start = None
     if going_on:
         found, tensors = factor_files.load(target)
@@ -405,9 +410,8 @@ def collect_factors(
         if found.complete:
             return found
         start = factor_files.restore(found, tensors, _device_of(source.model))
-    share = _share(tokens, estimator.together, rank, world)
-    wanted = batch_size or default_batch(length)
-    batch = safe_batch_size(source.model, linears, share, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
+    shares = [_share(each, estimator.together, rank, world) for each in parts]
+    batch = _safe_batch(source.model, linears, shares, recipe, batch_size or default_batch(length))
     saved = time.monotonic()
 
     def each_batch(state: Collection) -> None:
@@ -416,12 +420,13 @@ def collect_factors(
             factor_files.save(target, header, state)
             saved = time.monotonic()
 
-    with progress.stage("curvature", len(share) * estimator.passes) as advance:
+    with _joined(world), progress.stage("curvature", sum(map(len, shares))) as advance:
         state = collect(
             source.model,
             linears,
-            share,
+            tokens,
             estimator,
+            parts=shares,
             seed=recipe.seed,
             batch_size=batch,
             labels=recipe.labels,
@@ -430,7 +435,7 @@ def collect_factors(
             each_batch=each_batch,
             each_pass=lambda state: _add_processes(state, world),
         )
-    state.done = len(tokens)
+    state.done = len(parts[-1])
     return factor_files.save(target, header, state) if rank == 0 else header
 
 
@@ -565,6 +570,14 @@ def _column_weights(sketch: Sketch) -> Tensor | None:
     return total * (squares[0] / sketch.tokens if squares else 1.0) / total.mean()
 
 
+def _safe_batch(model: nn.Module, linears: dict[str, nn.Linear], parts: Sequence[TokenBatch], recipe: Recipe, wanted: int) -> int:
+    """A batch size that is safe for each of these texts."""
+    sizes = [
+        safe_batch_size(model, linears, part, seed=recipe.seed, batch_size=wanted, labels=recipe.labels) for part in parts if len(part) > 0
+    ]
+    return min(sizes, default=1)
+
+
 def _share(tokens: TokenBatch, together: int, rank: int, world: int) -> TokenBatch:
     """The sequences of one of `world` processes: every `world`-th run of `together`."""
     rows = [
@@ -581,9 +594,23 @@ def _layer_of(name: str) -> int:
 def _processes() -> tuple[int, int]:
     """This process's rank and the number of processes that torchrun started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not distributed.is_initialized():
+    return (int(os.environ["RANK"]), world) if world > 1 else (0, 1)
+
+
+@contextmanager
+def _joined(world: int) -> Iterator[None]:
+    """The processes connected for as long as it lasts.
+
+    gloo sometimes aborts a process that exits with its group open, upon which torchrun ends the first process, that may still be writing.
+    """
+    own = world > 1 and not distributed.is_initialized()
+    if own:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+    try:
+        yield
+    finally:
+        if own:
+            distributed.destroy_process_group()
 
 
 def _add_processes(state: Collection, world: int) -> None:
@@ -612,6 +639,7 @@ def split_text(recipe: Recipe, source: Source, length: int, progress: Progress, 
     split = split_tokens(
         available, calibration=recipe.sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
     )
+    split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     if recipe.eval_data:
         other = _evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
         split = dataclasses.replace(split, heldout=other)

@@ -9,7 +9,7 @@ Orientation everywhere: weights, codes and errors are `(d_out, d_in)` as in `tor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,10 @@ class TokenBatch:
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         return TokenBatch(ids=self.ids[rows], sequence_ids=self.sequence_ids[rows])
+
+    def select(self, rows: Sequence[int]) -> TokenBatch:
+        """These rows, in this order."""
+        return TokenBatch(ids=self.ids[list(rows)], sequence_ids=tuple(self.sequence_ids[row] for row in rows))
 
     def split(self, size: int) -> list[TokenBatch]:
         """Consecutive parts of at most `size` sequences."""

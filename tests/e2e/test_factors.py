@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,14 @@ from e2e.conftest import SETTINGS
 from roundel import factors as factor_files
 from roundel.errors import FactorsError
 from roundel.pipeline import collect_factors
+
+ENOUGH = {"sequences": 64, "seq_len": 32, "eval_sequences": 4}
+"""The fewest sequences of which the default estimator holds some out: 8."""
+
+
+def options(settings: dict[str, int]) -> list[object]:
+    """As on the command line."""
+    return [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("curvature", ["mean", "sketch-a:rounds=1", "fastkron:steps=2:batch=3"])
+@pytest.mark.parametrize("curvature", ["auto", "sketch-a:rounds=1", "fastkron:steps=2:batch=3"])
 def test_interrupted_and_resumed_equals_uninterrupted(curvature: str, collect, tmp_path, monkeypatch) -> None:
     whole = collect("whole", curvature=curvature)
     save = factor_files.save
@@ -93,20 +102,31 @@ def test_interrupted_and_resumed_equals_uninterrupted(curvature: str, collect, t
 
 
 def test_a_real_kill_at_random_points(collect, model, text, tmp_path) -> None:
-    target, settings = tmp_path / "killed", {"sequences": 24, "seq_len": 64}
-    line = [sys.executable, "-m", "roundel", "collect", model(), "-o", target, "--calibration", text, "--sequences", 24]
-    line += ["--seq-len", 64, "--eval-sequences", 4, "--save-every", 0, "--batch-size", 1, "--resume", "--quiet"]
+    """By the default estimator, with enough sequences that some are held out."""
+    target, settings = tmp_path / "killed", {**ENOUGH, "sequences": 112}
+    line = [sys.executable, "-m", "roundel", "collect", model(), "-o", target, "--calibration", text, *options(settings)]
+    line += ["--save-every", 0, "--batch-size", 1, "--resume", "--quiet"]
     generator = random.Random(7)
-    for wanted in (1, 8, 16):
+    for least in (1, 15, 30):
+        wanted = generator.randrange(least, least + 10)
         process = subprocess.Popen([str(part) for part in line])
         while process.poll() is None and _done(target) < wanted:
             time.sleep(0.002)
         time.sleep(generator.random() * 0.02)
         process.kill()
-        process.wait()
-    assert _done(target) >= 1
+        assert process.wait() == -signal.SIGKILL
+        assert wanted <= _done(target) < 98
     collect("killed", resume=True, **settings)
-    assert_same(collect("whole", **settings), target)
+    whole = collect("whole", **settings)
+    assert_same(whole, target)
+    assert (whole / "header.json").read_bytes() == (target / "header.json").read_bytes()
+    ours, theirs = (_factors(directory) for directory in (whole, target))
+    assert all(torch.equal(ours[name], factor) for name, factor in theirs.items())
+
+
+def _factors(directory: Path) -> dict[str, torch.Tensor]:
+    found = factor_files.restore(*factor_files.load(directory), torch.device("cpu")).factors()
+    return {f"{name}.{side}": getattr(factors, side) for name, factors in found.items() for side in ("H_out", "H_in")}
 
 
 def _done(directory: Path) -> int:
@@ -116,13 +136,15 @@ def _done(directory: Path) -> int:
         return 0
 
 
-def test_halves_merged_equal_the_whole(collect, tmp_path) -> None:
-    whole = collect("whole")
-    halves = [collect(f"half-{k}", part=(k, 2)) for k in (1, 2)]
+@pytest.mark.parametrize("settings", [SETTINGS, ENOUGH], ids=["few", "enough"])
+def test_halves_merged_equal_the_whole(settings: dict[str, Any], collect, tmp_path) -> None:
+    whole = collect("whole", **settings)
+    halves = [collect(f"half-{k}", part=(k, 2), **settings) for k in (1, 2)]
     factor_files.merge(halves, tmp_path / "merged")
     assert_same(whole, tmp_path / "merged", exactly=False)
-    merged = factor_files.load(tmp_path / "merged")[0]
-    assert set(merged.sequence_ids) == set(factor_files.load(whole)[0].sequence_ids)
+    merged, expected = (factor_files.load(directory)[0] for directory in (tmp_path / "merged", whole))
+    assert set(merged.sequence_ids) == set(expected.sequence_ids)
+    assert merged.sequences == expected.sequences == settings["sequences"]
 
 
 def test_windows_of_layers_join_to_the_whole(collect, tmp_path) -> None:
@@ -133,9 +155,15 @@ def test_windows_of_layers_join_to_the_whole(collect, tmp_path) -> None:
 
 def test_two_processes_equal_one(collect, model, text, tmp_path) -> None:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "roundel", "collect", model()]
-    line += ["-o", tmp_path / "two", "--calibration", text, "--sequences", 8, "--seq-len", 32, "--eval-sequences", 4, "--quiet"]
-    subprocess.run([str(part) for part in line], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert_same(collect("one"), tmp_path / "two", exactly=False)
+    line += ["-o", tmp_path / "two", "--calibration", text, *options(ENOUGH), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([str(part) for part in line], check=False, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    one = collect("one", **ENOUGH)
+    assert_same(one, tmp_path / "two", exactly=False)
+    headers = [factor_files.load(directory)[0] for directory in (one, tmp_path / "two")]
+    assert headers[0] == headers[1]
+    assert (headers[0].curvature, len(headers[0].sequence_ids)) == ("auto", 56)
 
 
 def test_what_does_not_fit_is_refused(collect, model, tmp_path) -> None:

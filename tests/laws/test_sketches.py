@@ -184,6 +184,18 @@ def test_batches_do_not_matter_bit_for_bit(name: str, tokens: int) -> None:
             assert_same(other.factors(), single.factors(), exactly=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_batches_do_not_matter_for_inner_products_bit_for_bit(tokens: int) -> None:
+    x, g = stream(5, tokens)
+    E = draw(D_OUT, D_IN, seed=3, dtype=torch.float32)
+    expected = [layer_grad(x[s : s + 1], g[s : s + 1]).inner(0, E).item() for s in range(5)]
+    for batch in (2, 3, 5):
+        parts = [layer_grad(x[start : start + batch], g[start : start + batch]) for start in range(0, 5, batch)]
+        assert [part.inner(sequence, E).item() for part in parts for sequence in part.sequences()] == expected
+    G = torch.einsum("sto,sti->soi", g.double(), x.double())
+    torch.testing.assert_close(torch.tensor(expected, dtype=torch.float64), (G * E.double()).sum((1, 2)), rtol=1e-5, atol=1e-4)
+
+
 @every_estimator
 def test_linears_that_share_an_input_do_not_disturb_each_other(name: str) -> None:
     estimator, (x, g) = parse_curvature(name), stream(2, 5)
@@ -236,14 +248,23 @@ def test_the_first_candidate_is_the_estimate_itself(name: str) -> None:
 def test_the_candidates_of_auto_by_their_definition() -> None:
     x, g = stream(5, 7)
     estimator = Auto()
-    found = estimator.candidates(filled(estimator, x, g, batch=2))
-    mean, kfac, activation = (filled(parse_curvature(name), x, g, batch=2).factors() for name in ("mean", "kfac", "activation"))
-    assert {label: candidate.damping for label, candidate in found.items()} == {"mean": 1, "mean, damped": 4, "kfac": 1, "input only": 1}
-    for label, expected in (("mean", mean), ("mean, damped", mean), ("kfac", kfac), ("input only", activation)):
-        factors = found[label].factors
+    sketch = filled(estimator, x, g, batch=2, index=estimator.passes - 1, previous=previous_of_each_pass(estimator, x, g)[-1])
+    found, own = estimator.candidates(sketch), sketch.factors()
+    kfac, activation = (filled(parse_curvature(name), x, g, batch=2).factors() for name in ("kfac", "activation"))
+    preferred = next(iter(found))
+    dampings = {label: candidate.damping for label, candidate in found.items()}
+    assert dampings == {preferred: 1, f"{preferred}, damped": 4, "kfac": 1, "input only": 1}
+    for label, expected in ((preferred, own), (f"{preferred}, damped", own), ("kfac", kfac), ("input only", activation)):
         # one absolute size for all: that of the gradients with their cross-token terms
-        assert_same(factors, dataclasses.replace(expected, scale=mean.scale))
+        assert_same(found[label].factors, dataclasses.replace(expected, scale=own.scale))
     assert torch.equal(found["input only"].factors.H_out, torch.eye(D_OUT))
+
+
+def test_but_for_the_choice_auto_is_the_estimator_that_it_is_based_on() -> None:
+    x, g = stream(5, 7)
+    (base,) = Auto.__bases__
+    for ours, theirs in zip(factors_of_each_pass(Auto(), x, g), factors_of_each_pass(base(), x, g), strict=True):
+        assert_same(ours, theirs, exactly=True)
 
 
 def test_sequences_that_auto_holds_out() -> None:
@@ -275,9 +296,8 @@ def test_every_estimator_of_one_pass_by_its_definition() -> None:
         "mean": [((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2)],
         "guided": [(torch.eye(size, dtype=torch.float64), H_in) for size, H_in in zip((2, 2, 1, 1), guided, strict=True)],
     }
-    expected["auto"] = expected["mean"]
     expected["diagonal"] = [tuple(torch.diag(H.diagonal()) for H in expected["mean"][0])]
-    assert expected.keys() == {name for name in ESTIMATORS if parse_curvature(name).passes == 1}
+    assert expected.keys() == {name for name in ESTIMATORS if name != "auto" and parse_curvature(name).passes == 1}
     for name, groups in expected.items():
         found = groups_of(filled(parse_curvature(name), x, g, batch=2).factors())
         for factors, (H_out, H_in) in zip(found, groups, strict=True):
@@ -332,8 +352,6 @@ def test_gram_sums_in_float32_whatever_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        ("auto", 1),
-        ("auto:holdout=4", 1),
         ("kfac", 1),
         ("mean", 1),
         ("sketch-a", 4),
@@ -361,6 +379,7 @@ def test_names_are_parsed(name: str, passes: int) -> None:
 def test_settings_have_the_types_of_their_fields() -> None:
     assert parse_curvature("triangular:rounds=3:shrinkage=1") == Triangular(rounds=3, shrinkage=1.0)
     assert parse_curvature("diagonal:of=kfac") == Diagonal(of="kfac")
+    assert parse_curvature("auto:holdout=4") == Auto(holdout=4)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +389,7 @@ def test_settings_have_the_types_of_their_fields() -> None:
         ("KFAC", "unknown curvature"),
         ("fisher", "unknown curvature 'fisher': expected one of auto, identity,"),
         ("auto:holdout=1", "auto: holdout=1, expected 2 or more"),
-        ("auto:holdout=no", "does not take 'holdout=no': expected holdout=INTEGER"),
+        ("auto:holdout=no", "auto' does not take 'holdout=no': expected holdout=INTEGER"),
         ("kfac:rounds=2", "does not take 'rounds=2': expected no settings"),
         ("sketch-a:rounds", "does not take 'rounds': expected rounds=INTEGER"),
         ("sketch-a:rounds=-1", "expected 1 or more"),

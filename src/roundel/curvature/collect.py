@@ -11,7 +11,7 @@ Cost: one forward pass and one backward pass to the inputs (no weight gradients)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from roundel.curvature.sketches import Estimator, Sketch
 from roundel.curvature.tap import tapped
 from roundel.types import Factors, KroneckerFactors, LayerGrad, TokenBatch
 
-__all__ = ["Collection", "Prediction", "collect", "inner_products", "predicted_kl", "safe_batch_size"]
+__all__ = ["Collection", "Prediction", "collect", "inner_products", "passes", "pilot_first", "predicted_kl", "safe_batch_size"]
 
 Advance = Callable[[int], None]
 
@@ -59,6 +59,7 @@ def collect(
     seed: int,
     batch_size: int,
     labels: str = "sampled",
+    parts: Sequence[TokenBatch] | None = None,
     advance: Advance = _ignore,
     start: Collection | None = None,
     each_batch: Callable[[Collection], None] = lambda _state: None,
@@ -74,6 +75,7 @@ def collect(
         seed: Seeds the labels, together with each sequence's id; the same in every pass.
         batch_size: Sequences per forward pass (see `safe_batch_size`).
         labels: What is sent back from the logits (see `fisher`).
+        parts: The sequences of each pass, where they are not `passes(estimator, tokens)`.
         advance: Called with the number of sequences done after each batch.
         start: Where an interrupted collection stopped; it is continued in place.
         each_batch: Called with the state after each batch, to save it.
@@ -81,8 +83,9 @@ def collect(
     """
     device = _device(model)
     state = start or Collection()
+    parts = passes(estimator, tokens) if parts is None else parts
     if start is not None:
-        advance(start.index * len(tokens) + start.done)
+        advance(sum(map(len, parts[: start.index])) + start.done)
     while True:
         for name, linear in linears.items():
             if name not in state.sketches:
@@ -90,7 +93,7 @@ def collect(
                     linear.out_features, linear.in_features, device, index=state.index, previous=state.previous.get(name)
                 )
         with tapped(model, linears, lambda name, grad: state.sketches[name].update(grad)):
-            for batch in tokens[state.done :].split(batch_size):
+            for batch in parts[state.index][state.done :].split(batch_size):
                 backward(model, batch, seed, labels, device=device)
                 state.done += len(batch)
                 each_batch(state)
@@ -101,13 +104,28 @@ def collect(
         left = estimator.passes - 1 - state.index
         if left and all(estimator.converged(sketch) for sketch in state.sketches.values()):
             # the passes that are left would change nothing: they count as done
-            advance(left * len(tokens))
+            advance(sum(map(len, parts[state.index + 1 :])))
             state.index += left
         if state.index + 1 == estimator.passes:
             return state
         state.previous = {name: kept for name, kept in state.factors().items() if isinstance(kept, KroneckerFactors)}
         state.sketches = {}
         state.index, state.done = state.index + 1, 0
+
+
+def passes(estimator: Estimator, tokens: TokenBatch) -> list[TokenBatch]:
+    """The sequences of each pass: all of them, or the estimator's pilot in pass 0 and the others in each later one."""
+    pilot = estimator.pilot(len(tokens))
+    if not pilot:
+        return [tokens] * estimator.passes
+    return [tokens[:pilot], *[tokens[pilot:]] * (estimator.passes - 1)]
+
+
+def pilot_first(estimator: Estimator, tokens: TokenBatch) -> TokenBatch:
+    """The same sequences with the estimator's pilot, which is spread over them evenly, before the others."""
+    count = estimator.pilot(len(tokens))
+    chosen = [row * len(tokens) // count for row in range(count)]
+    return tokens.select([*chosen, *sorted(set(range(len(tokens))) - set(chosen))])
 
 
 def safe_batch_size(

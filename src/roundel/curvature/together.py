@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ from roundel.curvature.sketches import Estimator, Sketch
 from roundel.curvature.tap import tapped
 from roundel.types import KroneckerFactors, LayerGrad, LayerInput, TokenBatch
 
-__all__ = ["Measured", "collect_together"]
+__all__ = ["Measured", "collect_together", "segments"]
 
 
 @dataclass
@@ -38,6 +38,15 @@ class Measured:
     """As if it had run alone."""
     state_bytes: int = 0
     """Of sums and of what goes from pass to pass, all linears together, at their largest."""
+
+
+def segments(tokens: TokenBatch, estimators: Iterable[Estimator]) -> list[TokenBatch]:
+    """`tokens`, cut where an estimator's pilot ends or where it stops; batches are made within each part."""
+    cuts = {0, len(tokens)}
+    for estimator in estimators:
+        end = len(tokens) - estimator.held_out(len(tokens))
+        cuts |= {end, estimator.pilot(end)}
+    return [tokens[start:stop] for start, stop in itertools.pairwise(sorted(cuts))]
 
 
 def collect_together(
@@ -59,14 +68,13 @@ def collect_together(
         tokens: All sequences; those to choose by come last.
         estimators: By label.
         seed: As for `collect`.
-        batch_size: As for `collect`; batches do not cross the point where an estimator stops.
+        batch_size: As for `collect`; batches do not cross the point where an estimator stops, so it must be safe for each of `segments`.
         labels: As for `collect`.
         advance: Called with the number of sequences done; in all `len(tokens)` times the largest number of passes, or less if all converge.
     """
     device = next(model.parameters()).device
     ends = {label: len(tokens) - estimator.held_out(len(tokens)) for label, estimator in estimators.items()}
-    cuts = sorted({0, len(tokens), *ends.values()})
-    batches = [batch for start, stop in itertools.pairwise(cuts) for batch in tokens[start:stop].split(batch_size)]
+    batches = [batch for part in segments(tokens, estimators.values()) for batch in part.split(batch_size)]
     found = {label: Measured() for label in estimators}
     previous: dict[str, dict[str, KroneckerFactors]] = {label: {} for label in estimators}
     active = dict(estimators)
@@ -77,7 +85,8 @@ def collect_together(
                 name: estimator.sketch(linear.out_features, linear.in_features, device, index=index, previous=previous[label].get(name))
                 for name, linear in linears.items()
             }
-        own = _one_pass(model, linears, batches, {label: (found[label].sketches, ends[label]) for label in active}, seed, labels, advance)
+        parts = {label: (found[label].sketches, _rows(estimator, ends[label], index)) for label, estimator in active.items()}
+        own = _one_pass(model, linears, batches, parts, seed, labels, advance)
         for label, estimator in list(active.items()):
             measured = found[label]
             for sketch in measured.sketches.values():
@@ -95,11 +104,17 @@ def collect_together(
     return found
 
 
+def _rows(estimator: Estimator, end: int, index: int) -> range:
+    """Which of the first `end` sequences an estimator sees in a pass."""
+    pilot = estimator.pilot(end)
+    return range(pilot or end) if index == 0 else range(pilot, end)
+
+
 def _one_pass(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     batches: list[TokenBatch],
-    parts: Mapping[str, tuple[dict[str, Sketch], int]],
+    parts: Mapping[str, tuple[dict[str, Sketch], range]],
     seed: int,
     labels: str,
     advance: Callable[[int], None],
@@ -112,8 +127,8 @@ def _one_pass(
 
     def consume(name: str, grad: LayerGrad) -> None:
         copies = inputs.setdefault(grad.input, {})
-        for label, (sketches, end) in parts.items():
-            if done < end:
+        for label, (sketches, rows) in parts.items():
+            if done in rows:
                 began = _now(device)
                 # an input of its own: else the first to ask would pay for the Gram matrices of all
                 input = copies.setdefault(label, LayerInput(grad.input.x))

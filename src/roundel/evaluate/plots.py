@@ -1,7 +1,7 @@
 """Plots of numbers by decoder layer and by method, as PNG bytes.
 
 matplotlib's objects are used without pyplot, so that nothing is global: no current figure, no backend, no window. One colour
-and one marker for each kind of linear, the same in every plot of the same kinds.
+and one marker for each kind of linear or method, the same in every panel; after ten the colours come again with open markers.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 __all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "scatter", "stacked_bars"]
 
@@ -50,13 +51,12 @@ def lines(panels: Mapping[str, Series], *, title: str, ylabel: str, percent: boo
                 [point.layer for point in points],
                 [point.value for point in points],
                 yerr=[point.error or 0.0 for point in points] if any(point.error for point in points) else None,
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
                 markersize=4.5,
                 linewidth=1.3,
                 elinewidth=1,
                 capsize=2,
                 label=kind,
+                **_style(index),
             )
         if reference is not None:
             axes.axhline(reference, color="0.5", linewidth=1, linestyle="--")
@@ -66,7 +66,7 @@ def lines(panels: Mapping[str, Series], *, title: str, ylabel: str, percent: boo
         axes.set_ylim(bottom=0)
         axes.set_title(name, fontsize=10)
     grid[0].set_ylabel(ylabel)
-    _legend(figure, grid[0])
+    _legend(figure)
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 
@@ -90,7 +90,7 @@ def stacked_bars(series: Series, *, title: str, ylabel: str) -> bytes:
     _by_layer(axes)
     axes.set_ylabel(ylabel)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    _legend(figure, axes)
+    _legend(figure)
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 
@@ -127,8 +127,18 @@ def intervals(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title
         axes.set_yticks(places, [row[0] for row in rows])
         axes.axvline(rows[0][1], color=COLOURS[1], linestyle="--", linewidth=1)
         for place, row in zip(places, rows, strict=True):
-            axes.annotate(f"{row[1]:.4f}", (row[1] + row[2], place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
-        axes.set_xlim(0, 1.22 * max(row[1] + row[2] for row in rows))
+            axes.annotate(
+                f"{row[1]:#.3g}",
+                (row[1] + row[2], place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )
+        axes.set_xlim(0, 1.22 * max(row[1] + row[2] for row in rows) or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(axis="x", labelsize=9)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=9)
         axes.grid(axis="x", alpha=0.25)
@@ -142,33 +152,32 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]
     """A panel for each entry; in each a curve of `(x, y, standard error)` for each name, both axes logarithmic."""
     figure = Figure(figsize=(2.6 + 4.2 * len(panels), 4.2), dpi=DPI, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    names = list(dict.fromkeys(label for named in panels.values() for label in named))
     for axes, (name, named) in zip(grid, panels.items(), strict=True):
-        for index, (label, points) in enumerate(named.items()):
+        for label, points in named.items():
             axes.errorbar(
                 [point[0] for point in points],
                 [point[1] for point in points],
                 yerr=[point[2] for point in points],
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
                 markersize=4.5,
                 linewidth=1.3,
                 elinewidth=1,
                 capsize=2,
                 label=label,
+                **_style(names.index(label)),
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({point[0] for points in named.values() for point in points})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
-        axes.yaxis.set_minor_formatter(FormatStrFormatter("%.3g"))
-        axes.tick_params(axis="y", which="both", labelsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        _few_ticks(axes)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
-    _legend(figure, grid[0])
+    grid[0].set_ylabel(ylabel)
+    _legend(figure)
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 
@@ -181,23 +190,14 @@ def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: 
     names = list(dict.fromkeys(point[0] for points in panels.values() for point in points))
     for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
         for label, x, y in points:
-            index = names.index(label)
-            axes.plot(
-                x,
-                y,
-                linestyle="",
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[(index * 3) % len(MARKERS)],
-                markersize=7,
-                label=label,
-            )
+            axes.plot(x, y, markersize=7, label=label, **{**_style(names.index(label)), "linestyle": ""})
         axes.set_title(name, fontsize=9)
         axes.set_ylabel(ylabel, fontsize=9)
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    _legend(figure, grid.flat[0])
+    _legend(figure)
     figure.suptitle(title, fontsize=11)
     return _png(figure)
 
@@ -209,9 +209,35 @@ def _by_layer(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+def _style(index: int) -> dict[str, Any]:
+    again = index // len(COLOURS) % 2 == 1
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": "white" if again else COLOURS[index % len(COLOURS)],
+        "linestyle": "--" if again else "-",
+    }
+
+
+def _few_ticks(axes: Axes) -> None:
+    """Labels on a logarithmic y axis that do not overlap, and at least a few of them however narrow its range."""
+    low, high = axes.get_ylim()
+    if high < 5 * low:
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%.4g"))
+    axes.set_ylim(low, high)
+
+
+def _legend(figure: Figure) -> None:
+    """All labels of all panels, once each, in a column of its own at the right; two from 21 on."""
+    known: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    figure.legend(known.values(), known.keys(), loc="outside right upper", frameon=False, fontsize=9, ncols=1 + (len(known) - 1) // 20)
 
 
 def _png(figure: Figure) -> bytes:

@@ -16,6 +16,7 @@ from roundel.curvature.sketches.guided import Guided
 from roundel.curvature.sketches.identity import Identity
 from roundel.curvature.sketches.kfac import Kfac
 from roundel.curvature.sketches.mean import Mean
+from roundel.curvature.sketches.pilot import Pilot
 from roundel.curvature.sketches.power import Power
 from roundel.curvature.sketches.sketch_a import SketchA
 from roundel.curvature.sketches.sketch_b import SketchB
@@ -34,6 +35,7 @@ __all__ = [
     "Identity",
     "Kfac",
     "Mean",
+    "Pilot",
     "Power",
     "Sketch",
     "SketchA",
@@ -49,6 +51,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "kfac": Kfac,
     "sketch-a": SketchA,
     "sketch-b": SketchB,
+    "pilot": Pilot,
     "mean": Mean,
     "power": Power,
     "fastkron": FastKron,

@@ -1,7 +1,7 @@
 """Activation curvature: `H_in = E[x x^T]`, `H_out = I`. Rounding with it is LDLQ, which is GPTQ.
 
-Cost per token: `d_in^2` flops (Gram by halves, shared by linears with the same input). Memory `4 d_in^2` bytes. The
-gradient enters only the scale.
+Cost per token: `d_in^2` flops (Gram by halves, shared by linears with the same input). Memory `4 d_in^2` bytes, and as much for
+the Gram of a sequence that is shared. The gradient enters only the scale.
 """
 
 from __future__ import annotations

@@ -102,6 +102,10 @@ class Estimator(ABC):
         """So many consecutive sequences belong together: they are never split over processes."""
         return 1
 
+    def pilot(self, sequences: int) -> int:
+        """How many of the first of so many sequences make pass 0, and no later pass; 0: every pass goes over all sequences."""
+        return 0
+
     def held_out(self, sequences: int) -> int:
         """How many of so many sequences are left out of the sums, to choose between `candidates` by."""
         return 0

@@ -6,8 +6,8 @@ The diagonals keep their mean of 1, and the absolute scale is the other estimato
 feedback a no-op (their `L` is the identity): the result then differs from `identity` only through the weights of the scale
 search and of the descent and refit that follow. What is lost against `of` is what the off-diagonal curvature is worth.
 
-Cost and memory: those of `of`, whose passes run unchanged; only the factors of the last one are reduced. Not done: summing only
-the diagonals, which would be cheaper for `kfac` but is no use for the comparison.
+Cost per token in flops and memory in bytes: those of `of` (see there), whose passes run unchanged; only the factors of the last one are
+reduced, `d_in + d_out` numbers. Not done: summing only the diagonals, which would be cheaper for `kfac` but is no use for the comparison.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class Diagonal(Estimator):
     @property
     def passes(self) -> int:
         return self.full().passes
+
+    def pilot(self, sequences: int) -> int:
+        return self.full().pilot(sequences)
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         full = self.full().sketch(d_out, d_in, device, index=index, previous=previous)

@@ -22,11 +22,12 @@ needed, and a last, smaller batch has its due weight. (Labels from the data have
 cheaper but noisier: `B` times fewer samples of the Fisher. The absolute scale is that of the single sequences, `E |G_s|^2` in nats
 per token, whatever the batch.
 
-Cost: `steps` passes. The first as `sketch-b`, the others as in `weighted`; with batches `2 T d_in d_out` flops per sequence for `G`
-and `3 d_in d_out (d_in + d_out)` per batch. Between passes `O(k (d_in^2 + d_out^2))`, and `d^3 / 3` for a Cholesky factor that tells
-whether anything is negative (an eigendecomposition if so). Memory: `4 (k + 1) (d_in^2 + d_out^2)` bytes for the vectors of pass k and
-half as much as `weighted` for its sums; an image is kept as its coefficients in the vectors. With batches one `G` for each linear.
-Sums and vectors float32, inner products summed in float64.
+Cost: `steps` passes. Per token, in sequences of `T`, the first as `sketch-b`, `2 d_in d_out + d_in d_out (d_in + d_out) / T` flops or
+less, the others as `weighted`, `2 d_in d_out + 3 d_in d_out (d_in + d_out) / T` or less; with batches just these, with `B T` in the
+place of `T`. Between passes `O(k (d_in^2 + d_out^2))`, and `d^3 / 3` for a Cholesky factor that tells whether anything is negative (an
+eigendecomposition if so). Memory: `4 (k + 1) (d_in^2 + d_out^2)` bytes for the vectors of pass k and half as much as `weighted` for its
+sums; an image is kept as its coefficients in the vectors. With batches one `G` for each linear. Sums and vectors float32, inner products
+summed in float64.
 
 Not done: block starts, restarts. The first two passes bring what those of `power` bring, the later ones more (docs/method.md); like
 that of `power`, the converged pair is not the best one to round with.

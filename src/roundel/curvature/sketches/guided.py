@@ -9,10 +9,11 @@ so rounding feeds back along a row only, with curvature that knows which tokens 
 half round of Sketch A; as many groups as channels have each channel's own block. The scale of a group is the mean diagonal of
 its channels' Fisher, in nats per token.
 
-Departure from the paper: labels are sampled from the model by default, as for every estimator here, where the paper takes the
-data's (the empirical Fisher). Groups differ by at most one channel where they do not divide `d_out`.
+The paper takes the labels of the data (the empirical Fisher): `--labels data` is its version. By default they are sampled from the model,
+as for every estimator here. Groups differ by at most one channel where they do not divide `d_out`.
 
-Cost per token: `groups d_in^2` flops (Grams by halves). Memory `4 groups d_in^2` bytes. Not done: the paper's non-uniform grids.
+Cost per token: `groups d_in^2` flops (Grams by halves) and `2 d_out + groups d_in` for the weights. Memory `4 groups d_in^2` bytes.
+Not done: the paper's non-uniform grids.
 """
 
 from __future__ import annotations

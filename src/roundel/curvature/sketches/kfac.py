@@ -1,7 +1,8 @@
 """KFAC: `H_in = E[x x^T]`, `H_out = E[g g^T]`, tokens independent and inputs independent of gradients (Martens and Grosse 2015).
 
 Exact for a deep linear network with one token per sequence. Cost per token: `d_in^2 + d_out^2` flops (Grams by
-halves, the input's shared by linears that read the same tensor). Memory `4 (d_in^2 + d_out^2)` bytes.
+halves, the input's shared by linears that read the same tensor). Memory `4 (d_in^2 + d_out^2)` bytes, and `4 d_in^2` for the
+Gram of a sequence that is shared.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Half rounds, each one pass over the same data and labels:
     H_out <- E[(x^T H_in x) g g^T]             (odd passes)
     H_in  <- E[(g^T H_out g) x x^T]            (even passes)
 
-Cost per token and pass: the quadratic form `2 d^2` flops on one side and a Gram `d^2` on the other. Memory as for KFAC.
+Cost per token: `d_in^2` flops in pass 0; then the quadratic form of one side and the Gram of the other, `2 d_in^2 + d_out^2` in odd
+passes and `2 d_out^2 + d_in^2` in even ones. Memory `4 (d_in^2 + d_out^2)` bytes for the factors of the pass before, `4 d^2` for the sum.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ of the pass before; no gradient is stored:
 
     H_in  <- E[G^T H_out G],    H_out <- E[G H_in G^T]
 
-Cost of the first pass per sequence of `T` tokens: `2 T d_in d_out` flops for `G`, then `d_in d_out (d_in + d_out)` for its two Grams by
+Cost of the first pass per token, in sequences of `T`: `2 d_in d_out` flops for `G` and `d_in d_out (d_in + d_out) / T` for its two Grams by
 halves. For short sequences and wide layers the Gram trick `G G^T = g^T (x x^T) g`, `G^T G = x^T (g g^T) x` never
-forms `G`: `4 T^2 (d_in + d_out) + 2 T (d_in^2 + d_out^2)` flops. Whichever is cheaper is taken. Memory as for KFAC,
-plus one `G` or two `(T, T)` matrices. Later passes: `weighted`.
+forms `G`: `4 T (d_in + d_out) + 2 (d_in^2 + d_out^2)` flops per token. Whichever is cheaper is taken. Memory `4 (d_in^2 + d_out^2)` bytes,
+plus one `G`, `4 d_in d_out`, or one sequence's `4 T (T + d_in + d_out)`. Later passes: `weighted`.
 """
 
 from __future__ import annotations

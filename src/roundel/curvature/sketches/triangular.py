@@ -19,16 +19,18 @@ raise `J`; updates at once are two such sequences interleaved, and a pair of fac
 before. But passes are what costs, and on random problems one pass of both sides came as near to the common limit as two passes of
 one side each.
 
-Cost: `rounds + 1` passes; the first costs as `mean`, the others as in `weighted`, plus for each linear and pass
-`d_in^3 + d_out^3` flops in float64 for factors and inverses; the last pass also sums `kfac` (the factors that go from pass to pass
-carry no other sums). Memory: sums, weights and previous factors, `12 (d_in^2 + d_out^2)` bytes, a third more in the last pass, and a few
-float64 matrices of one linear at a time.
+Cost: `rounds + 1` passes; per token, in sequences of `T`, the first costs as `mean`, the others as `weighted`,
+`2 d_in d_out + 3 d_in d_out (d_in + d_out) / T` flops or less, and the last also `kfac`, `d_in^2 + d_out^2` (the factors that go from
+pass to pass carry no other sums); for each linear and later pass `d_in^3 + d_out^3` in float64 for factors and inverses. Memory: sums,
+weights and previous factors, `12 (d_in^2 + d_out^2)` bytes, a third more in the last pass, and a few float64 matrices of one linear at
+a time.
 
 Reference: derived here; alternating inverse weights are the flip-flop algorithm for matrix-normal covariances (Dutilleul 1999).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,41 +41,56 @@ from roundel.curvature.sketches.kfac import KfacSums
 from roundel.curvature.sketches.mean import Mean
 from roundel.curvature.sketches.weighted import Weighted
 from roundel.errors import SchemeError
+from roundel.linalg.gram import symmetrise
 from roundel.linalg.ldl import damped_ldl
 from roundel.types import KroneckerFactors, LayerGrad
 
-__all__ = ["Triangular"]
+__all__ = ["ShrunkSums", "Triangular", "weight_of"]
 
 DAMPING = 0.1
 """Relative, of the factors whose inverses are the weights."""
 
 
-def _inverse_weight(H: Tensor) -> Tensor:
+def weight_of(previous: KroneckerFactors) -> Callable[[Tensor], Tensor]:
+    """What makes weights of these factors. With a scale of zero there is nothing to invert: it will be zero again, or weights are equal."""
+    return inverse_weight if previous.scale > 0 else no_weight
+
+
+def inverse_weight(H: Tensor) -> Tensor:
     """`(L L^T)^-1` in float64, `L` the unit lower LDL factor of the damped `H`."""
     _, L, _ = damped_ldl(H, DAMPING)
     return torch.cholesky_inverse(L)
 
 
-def _no_weight(H: Tensor) -> Tensor:
+def no_weight(H: Tensor) -> Tensor:
+    """The identity."""
     return torch.eye(H.shape[0], device=H.device)
 
 
-class _Shrunk(Sketch):
-    """The last pass: the flip-flop's sums and those of `kfac`."""
+class ShrunkSums(Sketch):
+    """The last pass: the flip-flop's sums and those of `kfac`, to which `earlier` sums of `kfac` from other sequences are added."""
 
-    def __init__(self, flip_flop: Weighted, shrinkage: float) -> None:
+    def __init__(self, flip_flop: Weighted, shrinkage: float, earlier: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(flip_flop.d_out, flip_flop.d_in, flip_flop.device, flip_flop.index)
         self.flip_flop, self.kfac = flip_flop, KfacSums(self.d_out, self.d_in, self.device)
-        self.shrinkage = shrinkage
+        self.shrinkage, self.earlier = shrinkage, earlier or {}
         self.sums = {**flip_flop.sums, **{f"kfac.{name}": total for name, total in self.kfac.sums.items()}}
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         self.flip_flop.add_sequence(grad, sequence)
         self.kfac.add_sequence(grad, sequence)
 
+    def kfac_factors(self) -> KroneckerFactors:
+        """The factors of `kfac` alone, with the scale of the whole."""
+        gg, xx = (self.kfac.sums[key] + self.earlier.get(key, 0.0) for key in ("gg", "xx"))
+        return self.normalised(symmetrise(gg), symmetrise(xx))
+
     def factors(self) -> KroneckerFactors:
-        fitted, kfac = self.flip_flop.factors(), self.kfac.factors()
+        fitted, kfac = self.flip_flop.factors(), self.kfac_factors()
         return self.normalised(torch.lerp(fitted.H_out, kfac.H_out, self.shrinkage), torch.lerp(fitted.H_in, kfac.H_in, self.shrinkage))
+
+    def total_trace(self) -> Tensor:
+        return self.flip_flop.total_trace()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +113,5 @@ class Triangular(Estimator):
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         if previous is None:
             return Mean().sketch(d_out, d_in, device)
-        # a scale of zero: nothing to invert; it will be zero again, and the caller decides what to do
-        weight = _inverse_weight if previous.scale > 0 else _no_weight
-        flip_flop = Weighted(d_out, d_in, device, index, previous, weight)
-        return _Shrunk(flip_flop, self.shrinkage) if index == self.passes - 1 and self.shrinkage > 0 else flip_flop
+        flip_flop = Weighted(d_out, d_in, device, index, previous, weight_of(previous))
+        return ShrunkSums(flip_flop, self.shrinkage) if index == self.passes - 1 and self.shrinkage > 0 else flip_flop

@@ -2,9 +2,9 @@
 
 Power iteration weights by the factors themselves (`sketch_b`), the triangular flip-flop by inverses (`triangular`).
 
-Cost per sequence of `T` tokens: `2 T d_in d_out` flops for `G`, then `3 d_in d_out (d_in + d_out)` (the outer of each side's two
+Cost per token, in sequences of `T`: `2 d_in d_out` flops for `G`, then `3 d_in d_out (d_in + d_out) / T` (the outer of each side's two
 products by halves). For short sequences and wide layers `G M G^T = g^T (x M x^T) g` and `G^T M G = x^T (g M g^T) x` never form `G`:
-`6 T^2 (d_in + d_out) + 3 T (d_in^2 + d_out^2)` flops. Whichever is cheaper is taken. Memory `8 (d_in^2 + d_out^2)` bytes, sums and
+`6 T (d_in + d_out) + 3 (d_in^2 + d_out^2)` flops per token. Whichever is cheaper is taken. Memory `8 (d_in^2 + d_out^2)` bytes, sums and
 weights, plus two matrices of the size of `G` or `(T, d)`.
 """
 
