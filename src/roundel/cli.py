@@ -72,8 +72,7 @@ def quantize(
     curvature: Annotated[
         str,
         typer.Option(
-            help="identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean (of kfac and sketch-b), "
-            "auto[:holdout=N] (mean, or what held-out gradients say is better), "
+            help="auto, identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean, pilot, "
             "power[:rounds=N], fastkron[:steps=N][:batch=N], guided[:groups=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
         ),
     ] = _DEFAULT.curvature,

@@ -45,7 +45,7 @@ from roundel.pipeline import (
     OVERLAP_WARNING,
     Notes,
     Source,
-    _check_vocabulary,
+    check_vocabulary,
     default_batch,
     load_source,
     round_all,
@@ -68,6 +68,7 @@ NAMED: dict[str, dict[str, Any]] = {"nearest": NEAREST, "gptq": GPTQ}
 
 ABLATION = (
     "auto",
+    "pilot",
     "mean",
     "kfac",
     "sketch-b",
@@ -222,7 +223,7 @@ def _load(
 def _split(source: Source, recipe: Recipe, notes: Notes) -> Split:
     """The sequences of a recipe whose curvature is `auto`: what others hold nothing out of, in the same order."""
     split = split_text(recipe, source, sequence_length(source.model, recipe), notes.progress)
-    _check_vocabulary(source.model, split.used, split.heldout)
+    check_vocabulary(source.model, split.used, split.heldout)
     return split
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "OpenFactors",
     "Quantized",
     "Source",
+    "check_vocabulary",
     "collect_factors",
     "default_batch",
     "evaluate",
@@ -174,7 +175,7 @@ def quantize(
         split = split_text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
         fingerprint = Fingerprint.of(split.used)
         overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
-    _check_vocabulary(source.model, split.used, split.heldout)
+    check_vocabulary(source.model, split.used, split.heldout)
     if overlap > OVERLAP_WARNING:
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
@@ -382,7 +383,7 @@ def collect_factors(
         raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
     length = sequence_length(source.model, recipe)
     tokens = split_text(recipe, source, length, progress).calibration
-    _check_vocabulary(source.model, tokens)
+    check_vocabulary(source.model, tokens)
     estimator = parse_curvature(recipe.curvature)
     pilot = estimator.pilot(len(tokens))
     rest = range(pilot, len(tokens))[part[0] - 1 :: part[1]]
@@ -550,7 +551,7 @@ def open_factors(
     else:
         heldout = split_text(recipe, source, header.seq_len, progress or Silent(), known=known).heldout
     if len(heldout):
-        _check_vocabulary(source.model, heldout)
+        check_vocabulary(source.model, heldout)
     measured = factor_files.restore(header, sums, torch.device("cpu")).factors()
     return OpenFactors(header=header, recipe=recipe, grid=grid, source=source, factors=measured, heldout=heldout)
 
@@ -654,7 +655,8 @@ def _evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: 
     return TokenBatch.of(available)
 
 
-def _check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
+def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
+    """Refuses text with tokens that the model does not have."""
     largest, size = max(int(tokens.ids.max()) for tokens in texts), int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if largest >= size:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
@@ -845,7 +847,7 @@ def evaluate(
     tokens = _evaluation_tokens(data, load_tokenizer(original), length, sequences)
     ours = load_model(path, device=place, dtype=kind)
     for each in (theirs, ours):
-        _check_vocabulary(each, tokens)
+        check_vocabulary(each, tokens)
     overlap = _recorded_overlap(path, tokens)
     if overlap is not None and overlap > OVERLAP_WARNING:
         progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -22,17 +23,20 @@ from PIL import Image
 import roundel.compare as compare_module
 from e2e import tiny
 from e2e.conftest import SETTINGS
+from roundel import pipeline
+from roundel.calibration import Split
 from roundel.compare import COMPARED, compare, compared_rows, summary_rows
 from roundel.curvature.sketches import Auto, Candidate, Sketch
 from roundel.errors import ModelError, OutputError, SchemeError
 from roundel.models import load_model
+from roundel.pipeline import split_text
 from roundel.progress import Progress
-from roundel.recipes import GPTQ, NEAREST
+from roundel.recipes import GPTQ, NEAREST, Recipe
 from roundel.types import KroneckerFactors
 
 FEW: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key != "sequences"}
 SECONDS = {"collect_seconds", "rounding_seconds"}
-METHODS = ("auto", "gptq", "fastkron:steps=2:batch=3", "nearest")
+METHODS = ("auto", "gptq", "sketch-b:rounds=2", "nearest")
 SCHEMES = ("int3-g32", "int4-g64")
 """Groups of 64 do not divide the width of down_proj, 96."""
 RECIPES: dict[str, dict[str, Any]] = {"gptq": GPTQ, "nearest": NEAREST}
@@ -63,19 +67,30 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in SECONDS} for row in rows]
 
 
-# with 64 sequences auto chooses by 8 of them, and the others see all in another order than alone: they are compared with 16
+def in_the_order_of_auto(recipe: Recipe, *args: Any, **settings: Any) -> Split:
+    """What a comparison gives all methods: the same sequences as alone, in another order, by which sums differ in their last bits."""
+    split = split_text(dataclasses.replace(recipe, curvature="auto"), *args, **settings)
+    assert set(split.used.sequence_ids) == set(split_text(recipe, *args, **settings).calibration.sequence_ids)
+    return dataclasses.replace(split, calibration=split.used, choice=split.used[:0])
+
+
 @pytest.mark.parametrize(
     ("method", "sequences", "scheme"),
     [
         ("auto", 64, "int3-g32"),
         ("auto", 16, "int4-g64"),
         ("gptq", 16, "int4-g64"),
-        ("fastkron:steps=2:batch=3", 16, "int3-g32"),
+        ("gptq", 64, "int3-g32"),
+        ("sketch-b:rounds=2", 16, "int3-g32"),
         ("nearest", 64, "int4-g64"),
     ],
 )
-def test_a_row_is_what_quantize_measures(method: str, sequences: int, scheme: str, compared, model, quantize, other_text, tmp_path) -> None:
+def test_a_row_is_what_quantize_measures(
+    method: str, sequences: int, scheme: str, compared, model, quantize, other_text, tmp_path, monkeypatch
+) -> None:
     settings = RECIPES.get(method, {"curvature": method})
+    if method != "auto":
+        monkeypatch.setattr(pipeline, "split_text", in_the_order_of_auto)
     whole = {"scheme": scheme, "sequences": sequences, "eval_data": str(other_text)}
     result = quantize(model(), tmp_path / "out", **whole, **settings)
     row = row_of(compared[0], method=method, scheme=scheme, sequences=sequences)
@@ -84,11 +99,11 @@ def test_a_row_is_what_quantize_measures(method: str, sequences: int, scheme: st
     assert row["sequence_kl"] == pytest.approx(result.report.sequence_kl, rel=1e-4)
     assert row["top1_agreement"] == result.report.top1_agreement
     assert row["perplexity"] == pytest.approx(result.report.perplexity_model, rel=1e-5)
-    assert row["proxy_kl"] == pytest.approx(sum(layer["proxy_loss"] for layer in result.details["layers"].values()), rel=1e-6)
+    assert row["proxy_kl"] == pytest.approx(sum(layer["proxy_loss"] for layer in result.details["layers"].values()), rel=1e-5)
     assert row["quantized_linears"] == len(result.details["layers"]) == {"int3-g32": 14, "int4-g64": 12}[scheme]
     assert row["heldout_sha256"] == result.details["evaluation"]["sha256"]
     assert row["tokens"] == sequences * 32
-    if sequences == 16:
+    if (method, sequences) == ("auto", 16):
         assert row["tokens_sha256"] == result.details["calibration"]["sha256"]
 
 
@@ -125,7 +140,7 @@ def test_methods_differ_and_carry_their_diagnoses(compared) -> None:
     assert len(rows) == len(METHODS) * len(SCHEMES) * 2
     for row in rows:
         assert row["kl"] > 0
-        assert row["passes"] == (2 if row["method"].startswith("fastkron") else 1)
+        assert row["passes"] == (2 if row["method"] == "sketch-b:rounds=2" else 1)
         assert (row["j_ratio"] == pytest.approx(1, abs=1e-6)) == (row["method"] == "nearest")
         assert 0 < row["cosine"] < 1
     assert len({row["kl"] for row in rows}) >= len(rows) - 4  # nearest rounding does not depend on calibration
@@ -213,7 +228,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(model, quantize, tmp_pat
     settings: dict[str, Any] = {
         "calibration": str(text),
         "eval_data": str(text),  # so that there is a warning to keep
-        "curvatures": ["mean", "nearest"],
+        "curvatures": ["auto", "nearest"],
         "schemes": ["int3-g32"],
         "sequences": [8, 12],
         "seeds": 2,
@@ -221,10 +236,10 @@ def test_an_interrupted_comparison_goes_on_where_it_was(model, quantize, tmp_pat
     }
     whole = compare(model(), output=tmp_path / "whole", **settings)
     alone = quantize(
-        model(), tmp_path / "alone", scheme="int3-g32", curvature="mean", sequences=12, seed=1, calibration=str(text), eval_data=str(text)
+        model(), tmp_path / "alone", scheme="int3-g32", curvature="auto", sequences=12, seed=1, calibration=str(text), eval_data=str(text)
     )
-    assert row_of(whole, method="mean", sequences=12, seed=1)["kl"] == pytest.approx(alone.report.kl_mean, rel=1e-5)
-    assert len({row["kl"] for row in whole["rows"] if row["method"] == "mean"}) == 4
+    assert row_of(whole, method="auto", sequences=12, seed=1)["kl"] == pytest.approx(alone.report.kl_mean, rel=1e-5)
+    assert len({row["kl"] for row in whole["rows"] if row["method"] == "auto"}) == 4
     stopped = Interrupting("--- seed 0, 12 sequences")
     with pytest.raises(KeyboardInterrupt):
         compare(model(), output=tmp_path / "out", progress=stopped, **settings)
@@ -246,7 +261,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(model, quantize, tmp_pat
         "sequences": {"sequences": [8, 16]},
         "seeds": {"seeds": 1},
         "schemes": {"schemes": ["int4-g32"]},
-        "methods": {"curvatures": ["nearest", "mean"]},  # the others are compared with the first
+        "methods": {"curvatures": ["nearest", "auto"]},  # the others are compared with the first
         "recipe": {"labels": "probe"},
         "dtype": {"dtype": "bfloat16"},
     }
@@ -458,37 +473,3 @@ def test_command(columns: int | None, model, text, tmp_path, command, monkeypatc
     refused = command(*line, "--sequences", "4,many")
     assert refused.code == 2
     assert "--sequences 'many': expected whole numbers" in refused.err
-
-
-def test_debug(model, text, quantize, tmp_path, monkeypatch) -> None:
-    calls = []
-    import roundel.pipeline as pl
-    orig = pl.round_all
-
-    def spied(recipe, grid, source, sketches, choice, notes, *, batch_size):
-        first = next(iter(sketches.values()))
-        out = orig(recipe, grid, source, sketches, choice, notes, batch_size=batch_size)
-        calls.append((recipe, batch_size, choice.sequence_ids, first.tokens, {k: v.double().sum().item() for k, v in first.sums.items()}, [r.get("candidates_predicted_kl") for r in out[1].values()][:3], [r.get("proxy_loss") for r in out[1].values()][:3]))
-        return out
-    monkeypatch.setattr(pl, "round_all", spied)
-    monkeypatch.setattr(compare_module, "round_all", spied)
-    heldout = []
-    for m in (pl, compare_module):
-        def cm(a, b, t, _o=m.compare_models, **k):
-            r = _o(a, b, t, **k)
-            heldout.append((t.sequence_ids, r.kl_mean, k))
-            return r
-        monkeypatch.setattr(m, "compare_models", cm)
-
-    def offered(_self: Auto, sketch: Sketch) -> dict[str, Candidate]:
-        mean = sketch.factors()
-        nearest = KroneckerFactors(H_out=torch.eye(sketch.d_out), H_in=torch.eye(sketch.d_in), scale=mean.scale)
-        return {"nearest": Candidate(factors=nearest), "mean": Candidate(factors=mean)}
-
-    monkeypatch.setattr(Auto, "candidates", offered)
-    sizes: dict[str, Any] = {"seq_len": 16, "eval_sequences": 4, "sweeps": 0}
-    compare(model(), output=tmp_path / "out", calibration=str(text), curvatures=["auto"], schemes=["int3-g32"], sequences=[192], seeds=1, **sizes)
-    quantize(model(), tmp_path / "quantized", scheme="int3-g32", sequences=192, **sizes)
-    for c in calls: print(c)
-    for h in heldout: print(h)
-    raise AssertionError

@@ -125,6 +125,26 @@ def test_triangular_equals_its_formula_on_dense_gradients(tokens: int) -> None:
     assert last.scale == pytest.approx(previous.scale, rel=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["pilot:shrinkage=0.3", "auto:shrinkage=0.3"])
+def test_pilot_equals_its_formula_on_dense_gradients(spec: str) -> None:
+    model, tokens = tiny_llama(), random_tokens(40, 6, seed=1)
+    estimator, chosen = parse_curvature(spec), {V_PROJ: linears(model)[V_PROJ]}
+    count = estimator.pilot(len(tokens))
+    assert count == 10
+    found, own_kfac, mean = (
+        collect(model, chosen, part, kind, seed=4, batch_size=1).factors()[V_PROJ]
+        for part, kind in ((tokens, estimator), (tokens, parse_curvature("kfac")), (tokens[:count], parse_curvature("mean")))
+    )
+    G = weight_gradients(model, chosen, tokens, seed=4)[V_PROJ].double()[count:]
+    A, B = (torch.linalg.inv(L) for L in damped_factors(mean))
+    for H, kfac, flip_flop in (
+        (found.H_out, own_kfac.H_out, G @ B.T @ B @ G.mT),
+        (found.H_in, own_kfac.H_in, G.mT @ A.T @ A @ G),
+    ):
+        torch.testing.assert_close(H.double(), 0.3 * kfac.double() + 0.7 * unit(flip_flop.sum(0)), rtol=1e-4, atol=1e-5)
+    assert found.scale == pytest.approx(G.square().sum().item() / (30 * 6 * G[0].numel()), rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_each_update_of_triangular_is_the_exact_minimiser_given_the_other_side(seed: int) -> None:
     x, g = gradient_stream(8, 11, sequences=60, seed=10 * seed)

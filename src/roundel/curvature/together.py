@@ -1,11 +1,12 @@
 """Several estimators over one gradient stream: each pass is one forward and backward pass for all that still need it.
 
 Every estimator sees the same sequences, labels and gradients as it would alone, in the same order, and gets the same sums. An estimator
-that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones.
+that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones, and one with a pilot (`Estimator.pilot`) sees the
+first ones only in its first pass. What nobody needs in a pass does not go through the model.
 
 Cost: as many passes as the longest estimator needs, and the sums of all. `seconds` of each is what it would have taken alone: its own
-sums plus all of each pass that it took part in; a Gram matrix of inputs that two estimators need is formed for each. Memory: the sums
-of all.
+sums plus its share of each pass, by sequences; a Gram matrix of inputs that two estimators need is formed for each. Memory: the sums of
+all.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Measured:
     sketches: dict[str, Sketch] = field(default_factory=dict)
     """The sums of each linear in the last pass."""
     passes: int = 0
+    """How often it has seen each sequence that is not left out."""
     seconds: float = 0.0
     """As if it had run alone."""
     state_bytes: int = 0
@@ -77,7 +79,7 @@ def collect_together(
     batches = [batch for part in segments(tokens, estimators.values()) for batch in part.split(batch_size)]
     found = {label: Measured() for label in estimators}
     previous: dict[str, dict[str, KroneckerFactors]] = {label: {} for label in estimators}
-    active = dict(estimators)
+    active, seen = dict(estimators), dict.fromkeys(estimators, 0)
     index = 0
     while active:
         for label, estimator in active.items():
@@ -91,7 +93,8 @@ def collect_together(
             measured = found[label]
             for sketch in measured.sketches.values():
                 sketch.finish()
-            measured.passes += 1
+            seen[label] += len(parts[label][1])
+            measured.passes = seen[label] // ends[label]
             measured.seconds += own[label]
             measured.state_bytes = max(measured.state_bytes, _bytes(measured.sketches, previous[label]))
             last = index + 1 == estimator.passes or all(estimator.converged(sketch) for sketch in measured.sketches.values())
@@ -123,7 +126,7 @@ def _one_pass(
     device = next(model.parameters()).device
     own = dict.fromkeys(parts, 0.0)
     inputs: WeakKeyDictionary[LayerInput, dict[str, LayerInput]] = WeakKeyDictionary()
-    done = 0
+    done = ran = 0
 
     def consume(name: str, grad: LayerGrad) -> None:
         copies = inputs.setdefault(grad.input, {})
@@ -138,11 +141,13 @@ def _one_pass(
     began = _now(device)
     with tapped(model, linears, consume):
         for batch in batches:
-            backward(model, batch, seed, labels, device=device)
+            if any(done in rows for _, rows in parts.values()):
+                backward(model, batch, seed, labels, device=device)
+                ran += len(batch)
             done += len(batch)
             advance(len(batch))
     shared = _now(device) - began - sum(own.values())
-    return {label: shared + seconds for label, seconds in own.items()}
+    return {label: own[label] + shared * len(rows) / ran for label, (_, rows) in parts.items()}
 
 
 def _now(device: torch.device) -> float:

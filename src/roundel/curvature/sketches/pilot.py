@@ -29,6 +29,7 @@ from roundel.curvature.sketches.mean import MeanSums
 from roundel.curvature.sketches.triangular import ShrunkSums, weight_of
 from roundel.curvature.sketches.weighted import Weighted
 from roundel.errors import SchemeError
+from roundel.linalg.gram import symmetrise
 from roundel.types import KroneckerFactors
 
 __all__ = ["Pilot"]
@@ -43,7 +44,7 @@ class _PilotSums(MeanSums):
     """The mean over the pilot, which hands on the sums of its `kfac`."""
 
     def factors(self) -> KroneckerFactors:
-        carry = {name: self.kfac.sums[name].clone() for name in ("xx", "gg")}
+        carry = {name: symmetrise(self.kfac.sums[name]) for name in ("xx", "gg")}
         return dataclasses.replace(super().factors(), carry=carry)
 
 
