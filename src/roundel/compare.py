@@ -115,7 +115,7 @@ def compare(
 
     Args:
         model: As for `quantize`.
-        output: Directory to make: `compare.json`, `summary.csv`, `index.html` and plots.
+        output: Directory to make: `compare.json`, `summary.csv`, `summary.md`, `index.html` and plots.
         curvatures: Estimators with settings; `gptq` and `nearest` are those recipes (no sweeps). The others are compared with the first.
         schemes: As for `quantize`.
         sequences: Numbers of calibration sequences; several give the calibration-size curve.
@@ -379,6 +379,8 @@ def _write(target: Path, details: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(summary)
     write_text(target / "summary.csv", table.getvalue())
+    lines = [COMPARED, ["---"] * len(COMPARED), *compared_rows(summary)]
+    write_text(target / "summary.md", "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
     counts, schemes, methods = details["sequences"], details["schemes"], details["methods"]
     model = Path(details["model"]).name if Path(details["model"]).exists() else details["model"]
     most = max(counts)

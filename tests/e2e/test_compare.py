@@ -391,6 +391,7 @@ def test_the_files_hold_what_is_returned(compared) -> None:
     assert {path.name for path in output.iterdir()} == {
         "compare.json",
         "summary.csv",
+        "summary.md",
         "index.html",
         "kl.png",
         "ranking.png",
@@ -402,6 +403,9 @@ def test_the_files_hold_what_is_returned(compared) -> None:
     assert len(table) == len(METHODS) * len(SCHEMES) * 2
     for written, row in zip(table, details["summary"], strict=True):
         assert written == {key: "" if value is None else str(value) for key, value in row.items()}
+    header, rule, *body = (output / "summary.md").read_text(encoding="utf-8").splitlines()
+    assert header.count("|") == rule.count("|") == len(COMPARED) + 1
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in body] == compared_rows(details["summary"])
     pictures = {path.name: path.read_bytes() for path in output.glob("*.png")}
     for data in pictures.values():
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
