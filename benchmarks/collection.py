@@ -75,10 +75,10 @@ def inputs_only(model: Qwen3ForCausalLM, tokens: TokenBatch, batch_size: int) ->
 def curvature(name: str, model: Qwen3ForCausalLM, tokens: TokenBatch, batch_size: int) -> None:
     linears = select_linears(model, parse_scheme("int4-g64")).linears
     fit = len(tokens) - len(tokens) // 8 if name == "auto" else len(tokens)
-    collect(model, linears, tokens[:fit], parse_curvature(name), seed=0, batch_size=batch_size)
+    collection = collect(model, linears, tokens[:fit], parse_curvature(name), seed=0, batch_size=batch_size)
     if fit < len(tokens):
         errors = {str(k): lambda name: linears[name].weight.detach() for k in range(CANDIDATES)}
-        inner_products(model, linears, errors, tokens[fit:], seed=0, batch_size=batch_size)
+        inner_products(model, linears, errors, tokens[fit:], seed=0, batch_size=batch_size, sketches=collection.sketches)
 
 
 def times(hidden: int, args: argparse.Namespace) -> dict[str, float]:

@@ -16,8 +16,7 @@ from collections.abc import Callable
 import torch
 
 from roundel.grids import parse_scheme
-from roundel.kernels import rounding as kernels
-from roundel.rounding import make_problem
+from roundel.rounding import feedback, make_problem, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
 from roundel.types import KroneckerFactors, RoundingProblem
@@ -49,13 +48,13 @@ def main() -> None:
     for width in args.widths:
         problem = problem_of(width)
         scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
-        codes = kernels.feedback(problem, grid, scales)
-        kernels.sweep(problem, grid, scales, codes)  # compiled by now
+        codes = feedback(problem, grid, scales)
+        sweep(problem, grid, scales, codes)  # compiled by now
         rounds = 3 if width <= 512 else 1
         runs: dict[str, Callable[[], object]] = {
-            "feedback, numba": lambda p=problem, s=scales: kernels.feedback(p, grid, s),
+            "feedback, numba": lambda p=problem, s=scales: feedback(p, grid, s),
             "feedback, torch": lambda p=problem, s=scales: feedback_waves(p, grid, s),
-            "sweep, numba": lambda p=problem, s=scales, c=codes: kernels.sweep(p, grid, s, c),
+            "sweep, numba": lambda p=problem, s=scales, c=codes: sweep(p, grid, s, c),
             "sweep, torch": lambda p=problem, s=scales, c=codes: sweep_rows(p, grid, s, c),
         }
         for name, run in runs.items():

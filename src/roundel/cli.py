@@ -67,7 +67,12 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
     scheme: Annotated[
-        str, typer.Option(help="intB-gN or intB-channel, B from 2 to 8: int4-g128, int3-g64, int4-channel ...")
+        str,
+        typer.Option(
+            help="Integers: intB-gN, intB-channel, intB-tensor, B from 2 to 8, with -asym for zero points (int4-g128, int3-g64-asym). "
+            "Floats: fp8, mxfp4, nvfp4. llama.cpp's blocks: q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, q3_k, q2_k. "
+            "Vectors: lattice2, trellisB[-CODE], B from 1 to 8 (trellis2, trellis3-hyb)."
+        ),
     ] = _DEFAULT.scheme,
     curvature: Annotated[
         str,
@@ -96,6 +101,25 @@ def quantize(
         str | None, typer.Option(metavar="SPEC", help="Evaluation text; default: held out from the calibration text.")
     ] = None,
     eval_sequences: Annotated[int, typer.Option(help="Evaluation sequences.")] = _DEFAULT.eval_sequences,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits per weight, scales included: each linear gets that of several schemes with which this loses least."
+        ),
+    ] = None,
+    schemes: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="With --bits: the schemes to choose from; default: --scheme with 1 to 8 bits.")
+    ] = None,
+    rotate: Annotated[
+        str,
+        typer.Option(help="Random rotation of weights before rounding: auto (for trellises and lattices), none, hadamard or hadamard128."),
+    ] = _DEFAULT.rotate,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto, compressed-tensors (integers without rotation) or dense (any scheme: rounded values in the original's type)."
+        ),
+    ] = _DEFAULT.format,
     sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = _DEFAULT.sweeps,
     damping: Annotated[float, typer.Option(help="Added to each factor's diagonal, relative to its mean.")] = _DEFAULT.damping,
     seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
@@ -123,6 +147,10 @@ def quantize(
         batch_size=batch_size,
         progress=make_progress(quiet=quiet),
         scheme=scheme,
+        bits=bits,
+        schemes=() if schemes is None else tuple(_listed(schemes)),
+        rotate=rotate,
+        format=format,
         curvature=curvature,
         labels=labels,
         calibration=calibration,
@@ -138,11 +166,11 @@ def quantize(
     )
     _emit(result.details, json_file)
     if not quiet and str(json_file) != "-":
-        bits, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
-        table = _divergence_table(f"{model} in {scheme}", result.report)
+        stored, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
+        table = _divergence_table(f"{model} in {result.details['scheme']}", result.report)
         table.add_row("KL predicted", with_error(predicted["total"], predicted["total_stderr"]))
-        table.add_row("bits per weight: quantized linears", f"{bits['quantized']:.3f}")
-        table.add_row("bits per weight: whole checkpoint", f"{bits['model']:.3f}")
+        table.add_row("bits per weight: quantized linears", f"{stored['quantized']:.3f}")
+        table.add_row("bits per weight: whole checkpoint", f"{stored['model']:.3f}")
         table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
         Console().print(table)
         print(f"{result.path}: written; roundel.json has every layer's numbers")
@@ -333,6 +361,7 @@ def compare(
     ] = None,
     eval_sequences: Annotated[int, typer.Option(help="Evaluation sequences.")] = _DEFAULT.eval_sequences,
     labels: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.labels,
+    rotate: Annotated[str, typer.Option(help="As for quantize.")] = _DEFAULT.rotate,
     sweeps: Annotated[int, typer.Option(help="As for quantize; gptq and nearest have none.")] = _DEFAULT.sweeps,
     damping: Annotated[float, typer.Option(help="As for quantize.")] = _DEFAULT.damping,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the directory holds of the same comparison.")] = False,
@@ -342,7 +371,7 @@ def compare(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare curvature estimators: KL on held-out text, with everything else equal."""
+    """Compare curvature estimators and schemes: KL on held-out text, with everything else equal."""
     details = run_compare(
         model,
         output=output,
@@ -360,6 +389,7 @@ def compare(
         eval_data=eval_data,
         eval_sequences=eval_sequences,
         labels=labels,
+        rotate=rotate,
         sweeps=sweeps,
         damping=damping,
     )

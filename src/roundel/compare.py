@@ -21,6 +21,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -41,21 +42,12 @@ from roundel.evaluate.html import Paragraph, Picture, Table, page
 from roundel.grids import parse_scheme
 from roundel.models import select_linears
 from roundel.models.load import pick_device, pick_dtype
-from roundel.pipeline import (
-    OVERLAP_WARNING,
-    Notes,
-    Source,
-    check_vocabulary,
-    default_batch,
-    load_source,
-    round_all,
-    sequence_length,
-    split_text,
-    versions,
-)
+from roundel.pipeline import OVERLAP_WARNING, check_vocabulary, default_batch, sequence_length, split_text, versions
 from roundel.progress import Progress, Silent
 from roundel.recipes import GPTQ, NEAREST, Recipe
+from roundel.round_model import round_all
 from roundel.rounding.round import dequantized
+from roundel.source import Notes, Source, load_source
 from roundel.store import check_output, storage, write_json, write_text
 from roundel.types import TokenBatch
 
@@ -86,7 +78,20 @@ ABLATION = (
 )
 """All rows of the papers' ablations, and ours."""
 
-COMPARED = ("scheme", "sequences", "method", "KL", "ratio to the first", "J ratio", "cosine", "passes", "seconds", "MiB")
+COMPARED = (
+    "scheme",
+    "bits",
+    "sequences",
+    "method",
+    "KL",
+    "ratio to the first",
+    "J ratio",
+    "cosine",
+    "passes",
+    "seconds",
+    "rounding s",
+    "MiB",
+)
 """Columns of the table on the page."""
 
 PRINTED = ("sequences", "method", "KL", "ratio to the first", "J ratio", "seconds")
@@ -257,11 +262,11 @@ def _one_setting(
         seen = len(tokens) - estimators[recipe.curvature].held_out(len(tokens))
         within = dataclasses.replace(source, linears=linears[scheme], skipped={})
         began = time.monotonic()
-        rounded, layers = round_all(recipe, grid, within, dict(own.sketches), tokens[seen:], notes, batch_size=batch)
+        rounded, layers = round_all(recipe, grid, within, copy.deepcopy(own.sketches), tokens[seen:], notes, batch_size=batch)
         seconds = time.monotonic() - began
         modules = dict(twin.named_modules())
         for name, result in rounded.items():
-            modules[name].weight.data.copy_(dequantized(grid, result))
+            modules[name].weight.data.copy_(dequantized(result))
         divergence = compare_models(twin, source.model, split.heldout, batch_size=wanted)
         for name in rounded:
             modules[name].weight.data.copy_(source.linears[name].weight.data)
@@ -284,6 +289,7 @@ def _one_setting(
                 "collect_seconds": round(own.seconds, 3),
                 "rounding_seconds": round(seconds, 3),
                 "state_bytes": own.state_bytes,
+                "bits_per_weight": _bits(source, layers),
                 "quantized_linears": len(rounded),
                 "tokens_sha256": data_hash(tokens),
                 "heldout_sha256": data_hash(split.heldout),
@@ -292,6 +298,13 @@ def _one_setting(
         )
         notes.progress.say(f"{scheme} {label}: KL {divergence.kl_mean:.5f}")
     return rows
+
+
+def _bits(source: Source, layers: dict[str, dict[str, Any]]) -> float:
+    """Mean over all weights of the rounded linears."""
+    sizes = {name: source.linears[name].weight.numel() for name in layers}
+    total: float = sum(layers[name]["bits_per_weight"] * size for name, size in sizes.items())
+    return total / sum(sizes.values())
 
 
 def _safe_batch(source: Source, parts: Sequence[TokenBatch], recipe: Recipe, wanted: int) -> int:
@@ -358,7 +371,7 @@ def summary_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "ratio_stderr": math.hypot(_error(paired) / reference.mean().item(), _error(ratios)),
                     **{
                         key: statistics.fmean(row[key] for row in own)
-                        for key in ("top1_agreement", "perplexity", "proxy_kl", "collect_seconds", "rounding_seconds")
+                        for key in ("bits_per_weight", "top1_agreement", "perplexity", "proxy_kl", "collect_seconds", "rounding_seconds")
                     },
                     **{
                         key: statistics.fmean(row[key] for row in own) if all(row.get(key) is not None for row in own) else None
@@ -411,6 +424,15 @@ def _write(target: Path, details: dict[str, Any]) -> None:
             "Mean over seeds; bars are standard errors over held-out sequences.",
         ),
     }
+    if len(schemes) > 3:
+        families: dict[str, list[tuple[str, float, float, float]]] = {}
+        for row in largest:
+            kind = re.sub(r"\d+.*", "", row["scheme"]) + (f", {row['method']}" if len(methods) > 1 else "")
+            families.setdefault(kind, []).append((row["scheme"], row["bits_per_weight"], row["kl"], row["kl_stderr"]))
+        pictures["rates.png"] = (
+            plots.rates(families, title=f"{model}: KL against bits per weight", ylabel="KL(original || quantized), nats per token"),
+            "Bits count everything stored for the quantized linears. Bars are standard errors over held-out sequences.",
+        )
     if ranked:  # nothing is diagnosed with fewer than two held-out sequences
         pictures["ranking.png"] = (
             plots.scatter(ranked, title="What ranks the methods?", ylabel="KL, nats per token", columns=2),
@@ -463,6 +485,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     places = 1 - math.floor(math.log10(error)) if error > 0 else 5  # two digits of the error
     return {
         "scheme": row["scheme"],
+        "bits": f"{row['bits_per_weight']:.3f}",
         "sequences": str(row["sequences"]),
         "method": row["method"],
         "KL": f"{row['kl']:.{places}f} ± {row['kl_stderr']:.{places}f}",
@@ -471,5 +494,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "cosine": optional(row["cosine"]),
         "passes": str(row["passes"]),
         "seconds": f"{row['collect_seconds']:.1f}",
+        "rounding s": f"{row['rounding_seconds']:.1f}",
         "MiB": f"{row['state_bytes'] / 2**20:.1f}",
     }

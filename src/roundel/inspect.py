@@ -38,8 +38,9 @@ from roundel.evaluate import plots
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
-from roundel.pipeline import BATCH_TOKENS, OpenFactors, open_factors, round_linear
+from roundel.pipeline import BATCH_TOKENS, OpenFactors, open_factors
 from roundel.progress import Progress, Silent
+from roundel.round_model import round_linear
 from roundel.rounding.round import dequantized
 from roundel.store import check_output, staged_directory, storage, write_json, write_text
 from roundel.types import Factors, RoundedWeight
@@ -134,7 +135,7 @@ def inspect(
             batch_size=batch,
             damping=damping,
             advance=advance,
-            errors={"": lambda name: usable[name].weight.detach().float().cpu() - dequantized(opened.grid, rounded[name])},
+            errors={"": lambda name: usable[name].weight.detach().float().cpu() - dequantized(rounded[name])},
         )[""]
     for name in set(usable) - set(found):
         skipped[name] = "no held-out gradient reached it"
@@ -193,7 +194,7 @@ def _rounded(
             assert stored is not None
             with in_layer(name):
                 rounded[name], rows[name] = round_linear(
-                    opened.recipe, opened.grid, opened.source.checkpoint.read(stored), opened.factors[name]
+                    opened.recipe, opened.grid, opened.source.checkpoint.read(stored), opened.factors[name], name
                 )
                 structure[name] = _structure(opened.factors[name], opened.recipe.damping)
             advance(1)

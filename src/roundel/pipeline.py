@@ -35,39 +35,35 @@ from roundel.calibration import (
     split_tokens,
     windows,
 )
-from roundel.curvature import Sketch, choose, collect, inner_products, parse_curvature, predicted_kl
+from roundel.curvature import Sketch, collect, parse_curvature, predicted_kl
 from roundel.curvature.collect import Collection, passes, pilot_first, safe_batch_size
-from roundel.errors import DataError, FactorsError, ModelError, NumericalError, OutputError, SchemeError, in_layer
+from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
 from roundel.factors import Header
 from roundel.formats import compressed_tensors, imatrix
-from roundel.grids import Grid, parse_scheme
-from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
+from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import model_type, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe
-from roundel.rounding import make_problem, round_weight
-from roundel.rounding.round import dequantized, stacked
+from roundel.round_model import round_all, round_allocated
+from roundel.rounding.round import dequantized
+from roundel.source import Notes, Source, device_of, load_source
 from roundel.store import check_output, copy_files, staged_directory, staged_file, storage, write_json, write_shards, write_text
-from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
+from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = [
     "Evaluation",
-    "Notes",
     "OpenFactors",
     "Quantized",
-    "Source",
     "check_vocabulary",
     "collect_factors",
     "default_batch",
     "evaluate",
     "export_imatrix",
-    "load_source",
     "open_factors",
     "quantize",
-    "round_all",
-    "round_linear",
     "sequence_length",
     "split_text",
     "versions",
@@ -94,38 +90,6 @@ class Evaluation:
 
     report: Divergence
     details: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A loaded original, and which of its linears are looked at."""
-
-    name: str
-    path: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    checkpoint: Checkpoint
-    linears: dict[str, nn.Linear]
-    skipped: dict[str, str]
-
-
-class Notes:
-    """Warnings for the report, shown as they come, and the seconds of each stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.warnings: list[str] = []
-        self.seconds: dict[str, float] = {}
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self.progress.warn(message)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 3)
 
 
 def quantize(
@@ -198,13 +162,23 @@ def quantize(
                     advance=advance,
                 ).sketches
     with notes.timed("rounding"):
-        rounded, layers = round_all(recipe, grid, source, sketches, split.choice, notes, batch_size=batch)
+        allocation = None
+        if recipe.bits is None:
+            rounded, layers = round_all(recipe, grid, source, sketches, split.choice, notes, batch_size=batch)
+        else:
+            unseen = split.choice
+            if not len(unseen):
+                unseen = split.calibration
+                notes.warn(
+                    "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
+                )
+            rounded, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch)
     chosen = {name: source.linears[name] for name in rounded}
     with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
         prediction = predicted_kl(
             source.model,
             chosen,
-            lambda name: chosen[name].weight.float().cpu() - dequantized(grid, rounded[name]),
+            lambda name: chosen[name].weight.float().cpu() - dequantized(rounded[name]),
             split.heldout,
             seed=recipe.seed,
             batch_size=batch,
@@ -213,9 +187,9 @@ def quantize(
         )
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
-            written = _write_checkpoint(staging, source, grid, rounded, advance)
+            written = _write_checkpoint(staging, source, recipe, rounded, advance)
         with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
-            packed = load_model(staging, device=_device_of(source.model), dtype=source.model.dtype)
+            packed = load_model(staging, device=device_of(source.model), dtype=source.model.dtype)
             divergence = compare_models(packed, source.model, split.heldout, batch_size=wanted, advance=advance)
             del packed
         parameters = sum(p.numel() for p in source.model.parameters())
@@ -225,7 +199,9 @@ def quantize(
             "roundel": importlib.metadata.version("roundel"),
             "versions": versions(),
             "model": {"name": source.name, "revision": _revision(source.path), "parameters": parameters},
-            "scheme": recipe.scheme,
+            "scheme": recipe.scheme if allocation is None else f"{recipe.bits:g} bits",
+            "allocation": allocation,
+            "format": "compressed-tensors" if recipe.writes_compressed() else "dense",
             "curvature": recipe.curvature,
             "seed": recipe.seed,
             "recipe": recipe.as_json(),
@@ -264,32 +240,6 @@ def quantize(
         write_json(staging / "roundel.json", details)
         write_text(staging / "README.md", model_card(details))
     return Quantized(path=target, report=divergence, details=details)
-
-
-def load_source(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
-    """The original model and the linears that the recipe and the grid choose of it."""
-    path = locate(name)
-    place = pick_device(device)
-    model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
-    if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
-        raise ModelError(f"{path} is quantized already; start from the original model")
-    checkpoint = Checkpoint.open(path)
-    selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
-    found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
-    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
-    return Source(
-        name=name,
-        path=path,
-        model=model,
-        tokenizer=load_tokenizer(path),
-        checkpoint=checkpoint,
-        linears=found,
-        skipped={**selection.skipped, **absent},
-    )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _finite(value: float) -> float | None:
@@ -410,7 +360,7 @@ def collect_factors(
         found.check_same(header, "index", "done", "sums")
         if found.complete:
             return found
-        start = factor_files.restore(found, tensors, _device_of(source.model))
+        start = factor_files.restore(found, tensors, device_of(source.model))
     shares = [_share(each, estimator.together, rank, world) for each in parts]
     batch = _safe_batch(source.model, linears, shares, recipe, batch_size or default_batch(length))
     saved = time.monotonic()
@@ -662,121 +612,20 @@ def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
-def round_all(
-    recipe: Recipe,
-    grid: Grid,
-    source: Source,
-    sketches: dict[str, Sketch],
-    choice: TokenBatch,
-    notes: Notes,
-    *,
-    batch_size: int,
-) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
-    """Rounds every linear and empties `sketches`; a linear that no gradient reached is moved to `source.skipped`.
-
-    With sequences in `choice`, each linear is rounded under all of the estimator's candidates and one is chosen by the KL predicted there.
-    """
-    estimator = parse_curvature(recipe.curvature)
-    rounded: dict[str, dict[str, RoundedWeight]] = {}
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
-    raised: dict[tuple[str, str], bool] = {}
-    with notes.progress.stage("rounding", len(source.linears)) as advance:
-        for name in source.linears:
-            candidates = estimator.candidates(sketches.pop(name))
-            if not len(choice):
-                candidates = dict(list(candidates.items())[:1])
-            if any(candidate.factors.scale == 0 for candidate in candidates.values()):
-                source.skipped[name] = "no usable gradient reached it"
-                notes.warn(f"{name} stays in its precision: no usable gradient reached it")
-                advance(1)
-                continue
-            stored_name = source.checkpoint.weight_of(name)
-            assert stored_name is not None
-            stored = source.checkpoint.read(stored_name)
-            rounded[name], rows[name] = {}, {}
-            for label, candidate in candidates.items():
-                own = dataclasses.replace(recipe, damping=min(10.0, recipe.damping * candidate.damping))
-                with in_layer(name):
-                    rounded[name][label], rows[name][label] = round_linear(own, grid, stored, candidate.factors)
-                raised[name, label] = rows[name][label]["damping"] > own.damping
-            advance(1)
-    if not rounded:
-        raise NumericalError("no linear could be quantized: no usable gradient reached any")
-    labels = list(next(iter(rounded.values())))
-    chosen = dict.fromkeys(rounded, labels[0])
-    if len(labels) > 1:
-        linears = {name: source.linears[name] for name in rounded}
-
-        def error_of(label: str) -> Callable[[str], Tensor]:
-            return lambda name: linears[name].weight.float().cpu() - dequantized(grid, rounded[name][label])
-
-        # its last batch has another size than those of the calibration, for which `batch_size` was found safe
-        batch_size = safe_batch_size(source.model, linears, choice, seed=recipe.seed, batch_size=batch_size, labels=recipe.labels)
-        with notes.progress.stage("choice", len(choice)) as advance:
-            inner = inner_products(
-                source.model,
-                linears,
-                {label: error_of(label) for label in labels},
-                choice,
-                seed=recipe.seed,
-                batch_size=batch_size,
-                labels=recipe.labels,
-                advance=advance,
-            )
-        for name in rounded:
-            predicted = {label: 0.5 * inner[label][name].square() / choice.ids.shape[1] for label in labels}
-            chosen[name] = choose(predicted)
-            rows[name][chosen[name]]["candidate"] = chosen[name]
-            rows[name][chosen[name]]["candidates_predicted_kl"] = {label: values.mean().item() for label, values in predicted.items()}
-    for name, label in chosen.items():
-        if raised[name, label]:
-            notes.warn(f"{name}: damping raised to {rows[name][label]['damping']:g}, its factors were not positive definite")
-    return {name: rounded[name][label] for name, label in chosen.items()}, {name: rows[name][label] for name, label in chosen.items()}
-
-
-def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors) -> tuple[RoundedWeight, dict[str, Any]]:
-    """One linear's codes and its row of the report."""
-    began = time.monotonic()
-    parts, proxy_loss, damping = [], 0.0, 0.0
-    for rows, group in measured.row_groups():
-        factors = KroneckerFactors(H_out=group.H_out.cpu(), H_in=group.H_in.cpu(), scale=group.scale)
-        problem = make_problem(stored[rows].float(), factors, damping=recipe.damping)
-        part = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
-        E = problem.W - dequantized(grid, part)
-        proxy_loss += 0.5 * factors.scale * torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
-        damping = max(damping, problem.damping)
-        parts.append(part)
-    result = stacked(parts)
-    row = {
-        "shape": list(stored.shape),
-        "bits": grid.bits,
-        "bits_per_weight": 8 * compressed_tensors.packed_bytes(stored.shape, grid, result.scales.dtype) / stored.numel(),
-        "damping": damping,
-        "proxy_loss": proxy_loss,
-        "sweeps": len(result.trace) - 1,
-        "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
-        "seconds": round(time.monotonic() - began, 3),
-    }
-    return result, row
-
-
-def _scale_dtype(weight: Tensor) -> torch.dtype:
-    """Scales are stored in the weight's own type, but never in more than 16 bits.
-
-    float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.
-    """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        return weight.dtype
-    largest = weight.abs().max().item()
-    return torch.float16 if 1e-2 < largest < 1e4 else torch.bfloat16
-
-
-def _write_checkpoint(staging: Path, source: Source, grid: Grid, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]) -> int:
+def _write_checkpoint(
+    staging: Path, source: Source, recipe: Recipe, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]
+) -> int:
     """The source checkpoint with the rounded weights in place of the originals; returns the bytes of all tensors."""
     checkpoint = source.checkpoint
     replaced = {checkpoint.weight_of(name): name for name in rounded}
     fused = checkpoint.fused_in(source.model)
     pieces = {piece for stored in fused.values() for piece in stored}
+    packed: dict[str, Uniform] = {}
+    if recipe.writes_compressed():
+        for name, weight in rounded.items():
+            grid = parse_scheme(weight.scheme)
+            assert isinstance(grid, Uniform)
+            packed[name] = grid
 
     def produce(tensor: str) -> dict[str, Tensor]:
         if tensor in fused:
@@ -785,23 +634,26 @@ def _write_checkpoint(staging: Path, source: Source, grid: Grid, rounded: dict[s
         module = replaced.get(tensor)
         if module is None:
             return {tensor: checkpoint.read(tensor)}
+        if module not in packed:
+            return {tensor: dequantized(rounded[module]).to(checkpoint.read(tensor).dtype).contiguous()}
         prefix = tensor.removesuffix("weight")
-        return {prefix + part: value for part, value in compressed_tensors.pack(rounded[module], grid).items()}
+        return {prefix + part: value for part, value in compressed_tensors.pack(rounded[module], packed[module]).items()}
 
     def size(tensor: str) -> int:
         if tensor in fused:
             return source.model.get_parameter(tensor).numel() * checkpoint.read(fused[tensor][0]).element_size()
-        weight = rounded.get(replaced.get(tensor, ""))
-        if weight is None:
+        module = replaced.get(tensor, "")
+        if module not in packed:
             return checkpoint.sizes[tensor]
-        return compressed_tensors.packed_bytes(weight.codes.shape, grid, weight.scales.dtype)
+        return compressed_tensors.packed_bytes(rounded[module].shape, packed[module], rounded[module].scales["scale"].dtype)
 
     copy_files(source.path, staging, leave_out={"config.json", "model.safetensors.index.json", "roundel.json"})
     units = [*(tensor for tensor in checkpoint if tensor not in pieces), *fused]
     total = write_shards(staging, {tensor: size(tensor) for tensor in units}, produce, advance=advance)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    ignore = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in rounded]
-    config["quantization_config"] = compressed_tensors.config(grid, ignore)
+    if packed:
+        ignore = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in rounded]
+        config["quantization_config"] = compressed_tensors.config(packed, ignore)
     write_json(staging / "config.json", config)
     return total
 

@@ -5,15 +5,20 @@ Two runs with equal recipes, model and text write the same bytes. What only chan
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from roundel.curvature import parse_curvature
 from roundel.curvature.fisher import LABEL_KINDS
 from roundel.errors import SchemeError
-from roundel.grids import parse_scheme
+from roundel.formats import compressed_tensors
+from roundel.grids import Grid, parse_scheme
 
 __all__ = ["BEST", "GPTQ", "NEAREST", "Recipe"]
+
+ROTATIONS = ("auto", "none", "hadamard", "hadamard128")
+FORMATS = ("auto", "compressed-tensors", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,10 @@ class Recipe:
     """
 
     scheme: str = "int4-g128"
+    bits: float | None = None
+    schemes: tuple[str, ...] = ()
+    rotate: str = "auto"
+    format: str = "auto"
     curvature: str = "auto"
     labels: str = "sampled"
     calibration: str = "self"
@@ -39,7 +48,27 @@ class Recipe:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        parse_scheme(self.scheme)
+        for scheme in (self.scheme, *self.schemes):
+            parse_scheme(scheme)
+        if self.rotate not in ROTATIONS:
+            raise SchemeError(f"rotate {self.rotate!r}: expected one of {', '.join(ROTATIONS)}")
+        if self.format not in FORMATS:
+            raise SchemeError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.schemes and self.bits is None:
+            raise SchemeError("schemes to choose from need bits, the average that they may take: --bits 3.25")
+        if self.bits is not None and not 1 <= self.bits <= 16:
+            raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
+        if self.bits is not None:
+            self.candidate_schemes()
+        for scheme in self.candidate_schemes() if self.bits is not None else (self.scheme,):
+            grid = parse_scheme(scheme)
+            if self.format == "compressed-tensors" and not (compressed_tensors.holds(grid) and self.rotation_of(grid) is None):
+                raise SchemeError(
+                    f"compressed-tensors cannot hold {scheme}"
+                    + (", rotated" if self.rotation_of(grid) else "")
+                    + "; use --format dense, or an "
+                    "integer scheme such as int4-g128 without rotation"
+                )
         parse_curvature(self.curvature)
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
@@ -50,10 +79,49 @@ class Recipe:
         if not 0 < self.damping <= 10:
             raise SchemeError(f"damping is {self.damping}: expected more than 0 and at most 10, relative to the mean diagonal")
 
+    def rotation_of(self, grid: Grid) -> Literal["hadamard", "hadamard128"] | None:
+        """The kind of rotation that weights go through before they are rounded to this grid, if any."""
+        kind = ("hadamard" if grid.rotates else "none") if self.rotate == "auto" else self.rotate
+        return None if kind == "none" else "hadamard" if kind == "hadamard" else "hadamard128"
+
+    def candidate_schemes(self) -> tuple[str, ...]:
+        """The schemes that `bits` are allocated over: the given ones, or those of `scheme` with all other numbers of bits.
+
+        Raises:
+            SchemeError: `scheme` has no number of bits to vary.
+        """
+        if self.schemes:
+            return self.schemes
+        found = re.fullmatch(r"([a-z]+)(\d)(-.*)?", self.scheme)
+        others = [f"{found[1]}{bits}{found[3] or ''}" for bits in range(1, 9)] if found else []
+        known = [scheme for scheme in others if _known(scheme)]
+        if len(known) < 2:
+            raise SchemeError(f"{self.scheme} has no number of bits that could vary: give the schemes to choose from (--schemes)")
+        return tuple(known)
+
+    @property
+    def fused(self) -> bool:
+        """Whether linears that engines run as one must share a scheme: those of the format that vLLM serves."""
+        return self.writes_compressed()
+
+    def writes_compressed(self) -> bool:
+        """Whether the checkpoint is written as compressed-tensors; else with dense weights."""
+        grids = [parse_scheme(scheme) for scheme in (self.candidate_schemes() if self.bits is not None else (self.scheme,))]
+        possible = all(compressed_tensors.holds(grid) and self.rotation_of(grid) is None for grid in grids)
+        return possible and self.format != "dense"
+
     def as_json(self) -> dict[str, Any]:
         """Plain values by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def _known(scheme: str) -> bool:
+    try:
+        parse_scheme(scheme)
+    except SchemeError:
+        return False
+    return True
 
 
 NEAREST: dict[str, Any] = {"curvature": "identity", "sweeps": 0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -182,19 +183,39 @@ class RoundingProblem:
     scale: float
     damping: float
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return self.W.shape[0], self.W.shape[1]
+
     def loss(self, E: Float[Tensor, "d_out d_in"]) -> float:
         """The damped proxy loss `1/2 tr(E^T H_out E H_in)`, summed in float64."""
         return 0.5 * torch.sum((self.H_out @ E @ self.H_in) * E, dtype=torch.float64).item()
 
 
+@runtime_checkable
+class Undoable(Protocol):
+    """What a weight went through before it was rounded (`rounding.rotate.Rotation`)."""
+
+    def restore_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """The weight as it was before."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundedWeight:
-    """Integer codes and their scales; what they mean is the grid's business.
+    """Integer codes and their scales by name; what they mean is the grid's business.
 
-    `codes` is `(d_out, d_in)` int8; `scales` is `(d_out, groups)` in the type in which it is stored.
+    `codes` is `(d_out, d_in)` int8 for grids of scalars, `(tile rows, tile columns, symbols)` for tiles; of `scales` each entry is for a
+    block of the weight, in the type in which it is stored.
     """
 
-    codes: Int[Tensor, "d_out d_in"]
-    scales: Float[Tensor, "d_out groups"]
+    scheme: str
+    """Name of the grid."""
+    codes: Int[Tensor, "..."]
+    scales: Mapping[str, Tensor]
+    shape: tuple[int, int]
+    """Of the weight, `(d_out, d_in)`."""
+    rotation: Undoable | None = None
+    """What the weight went through before it was rounded, and is to be undone after decoding."""
     trace: tuple[float, ...] = field(default=())
     """The damped proxy loss after feedback and after each sweep: never rising."""

@@ -78,7 +78,7 @@ def dense_copy(source: Path, packed: Path, scheme: str, target: Path) -> Path:
         prefix = f"{name}.weight_"
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(prefix)}
         if own:
-            module.weight.data = dequantized(grid, unpack(own, grid))
+            module.weight.data = dequantized(unpack(own, grid))
             replaced += 1
     assert replaced * 3 == sum(".weight_" in key for key in tensors)
     model.save_pretrained(target)
@@ -177,4 +177,4 @@ def test_what_is_evaluated_is_what_users_load(quantized) -> None:
     grid, tensors = parse_scheme("int4-g32"), read(quantized.path)
     for name in quantized.details["layers"]:
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.weight_")}
-        assert torch.equal(loaded.get_submodule(name).weight, dequantized(grid, unpack(own, grid)))
+        assert torch.equal(loaded.get_submodule(name).weight, dequantized(unpack(own, grid)))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from roundel.grids import Grid
+from roundel.grids import Grid, Scales
 from roundel.rounding import make_problem
 from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem
 
@@ -28,12 +28,17 @@ def with_factors(W: Tensor, H_out: Tensor, H_in: Tensor, *, damping: float = 1e-
     return make_problem(W, KroneckerFactors(H_out=H_out, H_in=H_in, scale=1.0), damping=damping, dtype=W.dtype)
 
 
-def scales_for(problem: RoundingProblem, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+def scales_for(problem: RoundingProblem, grid: Grid, dtype: torch.dtype = torch.float32) -> Scales:
     return grid.fit_scales(problem.W, problem.H_in.diagonal(), dtype)
+
+
+def of(grid: Grid, codes: Tensor, scales: Scales | Tensor) -> RoundedWeight:
+    """Codes and scales (a bare tensor is that of integers) as a rounded weight."""
+    known = {"scale": scales} if isinstance(scales, Tensor) else dict(scales)
+    return RoundedWeight(scheme=grid.name, codes=codes, scales=known, shape=(codes.shape[0], codes.shape[1]))
 
 
 def loss(problem: RoundingProblem, grid: Grid, rounded: RoundedWeight) -> float:
     """The proxy loss by its definition, in float64."""
-    step = grid.expand(rounded.scales.double(), problem.W.shape[1])
-    E = problem.W.double() - rounded.codes.double() * step
+    E = problem.W.double() - grid.dequantize(rounded.codes, rounded.scales, problem.shape, torch.float64)
     return 0.5 * torch.trace(E.T @ problem.H_out.double() @ E @ problem.H_in.double()).item()

@@ -8,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laws.problems import covariance, draw, loss, random_problem, scales_for, with_factors
+from laws.problems import covariance, draw, loss, of, random_problem, scales_for, with_factors
 from roundel.errors import NumericalError
 from roundel.grids import Grid, parse_scheme
-from roundel.kernels import rounding as kernels
 from roundel.linalg.ldl import ldl
 from roundel.rounding import feedback, make_problem, nearest, refit_scales, round_weight, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
-from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem
+from roundel.types import KroneckerFactors, RoundingProblem
 
 SCHEMES = ["int2-g4", "int3-channel", "int4-g8", "int8-g2"]
 SHAPES = [(1, 8), (8, 16), (33, 24), (64, 64), (65, 128), (131, 72), (40, 200)]
@@ -40,18 +39,18 @@ def transposed(problem: RoundingProblem) -> RoundingProblem:
     return replace(problem, W=problem.W.T.contiguous(), H_out=problem.H_in, H_in=problem.H_out, L_out=problem.L_in, L_in=problem.L_out)
 
 
-@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@pytest.mark.parametrize("implementation", [feedback, feedback_waves])
 @given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_identity_H_out_is_ldlq(implementation, d_out: int, d_in: int, scheme: str, seed: int) -> None:
     grid = parse_scheme(scheme)
     problem = with_factors(draw(d_out, d_in, seed=seed), torch.eye(d_out, dtype=torch.float64), covariance(d_in, seed), damping=0.05)
     scales = scales_for(problem, grid)
-    expected = ldlq(problem.W, problem.L_in, grid, grid.expand(scales, d_in).double())
+    expected = ldlq(problem.W, problem.L_in, grid, grid.affine(scales, (d_out, d_in), torch.float64)[0])
     assert torch.equal(implementation(problem, grid, scales), expected)
 
 
-@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@pytest.mark.parametrize("implementation", [feedback, feedback_waves])
 @given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_diagonal_factors_give_nearest_rounding(implementation, d_out: int, d_in: int, scheme: str, seed: int) -> None:
@@ -64,21 +63,21 @@ def test_diagonal_factors_give_nearest_rounding(implementation, d_out: int, d_in
     assert torch.equal(sweep(problem, grid, scales, codes), codes)
 
 
-@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@pytest.mark.parametrize("implementation", [feedback, feedback_waves])
 @given(d_out=st.integers(1, 30), d_in=st.integers(1, 30), width=st.integers(2, 8), seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_transposing_the_problem_transposes_the_answer(implementation, d_out: int, d_in: int, width: int, seed: int) -> None:
     grid, problem = parse_scheme(f"int{width}-channel"), random_problem(d_out, d_in, seed=seed)
     step = 4 / 2**width  # one scale everywhere, on both sides
-    codes = implementation(problem, grid, torch.full((d_out, 1), step))
-    assert torch.equal(implementation(transposed(problem), grid, torch.full((d_in, 1), step)), codes.T)
+    codes = implementation(problem, grid, {"scale": torch.full((d_out, 1), step)})
+    assert torch.equal(implementation(transposed(problem), grid, {"scale": torch.full((d_in, 1), step)}), codes.T)
 
 
 @given(d_out=st.integers(1, 30), d_in=st.integers(1, 30), seed=seeds)
 @settings(max_examples=25, deadline=None)
 def test_what_is_left_is_the_grids_own_error(d_out: int, d_in: int, seed: int) -> None:
     grid, problem, step = parse_scheme("int8-channel"), random_problem(d_out, d_in, seed=seed, damping=1.0), 1.0
-    codes = feedback(problem, grid, torch.full((d_out, 1), step))
+    codes = feedback(problem, grid, {"scale": torch.full((d_out, 1), step)})
     assert codes.abs().max() < 100  # nothing was clipped
     E = problem.W - codes * step
     eta = problem.L_out.T @ E @ problem.L_in
@@ -92,10 +91,10 @@ def test_what_is_left_is_the_grids_own_error(d_out: int, d_in: int, seed: int) -
 def test_blocked_kernels_equal_their_specifications(shape: tuple[int, int], scheme: str) -> None:
     grid, problem = parse_scheme(scheme), random_problem(*shape, seed=shape[0])
     scales = scales_for(problem, grid)
-    codes = kernels.feedback(problem, grid, scales)
+    codes = feedback(problem, grid, scales)
     assert torch.equal(codes, feedback_waves(problem, grid, scales))
     before = codes.clone()
-    swept = kernels.sweep(problem, grid, scales, codes)
+    swept = sweep(problem, grid, scales, codes)
     assert torch.equal(swept, sweep_rows(problem, grid, scales, codes))
     assert torch.equal(codes, before)  # neither writes into its argument
     if min(shape) > 1:
@@ -111,10 +110,10 @@ def test_a_sweep_never_raises_the_loss(scheme: str, dtype: torch.dtype, d_out: i
     scales = scales_for(problem, grid, torch.bfloat16)
     codes = nearest(problem.W, grid, scales)
     slack = 1 + (1e-12 if dtype == torch.float64 else 1e-5)
-    before = loss(problem, grid, RoundedWeight(codes=codes, scales=scales))
+    before = loss(problem, grid, of(grid, codes=codes, scales=scales))
     for _ in range(3):
         codes = sweep(problem, grid, scales, codes)
-        after = loss(problem, grid, RoundedWeight(codes=codes, scales=scales))
+        after = loss(problem, grid, of(grid, codes=codes, scales=scales))
         assert after <= before * slack
         before = after
 
@@ -139,11 +138,11 @@ def test_refitted_scales_never_raise_the_loss(dtype: torch.dtype, d_out: int, d_
     scales = scales_for(problem, grid, torch.bfloat16)
     codes = feedback(problem, grid, scales)
     refitted = refit_scales(problem, grid, scales, codes)
-    before, after = (loss(problem, grid, RoundedWeight(codes=codes, scales=s)) for s in (scales, refitted))
+    before, after = (loss(problem, grid, of(grid, codes=codes, scales=s)) for s in (scales, refitted))
     assert after <= before * (1 + 1e-5)
-    assert refitted.dtype == scales.dtype
-    assert torch.isfinite(refitted).all()
-    assert (refitted != 0).all()
+    assert refitted["scale"].dtype == scales["scale"].dtype
+    assert torch.isfinite(refitted["scale"]).all()
+    assert (refitted["scale"] != 0).all()
 
 
 def test_refitted_scales_solve_the_normal_equations() -> None:
@@ -157,7 +156,7 @@ def test_refitted_scales_solve_the_normal_equations() -> None:
             A[i * 8 + j, i * 2 + j // 4] = codes[i, j].double()
     F = torch.kron(problem.H_out, problem.H_in)
     best = torch.linalg.solve(A.T @ F @ A, A.T @ F @ problem.W.flatten()).reshape(3, 2)
-    torch.testing.assert_close(refit_scales(problem, grid, scales, codes, steps=6), best, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(refit_scales(problem, grid, scales, codes, steps=6)["scale"], best, rtol=1e-6, atol=1e-9)
 
 
 @given(d_out=st.integers(1, 20), d_in=widths, scheme=schemes, seed=seeds)
@@ -167,14 +166,14 @@ def test_weights_on_the_grid_are_returned(d_out: int, d_in: int, scheme: str, se
     generator = torch.Generator().manual_seed(seed)
     low, high = grid.code_range
     codes = torch.randint(low, high + 1, (d_out, d_in), generator=generator).to(torch.int8)
-    scales = draw(d_out, d_in // grid.group_size(d_in), seed=seed).to(torch.bfloat16)
-    W = grid.decode(codes, grid.expand(scales, d_in).double())
+    scales = {"scale": draw(*grid.scale_shape(d_out, d_in), seed=seed).to(torch.bfloat16)}
+    W = grid.decode(codes, grid.affine(scales, (d_out, d_in), torch.float64)[0])
     problem = replace(random_problem(d_out, d_in, seed=seed), W=W)
     assert torch.equal(feedback(problem, grid, scales), codes)
     assert torch.equal(feedback_waves(problem, grid, scales), codes)
     assert torch.equal(sweep(problem, grid, scales, codes), codes)
-    assert torch.equal(refit_scales(problem, grid, scales, codes), scales)
-    assert loss(problem, grid, RoundedWeight(codes=codes, scales=scales)) == 0
+    assert torch.equal(refit_scales(problem, grid, scales, codes)["scale"], scales["scale"])
+    assert loss(problem, grid, of(grid, codes=codes, scales=scales)) == 0
 
 
 @pytest.mark.parametrize("scheme", ["int2-g8", "int4-g8"])
@@ -186,10 +185,10 @@ def test_each_stage_lowers_the_mean_loss(scheme: str) -> None:
         problem = random_problem(12, 24, seed=seed)
         one_sided = replace(problem, L_out=torch.eye(12, dtype=torch.float64))
         scales = scales_for(problem, grid)
-        start = loss(problem, grid, RoundedWeight(codes=nearest(problem.W, grid, scales), scales=scales))
+        start = loss(problem, grid, of(grid, codes=nearest(problem.W, grid, scales), scales=scales))
         results = [
-            RoundedWeight(codes=feedback(one_sided, grid, scales), scales=scales),
-            RoundedWeight(codes=feedback(problem, grid, scales), scales=scales),
+            of(grid, codes=feedback(one_sided, grid, scales), scales=scales),
+            of(grid, codes=feedback(problem, grid, scales), scales=scales),
             round_weight(problem, grid, sweeps=4, scale_dtype=torch.float32),
         ]
         totals += torch.tensor([1.0, *(loss(problem, grid, r) / start for r in results)])
@@ -206,7 +205,7 @@ def test_rounding_is_deterministic(scheme: str) -> None:
         round_weight(random_problem(70, 72, seed=3, dtype=torch.float32), grid, sweeps=3, scale_dtype=torch.bfloat16) for _ in range(2)
     )
     assert torch.equal(first.codes, second.codes)
-    assert torch.equal(first.scales, second.scales)
+    assert torch.equal(first.scales["scale"], second.scales["scale"])
     assert first.trace == second.trace
 
 
@@ -218,7 +217,7 @@ def test_the_size_of_the_factors_does_not_matter(power: int, seed: int) -> None:
     larger = replace(problem, H_out=size * problem.H_out, H_in=problem.H_in * size)
     first, second = (round_weight(p, grid, sweeps=3, scale_dtype=torch.bfloat16) for p in (problem, larger))
     assert torch.equal(first.codes, second.codes)
-    assert torch.equal(first.scales, second.scales)
+    assert torch.equal(first.scales["scale"], second.scales["scale"])
 
 
 def test_a_rank_deficient_factor_gets_more_damping_and_says_so() -> None:

@@ -8,22 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from laws.problems import loss, random_problem, scales_for
-from roundel.grids import Grid, parse_scheme
-from roundel.kernels import rounding as kernels
+from laws.problems import loss, of, random_problem, scales_for
+from roundel.grids import Grid, Scales, parse_scheme
 from roundel.rounding import feedback, round_weight, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
-from roundel.types import RoundedWeight, RoundingProblem
+from roundel.types import RoundingProblem
 
 seeds = st.integers(0, 10_000)
 
 
-def naive_feedback(problem: RoundingProblem, grid: Grid, scales: Tensor) -> Tensor:
+def naive_feedback(problem: RoundingProblem, grid: Grid, scales: Scales) -> Tensor:
     """`W_hat = Q(W + L_out^T E L_in - E)`, the fixed point of YAQA's equation 8, entry by entry from the last to the first."""
     W, L_out, L_in = problem.W.tolist(), problem.L_out.tolist(), problem.L_in.tolist()
     d_out, d_in = len(W), len(W[0])
-    step = grid.expand(scales, d_in).double().tolist()
+    step = grid.affine(scales, problem.shape, torch.float64)[0].tolist()
     low, high = grid.code_range
     E = [[0.0] * d_in for _ in range(d_out)]
     codes = [[0] * d_in for _ in range(d_out)]
@@ -39,7 +38,7 @@ def naive_feedback(problem: RoundingProblem, grid: Grid, scales: Tensor) -> Tens
     return torch.tensor(codes, dtype=torch.int8)
 
 
-@pytest.mark.parametrize("implementation", [kernels.feedback, feedback_waves])
+@pytest.mark.parametrize("implementation", [feedback, feedback_waves])
 @given(
     d_out=st.integers(1, 9), d_in=st.sampled_from([4, 8, 12]), scheme=st.sampled_from(["int2-g4", "int3-channel", "int8-g2"]), seed=seeds
 )
@@ -50,7 +49,7 @@ def test_feedback_equals_the_naive_loops(implementation, d_out: int, d_in: int, 
     assert torch.equal(implementation(problem, grid, scales), naive_feedback(problem, grid, scales))
 
 
-def converged(problem: RoundingProblem, grid: Grid, scales: Tensor, implementation=sweep) -> Tensor:
+def converged(problem: RoundingProblem, grid: Grid, scales: Scales, implementation=sweep) -> Tensor:
     codes = feedback(problem, grid, scales)
     for _ in range(50):
         following = implementation(problem, grid, scales, codes)
@@ -60,27 +59,27 @@ def converged(problem: RoundingProblem, grid: Grid, scales: Tensor, implementati
     raise AssertionError("50 sweeps did not converge")
 
 
-@pytest.mark.parametrize("implementation", [kernels.sweep, sweep_rows])
+@pytest.mark.parametrize("implementation", [sweep, sweep_rows])
 @given(shape=st.sampled_from([(2, 2), (2, 3), (5, 4)]), width=st.integers(2, 4), seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_descent_ends_where_no_single_code_lowers_the_loss(implementation, shape: tuple[int, int], width: int, seed: int) -> None:
     grid, problem = parse_scheme(f"int{width}-channel"), random_problem(*shape, seed=seed, damping=0.02)
     scales = scales_for(problem, grid)
     codes = converged(problem, grid, scales, implementation)
-    least = loss(problem, grid, RoundedWeight(codes=codes, scales=scales))
+    least = loss(problem, grid, of(grid, codes=codes, scales=scales))
     low, high = grid.code_range
     for i, j, q in product(range(shape[0]), range(shape[1]), range(low, high + 1)):
         changed = codes.clone()
         changed[i, j] = q
-        assert loss(problem, grid, RoundedWeight(codes=changed, scales=scales)) >= least * (1 - 1e-10)
+        assert loss(problem, grid, of(grid, codes=changed, scales=scales)) >= least * (1 - 1e-10)
 
 
-def all_losses(problem: RoundingProblem, grid: Grid, scales: Tensor) -> Tensor:
+def all_losses(problem: RoundingProblem, grid: Grid, scales: Scales) -> Tensor:
     """The losses of all code matrices."""
     d_out, d_in = problem.W.shape
     low, high = grid.code_range
     codes = torch.cartesian_prod(*[torch.arange(low, high + 1)] * (d_out * d_in)).double()
-    E = problem.W.flatten() - codes * grid.expand(scales, d_in).double().flatten()
+    E = problem.W.flatten() - codes * grid.affine(scales, problem.shape, torch.float64)[0].flatten()
     return 0.5 * ((E @ torch.kron(problem.H_out, problem.H_in)) * E).sum(1)
 
 
@@ -90,8 +89,8 @@ def test_descent_comes_close_to_the_best_of_all_codes() -> None:
         problem = random_problem(2, 3, seed=seed, damping=0.02)
         scales = scales_for(problem, grid)
         losses = all_losses(problem, grid, scales)
-        fed = loss(problem, grid, RoundedWeight(codes=feedback(problem, grid, scales), scales=scales))
-        descended = loss(problem, grid, RoundedWeight(codes=converged(problem, grid, scales), scales=scales))
+        fed = loss(problem, grid, of(grid, codes=feedback(problem, grid, scales), scales=scales))
+        descended = loss(problem, grid, of(grid, codes=converged(problem, grid, scales), scales=scales))
         assert losses.min() <= descended * (1 + 1e-10)
         assert descended <= fed * (1 + 1e-10)
         assert descended <= losses.quantile(0.02)  # better than 98 % of all codes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laws.problems import covariance, draw
-from roundel.grids import Grid, parse_scheme
+from roundel.grids import ScalarGrid, parse_scheme
 from roundel.linalg.dependency import structural_nilpotence, waves
 from roundel.linalg.ldl import ldl
 from roundel.rounding.feedback import feedback_waves
@@ -41,18 +41,18 @@ def test_nilpotence_of_a_kronecker_product(density: float, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def integers() -> Grid:
+def integers() -> ScalarGrid:
     """Whole numbers from -128 to 127, with scales of 1."""
     return parse_scheme("int8-channel")
 
 
 @pytest.mark.parametrize("density", [0.03, 0.1, 1.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_fixed_point_iteration_settles_within_the_degree_on_what_feedback_gives(integers: Grid, density: float, seed: int) -> None:
+def test_the_fixed_point_iteration_settles_within_the_degree_on_the_feedback(integers: ScalarGrid, density: float, seed: int) -> None:
     d_out, d_in = 9, 12
     L_out, L_in = (0.3 * sparse_unit_lower(d, seed + d, density) + 0.7 * torch.eye(d, dtype=torch.float64) for d in (d_out, d_in))
     W, scales = 10 * draw(d_out, d_in, seed=seed), torch.ones(d_out, 1)
-    expected = feedback_waves(problem_of(W, L_out, L_in), integers, scales).double()
+    expected = feedback_waves(problem_of(W, L_out, L_in), integers, {"scale": scales}).double()
     degree = structural_nilpotence(torch.kron(L_out, L_in))
     W_hat, steps = draw(d_out, d_in, seed=seed + 100), 0  # from anywhere, not even from the grid
     while steps < degree:
@@ -65,12 +65,12 @@ def test_the_fixed_point_iteration_settles_within_the_degree_on_what_feedback_gi
         assert degree < d_out + d_in - 1
 
 
-def test_one_step_less_than_the_degree_is_not_enough(integers: Grid) -> None:
+def test_one_step_less_than_the_degree_is_not_enough(integers: ScalarGrid) -> None:
     """A chain whose every link passes a full unit on: the bound is attained."""
     d = 8
     L = torch.eye(d, dtype=torch.float64) + torch.diag(torch.ones(d - 1, dtype=torch.float64), -1)
     W = torch.zeros(1, d, dtype=torch.float64)
-    expected = feedback_waves(problem_of(W, torch.ones(1, 1, dtype=torch.float64), L), integers, torch.ones(1, 1)).double()
+    expected = feedback_waves(problem_of(W, torch.ones(1, 1, dtype=torch.float64), L), integers, {"scale": torch.ones(1, 1)}).double()
     W_hat = torch.full_like(W, 3.0)
     settled = []
     for _ in range(structural_nilpotence(L)):
@@ -93,14 +93,14 @@ def bound(F: Tensor, H_out: Tensor, H_in: Tensor, E: Tensor) -> float:
     return (norm * (E.square().sum() * (2 - 2 * cosine).sqrt() + pivots * WORST / torch.linalg.norm(K))).item()
 
 
-def rounded_error(integers: Grid, W: Tensor, H_out: Tensor, H_in: Tensor) -> Tensor:
+def rounded_error(integers: ScalarGrid, W: Tensor, H_out: Tensor, H_in: Tensor) -> Tensor:
     problem = problem_of(W, ldl_of(H_out)[0], ldl_of(H_in)[0])
-    return W - feedback_waves(problem, integers, torch.ones(len(W), 1)).double()
+    return W - feedback_waves(problem, integers, {"scale": torch.ones(len(W), 1)}).double()
 
 
 @pytest.mark.parametrize("sequences", [8, 60, 2000])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_of_feedback_is_within_the_bound(integers: Grid, sequences: int, seed: int) -> None:
+def test_the_loss_of_feedback_is_within_the_bound(integers: ScalarGrid, sequences: int, seed: int) -> None:
     d_out, d_in = 6, 8
     mix_out, mix_in = covariance(d_out, seed) + 0.05 * torch.eye(d_out), covariance(d_in, seed + 40) + 0.05 * torch.eye(d_in)
     G = mix_out @ draw(sequences, d_out, d_in, seed=seed) @ mix_in
@@ -112,7 +112,7 @@ def test_the_loss_of_feedback_is_within_the_bound(integers: Grid, sequences: int
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_for_an_exact_product_the_bound_is_sharp_and_nearest_rounding_breaks_it(integers: Grid, seed: int) -> None:
+def test_for_an_exact_product_the_bound_is_sharp_and_nearest_rounding_breaks_it(integers: ScalarGrid, seed: int) -> None:
     """Then the loss is `sum_ij D_out,i D_in,j eta_ij^2`: about a third of the bound, as `eta` is uniform in +-1/2."""
     d_out, d_in = 10, 14
     H_out, H_in = (covariance(d, seed + d) + 0.01 * torch.eye(d) for d in (d_out, d_in))

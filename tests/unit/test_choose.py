@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laws.problems import draw
 from roundel.curvature import choose
-from roundel.curvature.choose import SIGNIFICANT
+from roundel.curvature.choose import LEVEL
 
 
 def with_moments(mean: float, stderr: float, count: int = 16) -> Tensor:
@@ -31,10 +31,12 @@ def test_without_evidence_the_first_stands() -> None:
     assert choose({"other": better, "first": SPREAD}) == "other"
 
 
-@pytest.mark.parametrize(("gain", "stderr", "expected"), [(1, 0.51, "first"), (1, 0.49, "other"), (-1, 0.01, "first"), (0, 0.01, "first")])
-def test_two_standard_errors_of_the_paired_difference_decide(gain: float, stderr: float, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("gain", "stderr", "expected"), [(1, 0.446, "first"), (1, 0.442, "other"), (-1, 0.01, "first"), (0, 0.01, "first")]
+)
+def test_students_distribution_of_the_paired_difference_decides(gain: float, stderr: float, expected: str) -> None:
     other = SPREAD - with_moments(gain, stderr)
-    assert SIGNIFICANT == 2
+    assert LEVEL == 0.02  # 2.25 standard errors with 16 sequences
     assert choose({"first": SPREAD, "other": other}) == expected
 
 

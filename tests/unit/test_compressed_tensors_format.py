@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from roundel.errors import InputError, ModelError
 from roundel.formats.compressed_tensors import config, pack, packed_bytes, unpack
-from roundel.grids import Grid, parse_scheme
+from roundel.grids import Uniform, parse_scheme
 from roundel.types import RoundedWeight
 
 SCHEMES = [f"int{bits}-{kind}" for bits in range(2, 9) for kind in ("g8", "channel")]
@@ -15,25 +15,27 @@ every_scheme = pytest.mark.parametrize("grid", [parse_scheme(name) for name in S
 SHAPES = [(1, 8), (3, 40), (6, 24)]
 
 
-def rounded(grid: Grid, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> RoundedWeight:
+def rounded(grid: Uniform, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> RoundedWeight:
     generator = torch.Generator().manual_seed(0)
     low, high = grid.code_range
     codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
-    return RoundedWeight(codes=codes, scales=torch.randn(shape[0], shape[1] // grid.group_size(shape[1]), generator=generator).to(dtype))
+    scales = torch.randn(grid.scale_shape(*shape), generator=generator).to(dtype)
+    return RoundedWeight(scheme=grid.name, codes=codes, scales={"scale": scales}, shape=shape)
 
 
 @every_scheme
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_unpack_inverts_pack(grid: Grid, shape: tuple[int, int]) -> None:
+def test_unpack_inverts_pack(grid: Uniform, shape: tuple[int, int]) -> None:
     weight = rounded(grid, shape)
     back = unpack(pack(weight, grid), grid)
     assert back.codes.dtype == torch.int8
     assert torch.equal(back.codes, weight.codes)
-    assert torch.equal(back.scales, weight.scales)
+    assert torch.equal(back.scales["scale"], weight.scales["scale"])
+    assert back.shape == shape
 
 
 @every_scheme
-def test_the_other_projects_reader_finds_the_codes(grid: Grid) -> None:
+def test_the_other_projects_reader_finds_the_codes(grid: Uniform) -> None:
     weight = rounded(grid, (3, 40))
     tensors = pack(weight, grid)
     shape = torch.Size(tensors["weight_shape"].tolist())
@@ -43,7 +45,7 @@ def test_the_other_projects_reader_finds_the_codes(grid: Grid) -> None:
 @every_scheme
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_packed_bytes_are_exact(grid: Grid, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_packed_bytes_are_exact(grid: Uniform, shape: tuple[int, int], dtype: torch.dtype) -> None:
     tensors = pack(rounded(grid, shape, dtype), grid)
     assert packed_bytes(shape, grid, dtype) == sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -81,11 +83,18 @@ def test_a_width_that_the_group_does_not_divide_is_refused() -> None:
 
 
 @every_scheme
-def test_the_configuration_is_valid_for_the_other_project(grid: Grid) -> None:
-    read = QuantizationConfig.model_validate(config(grid, ["lm_head", "a"]))
+def test_the_configuration_is_valid_for_the_other_project(grid: Uniform) -> None:
+    read = QuantizationConfig.model_validate(config({"b": grid}, ["lm_head", "a"]))
     weights = read.config_groups["group_0"].weights
     assert weights is not None
-    assert (weights.num_bits, weights.symmetric, weights.group_size) == (grid.bits, True, grid.group)
-    assert weights.strategy == ("channel" if grid.group is None else "group")
+    assert (weights.num_bits, weights.symmetric, weights.group_size) == (grid.bits, True, None if grid.group == "channel" else grid.group)
+    assert weights.strategy == ("channel" if grid.group == "channel" else "group")
     assert read.ignore == ["a", "lm_head"]
     assert read.format == "pack-quantized"
+
+
+def test_several_grids_are_several_groups_with_their_own_linears() -> None:
+    grids = {f"layers.{k}": parse_scheme(scheme) for k, scheme in enumerate(["int3-g8", "int4-g8", "int3-g8"])}
+    read = QuantizationConfig.model_validate(config(grids, []))
+    found = {target: group.weights.num_bits for group in read.config_groups.values() for target in group.targets}
+    assert found == {"layers.0": 3, "layers.1": 4, "layers.2": 3}

@@ -1,7 +1,8 @@
 """Choosing between roundings of one linear by the KL that held-out gradients predict for them.
 
-The gradients are common to all candidates, so the difference of two predictions is judged by its own, paired standard error. The first
-candidate needs no evidence; any other has to be better by `SIGNIFICANT` standard errors. Cost: none beside the predictions.
+The gradients are common to all candidates, so the difference of two predictions is judged by its own, paired standard error, with Student's
+distribution for its ratio: held-out sequences are few. The first candidate needs no evidence; any other has to be better with an error
+probability of `LEVEL`, for there are many linears and candidates. Cost: none beside the predictions.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import math
 from collections.abc import Mapping
 
 from jaxtyping import Float
+from scipy.stats import t as student
 from torch import Tensor
 
 __all__ = ["choose"]
 
-SIGNIFICANT = 2.0
+LEVEL = 0.02
 
 
 def choose(predicted: Mapping[str, Float[Tensor, " sequences"]]) -> str:
@@ -30,7 +32,10 @@ def choose(predicted: Mapping[str, Float[Tensor, " sequences"]]) -> str:
     best, least = first, predicted[first].mean().item()
     for name in others:
         gain = predicted[first] - predicted[name]
-        error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-        if gain.mean().item() > SIGNIFICANT * error and predicted[name].mean().item() < least:
+        if len(gain) < 2 or not gain.mean().item() > 0:
+            continue
+        error = gain.std().item() / math.sqrt(len(gain))
+        significant = error == 0 or student.sf(gain.mean().item() / error, len(gain) - 1) < LEVEL
+        if significant and predicted[name].mean().item() < least:
             best, least = name, predicted[name].mean().item()
     return best

@@ -193,20 +193,27 @@ def inner_products(
     batch_size: int,
     labels: str = "sampled",
     advance: Advance = _ignore,
+    sketches: Mapping[str, Sketch] | None = None,
 ) -> dict[str, dict[str, Float[Tensor, " sequences"]]]:
     """`<G_s, E>` of every sequence, for each label of `errors` and each linear: `1/2 <G_s, E>^2` divided by the tokens predicts a KL.
 
+    The gradients are added to `sketches`, which so far have not seen these sequences.
+
     The KL's Hessian is the Fisher of the model's own labels, whatever the factors were collected with: `labels="data"` counts as "sampled".
-    Cost: one forward and one backward pass for all, plus one product with each `E` per token and linear.
+    Cost: one forward and one backward pass for all, `2 d_in d_out` flops per token and linear for `G_s`, as many per sequence for each `E`.
+    Memory: the errors of one linear at a time, and one `G_s`.
     """
     inner = {label: {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears} for label in errors}
     start = 0
 
     def consume(name: str, grad: LayerGrad) -> None:
-        for label, error in errors.items():
-            E = error(name).to(grad.g.device)
-            for sequence in grad.sequences():
-                inner[label][name][start + sequence] = grad.inner(sequence, E).item()
+        if sketches and name in sketches:
+            sketches[name].update(grad)
+        E = {label: error(name).to(grad.g.device) for label, error in errors.items()}
+        for sequence in grad.sequences():
+            G = grad.weight_gradient(sequence)  # once for all errors
+            for label in errors:
+                inner[label][name][start + sequence] = (G * E[label]).sum(dtype=torch.float64).item()
 
     with tapped(model, linears, consume):
         for batch in tokens.split(batch_size):

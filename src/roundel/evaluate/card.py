@@ -26,12 +26,22 @@ def model_card(report: dict[str, Any]) -> str:
     kl, predicted = measured["kl"], report["predicted_kl"]
     skipped = "".join(f"- `{name}`: {reason}\n" for name, reason in report["skipped"].items())
     left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
+    packed = report["format"] == "compressed-tensors"
+    needs = "   # needs: pip install transformers compressed-tensors>=0.17" if packed else ""
+    dense = (
+        ""
+        if packed
+        else (
+            "\n\nThe weights are stored as they are after rounding, in the original's type: any engine loads them, and the file is "
+            "not smaller. The bits per weight above are what the codes and scales take."
+        )
+    )
     return f"""---
 base_model: {report["model"]["name"]}
 library_name: transformers
-tags: [roundel, compressed-tensors, {recipe["scheme"]}]
+tags: [roundel, {report["format"]}, {report["scheme"].replace(" ", "-")}]
 ---
-# {report["model"]["name"]}, quantized to {recipe["scheme"]}
+# {report["model"]["name"]}, quantized to {report["scheme"]}
 
 Quantized by [Roundel](https://pypi.org/project/roundel/) {report["roundel"]}: rounded against the curvature of the
 whole model's output distribution.
@@ -53,11 +63,11 @@ occur in the calibration text.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")   # needs: pip install transformers compressed-tensors>=0.17
+model = AutoModelForCausalLM.from_pretrained("PATH"){needs}
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-vLLM: `vllm serve PATH`.
+vLLM: `vllm serve PATH`.{dense}
 
 ## Recipe
 

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-__all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "scatter", "stacked_bars"]
+__all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "rates", "scatter", "stacked_bars"]
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb7733", "#777777", "#000000", "#99cc33")
 MARKERS = "osD^vPX*<>"
@@ -177,6 +177,27 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     grid[0].set_ylabel(ylabel)
+    _legend(figure)
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, title: str, ylabel: str) -> bytes:
+    """Loss against bits per weight: for each family a curve of `(scheme, bits, loss, standard error)`, its points named."""
+    figure = Figure(figsize=(9.5, 6.0), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for index, (family, points) in enumerate(families.items()):
+        ordered = sorted(points, key=lambda point: point[1])
+        bits, losses, errors = ([point[k] for point in ordered] for k in (1, 2, 3))
+        axes.errorbar(bits, losses, yerr=errors, markersize=5, linewidth=1.3, elinewidth=1, capsize=2, label=family, **_style(index))
+        for scheme, x, y, _ in ordered:
+            axes.annotate(scheme, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+    axes.set_yscale("log")
+    _few_ticks(axes)
+    axes.set_xlabel("bits per weight, with scales and all else that is stored")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
     _legend(figure)
     figure.suptitle(title, fontsize=11)
     return _png(figure)

@@ -3,16 +3,19 @@
 A new family is one file with a `Grid` and a `parse` function, and one entry in `_FAMILIES`.
 """
 
+import functools
+
 from roundel.errors import SchemeError
-from roundel.grids import uniform
-from roundel.grids.base import Grid
+from roundel.grids import asymmetric, blocks, lattice, minifloat, trellis, uniform
+from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.grids.uniform import Uniform
 
-__all__ = ["Grid", "Uniform", "parse_scheme"]
+__all__ = ["Grid", "ScalarGrid", "Scales", "TileGrid", "Uniform", "parse_scheme"]
 
-_FAMILIES = (uniform.parse,)
+_FAMILIES = (uniform.parse, asymmetric.parse, minifloat.parse, blocks.parse, lattice.parse, trellis.parse)
 
 
+@functools.cache
 def parse_scheme(name: str) -> Grid:
     """The grid of a scheme's name, such as `int4-g128` or `int3-channel`.
 

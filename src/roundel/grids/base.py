@@ -1,26 +1,52 @@
-"""What every grid of scalars can do."""
+"""What every grid can do: from values to codes and scales, and back.
+
+Two kinds. A `ScalarGrid` rounds each weight by itself: values are `levels[code] * step + offset`, and families differ in their levels and
+in how steps and offsets are stored (one scale for a group, a zero point, two levels of scales in a block). A `TileGrid` rounds tiles of
+many weights at once (lattices, trellises), in units of one scale for the matrix.
+
+A grid never sees curvature, beyond how much each column, or each entry of a tile, weighs. What it stores it names: `scales` are tensors by
+name, each `(rows, columns)` with `rows` dividing `d_out` and `columns` dividing `d_in`, one entry for each block of the weight so divided.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Grid"]
+from roundel.errors import SchemeError
+
+__all__ = ["Grid", "ScalarGrid", "Scales", "TileGrid", "divisor_hint", "gather", "spread"]
+
+Scales = Mapping[str, Tensor]
+
+
+def spread(values: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "d_out d_in"]:
+    """Each entry over its block of the weight."""
+    rows, columns = shape[0] // values.shape[0], shape[1] // values.shape[1]
+    return values.repeat_interleave(columns, dim=1).repeat_interleave(rows, dim=0)
+
+
+def gather(matrix: Float[Tensor, "d_out d_in"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """The sums over blocks: the transpose of `spread`."""
+    summed: Tensor = matrix.unflatten(1, (columns, -1)).sum(-1).unflatten(0, (rows, -1)).sum(1)
+    return summed
+
+
+def divisor_hint(width: int) -> list[int]:
+    """Usual group sizes that divide the width, the largest first."""
+    return [size for size in (256, 128, 64, 32, 16, 8, 4) if width % size == 0]
 
 
 class Grid(ABC):
-    """Representable values of one weight, given the scale of its group.
+    """Representable values of a weight and their coder."""
 
-    Scales are stored one for each group of columns, `(d_out, groups)`; `expand` spreads them over the columns.
-    `encode` and `decode` work entry by entry on expanded scales of any shape and are inverses on the grid's own
-    values: `encode(decode(q, s), s) == q` for `s != 0`.
-    """
-
-    group: int | None
-    """Columns that share a scale; None: all of a row."""
+    rotates: bool = False
+    """Whether the grid is made for weights that look Gaussian: they are rotated then, unless the recipe says otherwise."""
 
     @property
     @abstractmethod
@@ -29,40 +55,166 @@ class Grid(ABC):
 
     @property
     @abstractmethod
-    def bits(self) -> int:
-        """Bits of one code."""
+    def bits(self) -> float:
+        """Bits of one weight's code, scales not counted."""
+
+    @abstractmethod
+    def check(self, d_out: int, d_in: int) -> None:
+        """Refuses a weight of a shape that the grid cannot store.
+
+        Raises:
+            SchemeError: with the reason, and what would fit.
+        """
+
+    @abstractmethod
+    def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Scales that make the rounding error of `W` small, weighted by column; those of free type in `dtype`."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        """The weight that codes and scales stand for."""
+
+    @abstractmethod
+    def parts(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Float[Tensor, "d_out d_in"]]:
+        """The weight's derivatives by those scales that may be refitted: it is linear in them, `sum_name spread(scales[name]) * part`."""
+
+    @abstractmethod
+    def stored(self, name: str, values: Float[Tensor, "rows columns"], like: Tensor) -> Tensor:
+        """Wanted values of the scales `name` in the form in which they are stored, that of `like`."""
+
+    @abstractmethod
+    def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bits of all codes and scales of a weight, free scales in `dtype`."""
+
+    def draft(self) -> Grid:
+        """A grid of nearly the same errors that is much cheaper to round to, if this one is expensive: for choosing between factors."""
+        return self
+
+
+class ScalarGrid(Grid):
+    """Each weight by itself: `levels[code - lowest code] * step + offset`; codes are int8, `(d_out, d_in)`."""
 
     @property
     @abstractmethod
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
+        """Smallest and largest code; both in -128 .. 127."""
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The values of all codes, ascending; None: the codes themselves."""
+        return None
 
     @abstractmethod
-    def group_size(self, d_in: int) -> int:
-        """Columns that share a scale in a weight of width `d_in`.
+    def affine(
+        self, scales: Scales, shape: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"] | None]:
+        """Each weight's step and offset (None: zero)."""
 
-        Raises:
-            SchemeError: the width cannot be divided into groups.
-        """
+    def encode(
+        self, values: Float[Tensor, "*shape"], step: Float[Tensor, "*shape"], offset: Float[Tensor, "*shape"] | None = None
+    ) -> Int[Tensor, "*shape"]:
+        """int8 codes of the nearest representable values; where a step is zero, any code."""
+        shifted = values if offset is None else values - offset
+        units = torch.where(step == 0, 0.0, shifted / step)
+        low, high = self.code_range
+        table = self.level_table()
+        if table is None:
+            return units.round().clamp(low, high).to(torch.int8)
+        levels = table.to(units)
+        return (torch.bucketize(units.contiguous(), (levels[1:] + levels[:-1]) / 2) + low).to(torch.int8)
+
+    def decode(
+        self, codes: Int[Tensor, "*shape"], step: Float[Tensor, "*shape"], offset: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, "*shape"]:
+        """Values of codes, in the type of the steps."""
+        values = self.units(codes, step.dtype) * step
+        return values if offset is None else values + offset
+
+    def units(self, codes: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+        """The levels of codes."""
+        table = self.level_table()
+        return codes.to(dtype) if table is None else table.to(codes.device, dtype)[codes.long() - self.code_range[0]]
+
+    def level_table(self) -> Float[Tensor, " levels"] | None:
+        """The levels as a tensor, in float64."""
+        return None if self.levels is None else torch.tensor(self.levels, dtype=torch.float64)
+
+    def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        return self.decode(codes, *self.affine(scales, shape, dtype))
+
+
+class TileGrid(Grid):
+    """Tiles of many weights at once, in units of one scale for the matrix.
+
+    `codes` is `(tile rows, tile columns, symbols)`; a tile's entries are in row-major order. Where tiles do not divide a weight, its last
+    rows and columns are filled up with zeros that weigh nothing.
+    """
+
+    rotates = True
 
     @abstractmethod
-    def fit_scales(
-        self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype
-    ) -> Float[Tensor, "d_out groups"]:
-        """Scales that make the rounding error of `W` small, weighted by column; in `dtype`, the type in which they are stored."""
+    def tile(self, d_out: int, d_in: int) -> tuple[int, int]:
+        """Rows and columns of a tile of a weight of this shape."""
+
+    @property
+    @abstractmethod
+    def rms(self) -> float:
+        """Root mean square of what random codes decode to."""
 
     @abstractmethod
-    def encode(self, values: Float[Tensor, "*shape"], scales: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """int8 codes of the nearest representable values."""
+    def encode_tiles(
+        self, values: Float[Tensor, "tiles size"], weights: Float[Tensor, "tiles size"] | None = None
+    ) -> Int[Tensor, "tiles symbols"]:
+        """Codes that make `sum weights (values - decoded)^2` small, tile by tile."""
 
     @abstractmethod
-    def decode(self, codes: Int[Tensor, "*shape"], scales: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Values of codes, in the type of the scales."""
+    def decode_tiles(self, codes: Int[Tensor, "tiles symbols"]) -> Float[Tensor, "tiles size"]:
+        """Values of codes, in float32."""
 
-    def expand(self, scales: Float[Tensor, "d_out groups"], d_in: int) -> Float[Tensor, "d_out d_in"]:
-        """Each column's scale."""
-        return scales.repeat_interleave(self.group_size(d_in), dim=1)
+    @abstractmethod
+    def tile_bits(self) -> int:
+        """Bits of one tile's codes."""
 
-    def bits_per_weight(self, d_in: int, scale_dtype: torch.dtype) -> float:
-        """Bits of the codes and scales of a weight, for each of its entries."""
-        return self.bits + scale_dtype.itemsize * 8 / self.group_size(d_in)
+    def check(self, d_out: int, d_in: int) -> None:
+        """Every shape can be tiled."""
+
+    def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
+        size = torch.linalg.vector_norm(W, dtype=torch.float64).item() / math.sqrt(W.numel())
+        # Codes need not hold a zero: a weight of zeros gets a scale that makes them vanish.
+        return {"scale": torch.full((1, 1), max(size / (self.rms * HEADROOM), torch.finfo(torch.float32).tiny))}
+
+    def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        return self.parts(codes, scales, shape, dtype)["scale"] * scales["scale"].to(dtype)
+
+    def parts(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Float[Tensor, "d_out d_in"]]:
+        return {"scale": self.from_tiles(self.decode_tiles(codes.flatten(0, 1)).to(dtype), shape)}
+
+    def stored(self, name: str, values: Float[Tensor, "rows columns"], like: Tensor) -> Tensor:
+        return torch.where(values.abs() > torch.finfo(torch.float32).tiny, values.float(), like)
+
+    def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        rows, columns = self.tile(*shape)
+        return -(-shape[0] // rows) * -(-shape[1] // columns) * self.tile_bits() + 32
+
+    def to_tiles(self, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "tiles size"]:
+        """The tiles of a matrix, row by row of tiles, filled up with zeros."""
+        rows, columns = self.tile(*matrix.shape)
+        padded: Tensor = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
+        tiles: Tensor = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2).flatten(0, 1).flatten(1)
+        return tiles
+
+    def from_tiles(self, tiles: Float[Tensor, "tiles size"], shape: tuple[int, int]) -> Float[Tensor, "d_out d_in"]:
+        """Inverse of `to_tiles`."""
+        rows, columns = self.tile(*shape)
+        across = -(-shape[1] // columns)
+        matrix: Tensor = tiles.unflatten(0, (-1, across)).unflatten(2, (rows, columns)).transpose(1, 2).flatten(0, 1).flatten(1)
+        return matrix[: shape[0], : shape[1]]
+
+
+HEADROOM = 0.9
+"""Scales of tiles are chosen so that the weight's RMS is this part of the code's: feedback makes targets larger."""
+
+
+def refuse_width(name: str, group: int, width: int, alternatives: str) -> SchemeError:
+    """The error of a group size that does not divide."""
+    return SchemeError(f"{name}: groups of {group} do not divide the width {width}; try {alternatives}")

@@ -1,4 +1,4 @@
-"""Symmetric integers with *signed* scales per group of columns or per output channel.
+"""Symmetric integers with *signed* scales per group of columns, per output channel or for the whole weight.
 
 Values are `q * s` with `q` in `-2^(b-1) .. 2^(b-1) - 1`. The range is longer on the negative side, so the sign of the
 scale chooses which tail of a group gets the extra level: at 2 and 3 bits that and the search take 40 % off the KL of
@@ -6,20 +6,21 @@ nearest rounding, in the same file format (`docs/method.md`). A scale is searche
 magnitudes for the least squared error weighted by column, then set to its closed-form optimum for the codes so found.
 Cost: `2 * CANDIDATES` passes over the weights, in numba on the CPU.
 
-Deliberately not here: zero points; the search under the full curvature (`rounding.scale` refits scales after rounding).
+Deliberately not here: zero points (`asymmetric`); the search under the full curvature (`rounding.scale` refits scales after rounding).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from roundel.errors import SchemeError
-from roundel.grids.base import Grid
+from roundel.grids.base import ScalarGrid, Scales, divisor_hint, spread
 
 __all__ = ["Uniform", "parse", "storable"]
 
@@ -28,21 +29,21 @@ CANDIDATES = 48
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Grid):
-    """`b`-bit symmetric integers; `group` columns share a scale, all of them where `group` is None ("channel")."""
+class Uniform(ScalarGrid):
+    """`b`-bit symmetric integers; `group` columns share a scale: a number, all of a row ("channel") or the whole weight ("tensor")."""
 
     width: int
-    group: int | None
+    group: int | Literal["channel", "tensor"]
 
     def __post_init__(self) -> None:
         if not 2 <= self.width <= 8:
             raise SchemeError(f"int{self.width}: integers have 2 to 8 bits")
-        if self.group is not None and self.group < 1:
+        if isinstance(self.group, int) and self.group < 1:
             raise SchemeError(f"group size {self.group}: expected a positive number of columns")
 
     @property
     def name(self) -> str:
-        return f"int{self.width}-" + ("channel" if self.group is None else f"g{self.group}")
+        return f"int{self.width}-" + (f"g{self.group}" if isinstance(self.group, int) else self.group)
 
     @property
     def bits(self) -> int:
@@ -52,22 +53,39 @@ class Uniform(Grid):
     def code_range(self) -> tuple[int, int]:
         return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
-    def group_size(self, d_in: int) -> int:
-        if self.group is None:
-            return d_in
-        if d_in % self.group:
-            fitting = [size for size in (256, 128, 64, 32, 16, 8, 4) if d_in % size == 0]
+    def check(self, d_out: int, d_in: int) -> None:
+        if isinstance(self.group, int) and d_in % self.group:
+            fitting = divisor_hint(d_in)
             choice = f"-g{fitting[0]} or " if fitting else ""
             raise SchemeError(f"group size {self.group} does not divide the width {d_in}; try int{self.width}{choice}-channel")
-        return self.group
 
-    def fit_scales(
-        self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype
-    ) -> Float[Tensor, "d_out groups"]:
-        grouped = W.unflatten(1, (-1, self.group_size(W.shape[1])))
+    def scale_shape(self, d_out: int, d_in: int) -> tuple[int, int]:
+        """Shape of the scales."""
+        self.check(d_out, d_in)
+        if isinstance(self.group, int):
+            return d_out, d_in // self.group
+        return (d_out, 1) if self.group == "channel" else (1, 1)
+
+    def affine(self, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, None]:
+        return spread(scales["scale"].to(dtype), shape), None
+
+    def parts(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"scale": codes.to(dtype)}
+
+    def stored(self, name: str, values: Tensor, like: Tensor) -> Tensor:
+        return storable(values, like.dtype)
+
+    def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        rows, columns = self.scale_shape(*shape)
+        return shape[0] * shape[1] * self.width + rows * columns * dtype.itemsize * 8
+
+    def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
+        rows, columns = self.scale_shape(*W.shape)
+        blocks = W.reshape(rows, -1, columns, W.shape[1] // columns).transpose(1, 2)
+        grouped = blocks.flatten(2)
         size = _nonzero(grouped.abs().amax(-1))  # groups are searched at size 1, where squares neither overflow nor vanish
         grouped = grouped / size.unsqueeze(-1)
-        column = weights.to(W.dtype).reshape(1, *grouped.shape[1:])
+        column = weights.to(W.dtype).reshape(1, columns, 1, -1).expand(1, columns, blocks.shape[2], -1).flatten(2)
         low, high = self.code_range
         top, bottom = grouped.amax(-1).clamp(min=0), (-grouped.amin(-1)).clamp(min=0)
         best_scale = torch.zeros_like(top)
@@ -86,13 +104,7 @@ class Uniform(Grid):
                 better = gain > best_gain
                 best_gain = torch.where(better, gain, best_gain)
                 best_scale = torch.where(better, torch.where(norm > 0, cross / norm, scale), best_scale)
-        return storable(best_scale * size, dtype)
-
-    def encode(self, values: Float[Tensor, "*shape"], scales: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        return (values / scales).round().clamp(*self.code_range).to(torch.int8)
-
-    def decode(self, codes: Int[Tensor, "*shape"], scales: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return codes.to(scales.dtype) * scales
+        return {"scale": storable(best_scale * size, dtype)}
 
 
 def _nonzero(scales: Tensor) -> Tensor:
@@ -112,7 +124,8 @@ def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def parse(name: str) -> Uniform | None:
     """The grid of a name like `int4-g128` or `int3-channel`, else None."""
-    found = re.fullmatch(r"int(\d+)-(?:g(\d+)|channel)", name)
+    found = re.fullmatch(r"int(\d+)-(?:g(\d+)|(channel)|(tensor))", name)
     if not found:
         return None
-    return Uniform(width=int(found[1]), group=int(found[2]) if found[2] else None)
+    group: int | Literal["channel", "tensor"] = int(found[2]) if found[2] else "channel" if found[3] else "tensor"
+    return Uniform(width=int(found[1]), group=group)

@@ -3,6 +3,9 @@
 Both loops touch `d_out d_in (d_out + d_in)` multiply-adds. Tiles of `BLOCK` put all but `2 BLOCK` of them per weight
 into matrix products; the rest is compiled scalar code. Specifications: `rounding.feedback.feedback_waves`,
 `rounding.descent.sweep_rows`.
+
+A representable value is `levels[code - low] * step + offset`. With no `levels` the codes `low .. high` are the levels themselves, and the
+nearest one needs no search.
 """
 
 from __future__ import annotations
@@ -14,9 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roundel.grids.base import Grid
-from roundel.types import RoundingProblem
-
 __all__ = ["feedback", "sweep"]
 
 BLOCK = 64
@@ -24,31 +24,38 @@ BLOCK = 64
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def feedback(problem: RoundingProblem, grid: Grid, scales: Tensor) -> Tensor:
-    """Twin of `feedback_waves`: column blocks from the last, in each the row blocks from the last."""
-    W = problem.W.contiguous()
+NO_LEVELS = np.zeros(0, np.float32)
+
+
+def feedback(
+    W: Tensor, L_out: Tensor, L_in: Tensor, step: Tensor, offset: Tensor | None, levels: Tensor | None, low: int, high: int
+) -> Tensor:
+    """Twin of `feedback_waves`: column blocks from the last, in each the row blocks from the last. All of one type."""
+    W, step = W.contiguous(), step.contiguous()
     d_out, d_in = W.shape
-    step = grid.expand(scales, d_in).to(W.dtype)
-    low, high = grid.code_range
+    table = NO_LEVELS if levels is None else levels.to(W.dtype).numpy()
+    shift = torch.zeros(1, 1, dtype=W.dtype).expand(d_out, d_in) if offset is None else offset
     E, Y = torch.zeros_like(W), torch.zeros_like(W)
     codes = torch.zeros(W.shape, dtype=torch.int8)
-    one_sided = bool((problem.L_out.tril(-1) == 0).all())
+    one_sided = bool((L_out.tril(-1) == 0).all())
     for left in range((d_in - 1) // BLOCK * BLOCK, -1, -BLOCK):
         right = min(left + BLOCK, d_in)
-        from_columns = E[:, right:] @ problem.L_in[right:, left:right]
-        inner_in = problem.L_in[left:right, left:right].contiguous().numpy()
+        from_columns = E[:, right:] @ L_in[right:, left:right]
+        inner_in = L_in[left:right, left:right].contiguous().numpy()
         for top in range((d_out - 1) // BLOCK * BLOCK, -1, -BLOCK):
             bottom = min(top + BLOCK, d_out)
             if one_sided:
                 from_rows = torch.zeros(bottom - top, right - left, dtype=W.dtype)
             else:
-                from_rows = problem.L_out[bottom:, top:bottom].T @ Y[bottom:, left:right]
+                from_rows = L_out[bottom:, top:bottom].T @ Y[bottom:, left:right]
             _feedback_tile(
                 W[top:bottom, left:right].numpy(),
                 step[top:bottom, left:right].numpy(),
+                shift[top:bottom, left:right].contiguous().numpy(),
+                table,
                 from_columns[top:bottom].numpy(),
                 from_rows.numpy(),
-                problem.L_out[top:bottom, top:bottom].contiguous().numpy(),
+                L_out[top:bottom, top:bottom].contiguous().numpy(),
                 inner_in,
                 low,
                 high,
@@ -59,10 +66,24 @@ def feedback(problem: RoundingProblem, grid: Grid, scales: Tensor) -> Tensor:
     return codes
 
 
+@numba.njit(cache=True, inline="always")
+def _nearest(units: Any, levels: _Array, low: int, high: int) -> tuple[Any, Any]:
+    """Code and level nearest to a value in units of the step."""
+    if levels.size == 0:
+        level = min(max(np.rint(units), low), high)
+        return int(level), level
+    index = np.searchsorted(levels, units)
+    if index == levels.size or (index > 0 and units <= (levels[index] + levels[index - 1]) / 2):
+        index -= 1
+    return index + low, levels[index]
+
+
 @numba.njit(cache=True)
 def _feedback_tile(
     W: _Array,
     step: _Array,
+    offset: _Array,
+    levels: _Array,
     from_columns: _Array,
     from_rows: _Array,
     L_out: _Array,
@@ -82,21 +103,26 @@ def _feedback_tile(
             row_part = from_rows[i, j]
             for k in range(i + 1, rows):
                 row_part += L_out[k, i] * Y[k, j]
-            q = min(max(np.rint((W[i, j] + column_part + row_part) / step[i, j]), low), high)
-            codes[i, j] = q
-            E[i, j] = W[i, j] - codes[i, j] * step[i, j]
+            size = step[i, j]
+            units = (W[i, j] + column_part + row_part - offset[i, j]) / size if size != 0 else W.dtype.type(0)
+            code, level = _nearest(units, levels, low, high)
+            codes[i, j] = code
+            E[i, j] = W[i, j] - (level * size + offset[i, j])
             Y[i, j] = E[i, j] + column_part
 
 
-def sweep(problem: RoundingProblem, grid: Grid, scales: Tensor, codes: Tensor) -> Tensor:
-    """Twin of `sweep_rows`: one product for a block of rows, then row by row inside it."""
-    W, H_out, H_in = problem.W, problem.H_out, problem.H_in.contiguous()
+def sweep(
+    W: Tensor, H_out: Tensor, H_in: Tensor, step: Tensor, offset: Tensor | None, levels: Tensor | None, low: int, high: int, codes: Tensor
+) -> Tensor:
+    """Twin of `sweep_rows`: one product for a block of rows, then row by row inside it. All but the codes of one type."""
+    H_in, step = H_in.contiguous(), step.contiguous()
     d_out, d_in = W.shape
-    step = grid.expand(scales, d_in).to(W.dtype)
     codes = codes.clone()
-    W_hat = grid.decode(codes, step)
+    table = NO_LEVELS if levels is None else levels.to(W.dtype).numpy()
+    shift = torch.zeros(1, 1, dtype=W.dtype).expand(d_out, d_in) if offset is None else offset
+    units = codes.to(W.dtype) if levels is None else levels.to(W.dtype)[codes.long() - low]
+    W_hat = units * step + shift
     R = (W - W_hat) @ H_in
-    low, high = grid.code_range
     for top in range(0, d_out, BLOCK):
         bottom = min(top + BLOCK, d_out)
         P = H_out[top:bottom] @ R
@@ -106,6 +132,8 @@ def sweep(problem: RoundingProblem, grid: Grid, scales: Tensor, codes: Tensor) -
             H_out[top:bottom, top:bottom].contiguous().numpy(),
             H_in.numpy(),
             step[top:bottom].numpy(),
+            shift[top:bottom].contiguous().numpy(),
+            table,
             low,
             high,
             W_hat[top:bottom].numpy(),
@@ -121,6 +149,8 @@ def _sweep_rows(
     H_out: _Array,
     H_in: _Array,
     step: _Array,
+    offset: _Array,
+    levels: _Array,
     low: int,
     high: int,
     W_hat: _Array,
@@ -132,10 +162,13 @@ def _sweep_rows(
         change_of_R[:] = 0
         for j in range(columns):
             curvature = H_out[i, i] * H_in[j, j]
-            wanted = min(max(np.rint((W_hat[i, j] + P[i, j] / curvature) / step[i, j]), low), high)
+            size = step[i, j]
+            if size == 0:
+                continue
+            wanted, level = _nearest((W_hat[i, j] + P[i, j] / curvature - offset[i, j]) / size, levels, low, high)
             if wanted == codes[i, j]:
                 continue
-            change = wanted * step[i, j] - W_hat[i, j]
+            change = level * size + offset[i, j] - W_hat[i, j]
             if not change * P[i, j] - 0.5 * change * change * curvature > 0:
                 continue
             codes[i, j] = wanted

@@ -13,16 +13,31 @@ from torch import Tensor
 
 from roundel.errors import NumericalError
 
-__all__ = ["damped_ldl", "ldl"]
+__all__ = ["block_lower", "damped_ldl", "ldl"]
 
 
 def ldl(H: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
     """`(L, D)` in float64, or None where `H` is not numerically positive definite."""
     C, info = torch.linalg.cholesky_ex(H.double())
-    if info.item() != 0 or not torch.isfinite(C).all():
+    diagonal = C.diagonal().clone()
+    if info.item() != 0 or not torch.isfinite(diagonal).all():  # what is not finite in a row also is in its diagonal entry
         return None
-    diagonal = C.diagonal()
-    return C / diagonal, diagonal**2
+    return C.div_(diagonal), diagonal**2
+
+
+def block_lower(L: Float[Tensor, "d d"], block: int) -> Float[Tensor, "d d"]:
+    """The unit *block* lower factor of the same matrix: column blocks `L[:, i] L_ii^-1`, with identities on the diagonal.
+
+    With it `D` is block diagonal, `D_i = L_ii D_ii L_ii^T`. Cost `d^2 block / 2`; `block` divides `d`.
+    """
+    wide = L.double()
+    result = torch.zeros_like(wide)
+    for start in range(0, len(L), block):
+        own = wide[start : start + block, start : start + block]
+        result[start:, start : start + block] = torch.linalg.solve_triangular(
+            own, wide[start:, start : start + block], upper=False, left=False, unitriangular=True
+        )
+    return result.to(L.dtype)
 
 
 def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"], float]:
@@ -33,12 +48,13 @@ def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "
     """
     if not torch.isfinite(H).all():
         raise NumericalError("a curvature factor holds values that are not finite; try float32 (--dtype float32) or other calibration text")
-    H = (H.double() + H.double().T) / 2
+    wide = H.double()
+    H = (wide + wide.T).div_(2)
     mean = H.diagonal().mean()
-    identity = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     used = damping
     while used <= 100:
-        damped = H + used * mean * identity
+        damped = H.clone()
+        damped.diagonal().add_(used * mean)
         factor = ldl(damped)
         if factor is not None:
             return damped, factor[0], used

@@ -32,7 +32,7 @@ def select_linears(model: nn.Module, grid: Grid, *, include: Sequence[str] = (),
 
     Args:
         model: The model.
-        grid: Its group size must divide a linear's width.
+        grid: It must be able to store a linear's shape.
         include: Patterns of module names (`*.mlp.*`, or a regular expression after `re:`). By default all linears
             inside the decoder layers, that
             is inside a `ModuleList`: neither embeddings nor the output head.
@@ -67,7 +67,7 @@ def select_linears(model: nn.Module, grid: Grid, *, include: Sequence[str] = (),
             skipped[name] = "shares its weight with the embedding"
         else:
             try:
-                grid.group_size(module.in_features)
+                grid.check(module.out_features, module.in_features)
             except SchemeError as error:
                 indivisible = error
                 skipped[name] = str(error).split(";")[0]

@@ -12,43 +12,48 @@ its twin in `kernels` visits the same entries in the same order.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from roundel.grids.base import Grid
+from roundel.grids.base import ScalarGrid, Scales
 from roundel.kernels import rounding as kernels
 from roundel.types import RoundingProblem
 
 __all__ = ["sweep", "sweep_rows"]
 
 
-def sweep(
-    problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"], codes: Int[Tensor, "d_out d_in"]
-) -> Int[Tensor, "d_out d_in"]:
+def sweep(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:
     """One sweep over all entries; returns new codes whose proxy loss is not higher."""
-    if problem.W.device.type == "cpu":
-        return kernels.sweep(problem, grid, scales, codes)
+    if problem.W.device.type == "cpu" or (problem.W.is_cuda and find_spec("triton")):
+        step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
+        arguments = (problem.W, problem.H_out, problem.H_in, step, offset, grid.level_table(), *grid.code_range, codes)
+        if problem.W.is_cuda:
+            from roundel.kernels import triton_rounding  # an optional dependency
+
+            return triton_rounding.sweep(*arguments)
+        return kernels.sweep(*arguments)
     return sweep_rows(problem, grid, scales, codes)
 
 
-def sweep_rows(
-    problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"], codes: Int[Tensor, "d_out d_in"]
-) -> Int[Tensor, "d_out d_in"]:
+def sweep_rows(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:
     """The specification: rows from first to last, columns from first to last."""
     W, H_out, H_in = problem.W, problem.H_out, problem.H_in
     d_out, d_in = W.shape
-    step = grid.expand(scales, d_in).to(W.dtype)
+    step, offset = grid.affine(scales, problem.shape, W.dtype)
     codes = codes.clone()
-    W_hat = grid.decode(codes, step)
+    W_hat = grid.decode(codes, step, offset)
     R = (W - W_hat) @ H_in
     for i in range(d_out):
         curvature = H_out[i, i] * H_in.diagonal()
+        shift = None if offset is None else offset[i]
         P = H_out[i] @ R
         start = 0
         while start < d_in:
-            wanted = grid.encode(W_hat[i] + P / curvature, step[i])
-            change = grid.decode(wanted, step[i]) - W_hat[i]
+            wanted = grid.encode(W_hat[i] + P / curvature, step[i], shift)
+            change = grid.decode(wanted, step[i], shift) - W_hat[i]
             lowers = (change * P - 0.5 * change**2 * curvature > 0) & (wanted != codes[i])
             candidates = torch.nonzero(lowers[start:])
             if candidates.numel() == 0:

@@ -16,37 +16,46 @@ Flops: `d_out d_in (d_out + d_in)` multiply-adds; memory: three matrices of the 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from roundel.grids.base import Grid
+from roundel.grids.base import ScalarGrid, Scales
 from roundel.kernels import rounding as kernels
 from roundel.types import RoundingProblem
 
 __all__ = ["feedback", "feedback_waves"]
 
 
-def feedback(problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"]) -> Int[Tensor, "d_out d_in"]:
-    """Codes by two-sided feedback: numba on the CPU, the torch specification elsewhere."""
-    if problem.W.device.type == "cpu":
-        return kernels.feedback(problem, grid, scales)
+def feedback(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> Int[Tensor, "d_out d_in"]:
+    """Codes by two-sided feedback: numba on the CPU, Triton on a GPU that has it, the torch specification elsewhere."""
+    if problem.W.device.type == "cpu" or (problem.W.is_cuda and find_spec("triton")):
+        step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
+        arguments = (problem.W, problem.L_out, problem.L_in, step, offset, grid.level_table(), *grid.code_range)
+        if problem.W.is_cuda:
+            from roundel.kernels import triton_rounding  # an optional dependency
+
+            return triton_rounding.feedback(*arguments)
+        return kernels.feedback(*arguments)
     return feedback_waves(problem, grid, scales)
 
 
-def feedback_waves(problem: RoundingProblem, grid: Grid, scales: Float[Tensor, "d_out groups"]) -> Int[Tensor, "d_out d_in"]:
+def feedback_waves(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> Int[Tensor, "d_out d_in"]:
     """The specification: `d_out + d_in - 1` waves, each one vectorised step."""
     W = problem.W
     d_out, d_in = W.shape
-    step = grid.expand(scales, d_in).to(W.dtype)
+    step, offset = grid.affine(scales, problem.shape, W.dtype)
     below_out, below_in = problem.L_out.tril(-1), problem.L_in.tril(-1)
     from_columns, from_rows = torch.zeros_like(W), torch.zeros_like(W)
     codes = torch.zeros(W.shape, dtype=torch.int8, device=W.device)
     for wave in range(d_out + d_in - 2, -1, -1):
         i = torch.arange(max(0, wave - d_in + 1), min(d_out, wave + 1), device=W.device)
         j = wave - i
-        codes[i, j] = grid.encode(W[i, j] + from_columns[i, j] + from_rows[i, j], step[i, j])
-        E = W[i, j] - grid.decode(codes[i, j], step[i, j])
+        shift = None if offset is None else offset[i, j]
+        codes[i, j] = grid.encode(W[i, j] + from_columns[i, j] + from_rows[i, j], step[i, j], shift)
+        E = W[i, j] - grid.decode(codes[i, j], step[i, j], shift)
         Y = E + from_columns[i, j]
         from_rows[:, j] += below_out[i].T * Y
         from_columns[i] += E[:, None] * below_in[j]

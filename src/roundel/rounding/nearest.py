@@ -5,11 +5,11 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from roundel.grids.base import Grid
+from roundel.grids.base import ScalarGrid, Scales
 
 __all__ = ["nearest"]
 
 
-def nearest(W: Float[Tensor, "d_out d_in"], grid: Grid, scales: Float[Tensor, "d_out groups"]) -> Int[Tensor, "d_out d_in"]:
+def nearest(W: Float[Tensor, "d_out d_in"], grid: ScalarGrid, scales: Scales) -> Int[Tensor, "d_out d_in"]:
     """Codes of the representable values nearest to `W`."""
-    return grid.encode(W, grid.expand(scales, W.shape[1]).to(W.dtype))
+    return grid.encode(W, *grid.affine(scales, (W.shape[0], W.shape[1]), W.dtype))

@@ -3,54 +3,85 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from roundel.grids.base import Grid
+from roundel.errors import SchemeError
+from roundel.grids import parse_scheme
+from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.rounding.descent import sweep
 from roundel.rounding.feedback import feedback
 from roundel.rounding.scale import refit_scales
+from roundel.rounding.tiles import feedback_tiles, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
 
 __all__ = ["dequantized", "round_weight", "stacked"]
+
+LEAST_GAIN = 1e-3
+"""Sweeps end when one lowers the loss by less than this part of it."""
 
 
 def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dtype: torch.dtype) -> RoundedWeight:
     """Rounds `problem.W` to `grid`.
 
-    Scales are searched with the diagonal of `H_in` as weights, then two-sided feedback gives the first codes, then each of `sweeps`
-    rounds refits the scales and revisits every code. The loss after each is recorded in `trace` and never rises.
+    Scales are searched with the diagonal of `H_in` as weights, then two-sided feedback gives the first codes, then each of at most
+    `sweeps` rounds refits the scales and revisits every code. The loss after each is recorded in `trace` and never rises.
     """
-    scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
-    codes = feedback(problem, grid, scales)
-    rounded = RoundedWeight(codes=codes, scales=scales)
-    trace = [_loss(problem, grid, rounded)]
+    scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
+    codes = _feedback(problem, grid, scales)
+    trace = [_loss(problem, grid, codes, scales)]
     for _ in range(sweeps):
-        scales = refit_scales(problem, grid, rounded.scales, rounded.codes)
-        candidate = RoundedWeight(codes=sweep(problem, grid, scales, rounded.codes), scales=scales)
-        loss = _loss(problem, grid, candidate)
+        refitted = refit_scales(problem, grid, scales, codes)
+        swept = _sweep(problem, grid, refitted, codes)
+        loss = _loss(problem, grid, swept, refitted)
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
-        rounded = candidate
+        codes, scales = swept, refitted
         trace.append(loss)
-    return RoundedWeight(codes=rounded.codes, scales=rounded.scales, trace=tuple(trace))
+        if loss > (1 - LEAST_GAIN) * trace[-2]:
+            break
+    return RoundedWeight(scheme=grid.name, codes=codes, scales=dict(scales), shape=problem.shape, trace=tuple(trace))
+
+
+def _feedback(problem: RoundingProblem, grid: Grid, scales: Scales) -> Tensor:
+    if isinstance(grid, TileGrid):
+        return feedback_tiles(problem, grid, scales)
+    assert isinstance(grid, ScalarGrid)
+    return feedback(problem, grid, scales)
+
+
+def _sweep(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor) -> Tensor:
+    if isinstance(grid, TileGrid):
+        return sweep_tiles(problem, grid, scales, codes)
+    assert isinstance(grid, ScalarGrid)
+    return sweep(problem, grid, scales, codes)
+
+
+def _loss(problem: RoundingProblem, grid: Grid, codes: Tensor, scales: Scales) -> float:
+    return problem.loss(problem.W - grid.dequantize(codes, scales, problem.shape, problem.W.dtype))
 
 
 def stacked(parts: list[RoundedWeight]) -> RoundedWeight:
-    """Groups of consecutive rows, rounded by themselves, as one weight; `trace` is the sum of theirs."""
+    """Groups of consecutive rows, rounded by themselves, as one weight; `trace` is the sum of theirs.
+
+    Raises:
+        SchemeError: the grid stores something for the whole weight, or it was rotated: groups would not agree on it.
+    """
     if len(parts) == 1:
         return parts[0]
+    if any(part.rotation or any(len(scale) != part.shape[0] for scale in part.scales.values()) for part in parts):
+        raise SchemeError("groups of rows with curvature of their own need scales for each row and no rotation; take another curvature")
     longest = max(len(part.trace) for part in parts)
     traces = [part.trace + part.trace[-1:] * (longest - len(part.trace)) for part in parts]
     return RoundedWeight(
+        scheme=parts[0].scheme,
         codes=torch.cat([part.codes for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
+        scales={name: torch.cat([part.scales[name] for part in parts]) for name in parts[0].scales},
+        shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
         trace=tuple(map(sum, zip(*traces, strict=True))),
     )
 
 
-def dequantized(grid: Grid, rounded: RoundedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantized(rounded: RoundedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`W_hat`, `(d_out, d_in)`, in `dtype`."""
-    return grid.decode(rounded.codes, grid.expand(rounded.scales.to(dtype), rounded.codes.shape[1]))
-
-
-def _loss(problem: RoundingProblem, grid: Grid, rounded: RoundedWeight) -> float:
-    return problem.loss(problem.W - dequantized(grid, rounded, problem.W.dtype))
+    W_hat = parse_scheme(rounded.scheme).dequantize(rounded.codes, rounded.scales, rounded.shape, dtype)
+    return W_hat if rounded.rotation is None else rounded.rotation.restore_weight(W_hat)

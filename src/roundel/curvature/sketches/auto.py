@@ -1,16 +1,17 @@
 """The default: the factors of `pilot`, and per linear something more careful where gradients that the factors have not seen ask for it.
 
-One sequence in `holdout` is left out of the sums. Each linear is rounded under every candidate (`Auto.candidates`), and on the sequences
-that were left out the KL of the actual errors is predicted, `1/2 E_s <G_s, E>^2`. The first candidate stands unless another's prediction
-is lower by more than two paired standard errors (`curvature.choose`): the prediction of one linear from a few dozen sequences has a
-standard error of 10-20 %, while good candidates differ by a few per cent, so taking the lowest outright only picks noise
-(`docs/log.md`, 8). What it is for are the linears where the measured curvature misleads: few sequences, first blocks.
+One sequence in `holdout` is left out of the sums at first. Each linear is rounded under every candidate (`Auto.candidates`), and on the
+sequences that were left out the KL of the actual errors is predicted, `1/2 E_s <G_s, E>^2`. The first candidate stands unless another's
+prediction is significantly lower (`curvature.choose`): the prediction of one linear from a few dozen sequences has a standard error of
+10-20 %, while good candidates differ by a few per cent, so taking the lowest outright only picks noise (`docs/log.md`, 8). What it is for
+are the linears where the measured curvature misleads: few sequences, first blocks. The gradients that were chosen by join the sums in the
+same backward pass (`round_model.choose_factors`).
 
 The candidates: `pilot`; the same with four times the damping; `kfac`, towards which noise is shrunk; and `H_out = I`, which is LDLQ and
 cannot be misled by gradients.
 
-Cost: still one pass over the data, each sequence seen once. Per token of a sequence that is summed up the flops of `pilot`, per token of
-one that is held out `8 d_in d_out`; memory of the sums that of `pilot`. Then four roundings of each linear instead of one, whose codes,
+Cost: one pass over the data, each sequence seen once. Per token of all sequences the flops of `pilot`, per token of one that is held out
+`8 d_in d_out` more; memory of the sums that of `pilot`. Then four short roundings of each linear before the final one, whose codes,
 `4 d_in d_out` bytes, are kept until the choice.
 """
 

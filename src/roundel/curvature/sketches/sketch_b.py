@@ -8,7 +8,8 @@ of the pass before; no gradient is stored:
 
 Cost of the first pass per token, in sequences of `T`: `2 d_in d_out` flops for `G` and `d_in d_out (d_in + d_out) / T` for its two Grams by
 halves. For short sequences and wide layers the Gram trick `G G^T = g^T (x x^T) g`, `G^T G = x^T (g g^T) x` never
-forms `G`: `4 T (d_in + d_out) + 2 (d_in^2 + d_out^2)` flops per token. Whichever is cheaper is taken. Memory `4 (d_in^2 + d_out^2)` bytes,
+forms `G`: `d_in^2 + d_out^2 + 3 T (d_in + d_out)` flops per token (all by halves but the products with a Gram). Whichever is cheaper is
+taken. Memory `4 (d_in^2 + d_out^2)` bytes,
 plus one `G`, `4 d_in d_out`, or one sequence's `4 T (T + d_in + d_out)`. Later passes: `weighted`.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from roundel.curvature.sketches.base import Estimator, Sketch, aligned
 from roundel.curvature.sketches.weighted import Weighted
 from roundel.errors import SchemeError
-from roundel.linalg.gram import add_gram, symmetrise
+from roundel.linalg.gram import add_gram, add_symmetric_product, gram, symmetrise
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["SketchB", "SketchBSums"]
@@ -38,13 +39,13 @@ class SketchBSums(Sketch):
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         tokens = grad.g.shape[1]
         product = 2 * tokens * self.d_in * self.d_out + self.d_in * self.d_out * (self.d_in + self.d_out)
-        trick = 4 * tokens**2 * (self.d_in + self.d_out) + 2 * tokens * (self.d_in**2 + self.d_out**2)
+        trick = 3 * tokens**2 * (self.d_in + self.d_out) + tokens * (self.d_in**2 + self.d_out**2)
         if product <= trick:
             self.add_gradient(grad.weight_gradient(sequence))
         else:
             x, g = aligned(grad.input.x, sequence), aligned(grad.g, sequence)
-            self.sums["GtG"].addmm_(x.T, (g @ g.T) @ x)
-            self.sums["GGt"].addmm_(g.T, (x @ x.T) @ g)
+            add_symmetric_product(self.sums["GtG"], x, symmetrise(gram(g.T)) @ x)
+            add_symmetric_product(self.sums["GGt"], g, symmetrise(gram(x.T)) @ g)
 
     def add_gradient(self, G: Tensor) -> None:
         """Adds the two Grams of one gradient."""

@@ -39,7 +39,7 @@ from torch import Tensor
 from roundel.curvature.sketches.base import Estimator, Sketch
 from roundel.curvature.sketches.kfac import KfacSums
 from roundel.curvature.sketches.mean import Mean
-from roundel.curvature.sketches.weighted import Weighted
+from roundel.curvature.sketches.weighted import Rooted, Weight, Weighted
 from roundel.errors import SchemeError
 from roundel.linalg.gram import symmetrise
 from roundel.linalg.ldl import damped_ldl
@@ -49,22 +49,34 @@ __all__ = ["ShrunkSums", "Triangular", "weight_of"]
 
 DAMPING = 0.1
 """Relative, of the factors whose inverses are the weights."""
+BLOCK = 128
+"""Columns that are inverted together."""
 
 
-def weight_of(previous: KroneckerFactors) -> Callable[[Tensor], Tensor]:
+def weight_of(previous: KroneckerFactors) -> Callable[[Tensor], Weight]:
     """What makes weights of these factors. With a scale of zero there is nothing to invert: it will be zero again, or weights are equal."""
     return inverse_weight if previous.scale > 0 else no_weight
 
 
-def inverse_weight(H: Tensor) -> Tensor:
-    """`(L L^T)^-1` in float64, `L` the unit lower LDL factor of the damped `H`."""
+def inverse_weight(H: Tensor) -> Rooted:
+    """`(L L^T)^-1 = R^T R`, `R = L^-1` in float64, `L` the unit lower LDL factor of the damped `H`."""
     _, L, _ = damped_ldl(H, DAMPING)
-    return torch.cholesky_inverse(L)
+    return Rooted(_unit_lower_inverse(L).float())
 
 
-def no_weight(H: Tensor) -> Tensor:
+def no_weight(H: Tensor) -> Rooted:
     """The identity."""
-    return torch.eye(H.shape[0], device=H.device)
+    return Rooted(torch.eye(H.shape[0], device=H.device))
+
+
+def _unit_lower_inverse(L: Tensor) -> Tensor:
+    """Column blocks by forward substitution from their first row on, `d^3 / 3` flops: torch has no triangular inverse."""
+    inverse = torch.zeros_like(L)
+    for start in range(0, len(L), BLOCK):
+        columns = torch.eye(len(L) - start, min(BLOCK, len(L) - start), dtype=L.dtype, device=L.device)
+        below = torch.linalg.solve_triangular(L[start:, start:], columns, upper=False, unitriangular=True)
+        inverse[start:, start : start + BLOCK] = below
+    return inverse
 
 
 class ShrunkSums(Sketch):

@@ -1,0 +1,119 @@
+"""Bytes of llama.cpp's block types: from codes and scales of `roundel.grids.blocks` (and `mxfp4`) to rows for a GGUF file.
+
+Every function takes int8 codes `(d_out, d_in)` and the grid's scales, and returns uint8 `(d_out, bytes of a row)`, little-endian.
+In what follows `q` are codes counted from the lowest, and `fields(n, b)` means: of each `n * 8 / b` elements, byte `l` holds elements
+`l, l + n, l + 2 n, ...`, `b` bits each, the first in the lowest bits.
+
+    q4_0, iq4_nl   d f16, q fields(16, 4)
+    q8_0           d f16, codes as int8
+    mxfp4          exponent + 127, q fields(16, 4) with the sign in bit 3 and the magnitude's index in bits 0..2
+    q2_k           16 bytes sc | m << 4, q fields(32, 2), d f16, dmin f16
+    q3_k           bit 2 of q fields(32, 1), bits 0..1 of q fields(32, 2), 12 bytes sc + 32, d f16
+    q4_k           d f16, dmin f16, 12 bytes sc and m, q fields(32, 4)
+    q5_k           d f16, dmin f16, 12 bytes sc and m, bit 4 of q fields(32, 1), bits 0..3 of q fields(32, 4)
+    q6_k           bits 0..3 of q fields(64, 4), bits 4..5 of q fields(32, 2), 16 int8 sc, d f16
+
+The 12 bytes of q4_k and q5_k, for 8 groups with 6 bits each: `sc[i] | sc[i+4] >> 4 << 6`, `m[i] | m[i+4] >> 4 << 6`,
+`sc[i+4] & 15 | (m[i+4] & 15) << 4`, i = 0..3. Those of q3_k, for 16 groups with u = sc + 32: the low halves of u, fields(8, 4), then
+the two high bits of u, fields(4, 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float16, Int8, UInt8
+from torch import Tensor
+
+__all__ = ["PACKERS", "pack_mxfp4", "pack_q2_k", "pack_q3_k", "pack_q4_0", "pack_q4_k", "pack_q5_k", "pack_q6_k", "pack_q8_0"]
+
+Codes = Int8[Tensor, "d_out d_in"]
+Rows = UInt8[Tensor, "d_out bytes"]
+Bytes = UInt8[Tensor, "blocks bytes"]
+
+
+def pack_q4_0(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """Also `iq4_nl`, whose codes stand for other levels; 18 bytes for 32 columns."""
+    return _rows(codes, _floats(scales["d"]), _fields(_blocks(codes, 32, 8), 16, 4))
+
+
+def pack_q8_0(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """34 bytes for 32 columns."""
+    return _rows(codes, _floats(scales["d"]), _blocks(codes, 32, 0))
+
+
+def pack_mxfp4(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """17 bytes for 32 columns."""
+    nibbles = torch.where(codes < 0, 8 - codes, codes)
+    return _rows(codes, scales["scale"].reshape(-1, 1), _fields(_blocks(nibbles, 32, 0), 16, 4))
+
+
+def pack_q2_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """84 bytes for 256 columns."""
+    steps = (scales["sc"] | scales["m"] << 4).reshape(-1, 16)
+    return _rows(codes, steps, _fields(_blocks(codes, 256, 0), 32, 2), _floats(scales["d"]), _floats(scales["dmin"]))
+
+
+def pack_q3_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """110 bytes for 256 columns."""
+    q, steps = _blocks(codes, 256, 4), _blocks(scales["sc"], 16, 32)
+    scale_bytes = torch.cat([_fields(steps & 15, 8, 4), _fields(steps >> 4, 4, 2)], dim=1)
+    return _rows(codes, _fields(q >> 2, 32, 1), _fields(q & 3, 32, 2), scale_bytes, _floats(scales["d"]))
+
+
+def pack_q4_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """144 bytes for 256 columns."""
+    return _rows(codes, _scales_and_minima(scales), _fields(_blocks(codes, 256, 0), 32, 4))
+
+
+def pack_q5_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """176 bytes for 256 columns."""
+    q = _blocks(codes, 256, 0)
+    return _rows(codes, _scales_and_minima(scales), _fields(q >> 4, 32, 1), _fields(q & 15, 32, 4))
+
+
+def pack_q6_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """210 bytes for 256 columns."""
+    q = _blocks(codes, 256, 32)
+    return _rows(codes, _fields(q & 15, 64, 4), _fields(q >> 4, 32, 2), _blocks(scales["sc"], 16, 0), _floats(scales["d"]))
+
+
+PACKERS: dict[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "q4_0": pack_q4_0,
+    "iq4_nl": pack_q4_0,
+    "q8_0": pack_q8_0,
+    "mxfp4": pack_mxfp4,
+    "q2_k": pack_q2_k,
+    "q3_k": pack_q3_k,
+    "q4_k": pack_q4_k,
+    "q5_k": pack_q5_k,
+    "q6_k": pack_q6_k,
+}
+"""By the grid's name."""
+
+
+def _blocks(signed: Int8[Tensor, "d_out columns"], size: int, offset: int) -> Bytes:
+    """Signed numbers plus the offset as bytes, a row for each block."""
+    return (signed + offset).view(torch.uint8).reshape(-1, size)
+
+
+def _floats(values: Float16[Tensor, "d_out columns"]) -> Bytes:
+    return values.reshape(-1, 1).view(torch.uint8)
+
+
+def _fields(values: Bytes, run: int, bits: int) -> Bytes:
+    """The layout `fields(run, bits)`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device).unsqueeze(-1)
+    merged: Tensor = (values.unflatten(1, (-1, len(shifts), run)) << shifts).sum(2, dtype=torch.uint8)
+    return merged.flatten(1)
+
+
+def _scales_and_minima(scales: Mapping[str, Tensor]) -> Bytes:
+    sc, m = scales["sc"].reshape(-1, 8), scales["m"].reshape(-1, 8)
+    high = [each[:, :4] | each[:, 4:] >> 4 << 6 for each in (sc, m)]
+    return torch.cat([_floats(scales["d"]), _floats(scales["dmin"]), *high, sc[:, 4:] & 15 | (m[:, 4:] & 15) << 4], dim=1)
+
+
+def _rows(codes: Codes, *fields: Bytes) -> Rows:
+    return torch.cat(fields, dim=1).reshape(codes.shape[0], -1)

@@ -1,0 +1,304 @@
+"""All linears of a model from their curvature to codes: which factors each is rounded with, and with how many bits.
+
+Both choices are made by the same measure: the KL that gradients which the factors have not seen predict for the actual errors,
+`1/2 E_s <G_s, E>^2`, all candidates of all linears in one backward pass over them (`curvature.inner_products`).
+
+- Factors: an estimator may offer several candidates for each linear (`Auto.candidates`); each is rounded with all of them, with few sweeps
+  and a cheaper grid of the same kind where the real one is expensive (`Grid.draft`). Then the held-out gradients join the sums.
+- Bits: for `--bits B` each linear is rounded to each of the recipe's schemes. The schemes that predict the least KL within `B` bits per
+  weight are an integer program with one choice for each linear (`rounding.allocate`). It is taken if the KL *measured* on the same
+  held-out sequences is below that of the best scheme for all within `B`.
+
+Cost besides the roundings: one forward and backward pass over the held-out sequences for each choice, `2 d_in d_out` flops per token,
+linear and candidate, and two forward passes for the measured comparison. The codes of all candidates are in memory until the choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roundel.curvature import Sketch, choose, inner_products, parse_curvature
+from roundel.curvature.collect import safe_batch_size
+from roundel.curvature.sketches.base import Candidate
+from roundel.errors import NumericalError, SchemeError, in_layer
+from roundel.evaluate import compare_models
+from roundel.formats import compressed_tensors
+from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.recipes import Recipe
+from roundel.rounding import allocate, make_problem, round_weight
+from roundel.rounding.rotate import Rotation
+from roundel.rounding.round import dequantized, stacked
+from roundel.source import Notes, Source
+from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
+
+__all__ = ["choose_factors", "round_all", "round_allocated", "round_linear"]
+
+DRAFT_SWEEPS = 1
+"""Sweeps of a rounding that is made only to compare factors."""
+
+Rows = dict[str, dict[str, Any]]
+
+
+def round_all(
+    recipe: Recipe, grid: Grid, source: Source, sketches: dict[str, Sketch], unseen: TokenBatch, notes: Notes, *, batch_size: int
+) -> tuple[dict[str, RoundedWeight], Rows]:
+    """Rounds every linear and empties `sketches`; a linear that no gradient reached is moved to `source.skipped`.
+
+    With sequences in `unseen`, each linear's factors are chosen by them, and then they are added to the sums (`choose_factors`).
+    """
+    labels, predicted = choose_factors(recipe, grid, source, sketches, unseen, notes, batch_size=batch_size)
+    rounded: dict[str, RoundedWeight] = {}
+    rows: Rows = {}
+    with notes.progress.stage("rounding", len(labels)) as advance:
+        for name, label in labels.items():
+            candidate = parse_curvature(recipe.curvature).candidates(sketches.pop(name))[label]
+            rounded[name], rows[name] = _round_candidate(recipe, grid, source, name, candidate)
+            if name in predicted:
+                rows[name] |= {"candidate": label, "candidates_predicted_kl": predicted[name]}
+            if rows[name].pop("damping_raised"):
+                notes.warn(f"{name}: damping raised to {rows[name]['damping']:g}, its factors were not positive definite")
+            advance(1)
+    return rounded, rows
+
+
+def choose_factors(
+    recipe: Recipe, grid: Grid, source: Source, sketches: dict[str, Sketch], unseen: TokenBatch, notes: Notes, *, batch_size: int
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Which candidate of the estimator each linear is to be rounded with; a linear that no gradient reached is moved to `source.skipped`.
+
+    The sketches have not seen `unseen`. Each linear is rounded, as cheaply as ranks candidates (`DRAFT_SWEEPS`, `Grid.draft`), with all of
+    them, and one is chosen by the KL that gradients of `unseen` predict. Those gradients are then added to the sums: the final factors are
+    those of all sequences.
+
+    Returns:
+        The candidate of each linear, and by what it was chosen: the predicted KL of each, in nats per token; nothing where there was no
+        choice.
+
+    Raises:
+        NumericalError: no linear is left.
+    """
+    estimator = parse_curvature(recipe.curvature)
+    labels: dict[str, str] = {}
+    drafts: dict[str, dict[str, RoundedWeight]] = {}
+    draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
+    with notes.progress.stage("rounding drafts", len(source.linears)) if len(unseen) else nullcontext(lambda _n: None) as advance:
+        for name in source.linears:
+            candidates = estimator.candidates(sketches[name])
+            if any(candidate.factors.scale == 0 for candidate in candidates.values()):
+                source.skipped[name] = "no usable gradient reached it"
+                notes.warn(f"{name} stays in its precision: no usable gradient reached it")
+                del sketches[name]
+            else:
+                labels[name] = next(iter(candidates))
+                if len(unseen):
+                    drafts[name] = {
+                        label: _round_candidate(draft, grid.draft(), source, name, candidate)[0] for label, candidate in candidates.items()
+                    }
+            advance(1)
+    if not labels:
+        raise NumericalError("no linear could be quantized: no usable gradient reached any")
+    if drafts:
+        predicted = _predicted(recipe, source, drafts, unseen, notes, batch_size=batch_size, sketches=sketches)
+        labels |= {name: choose(values) for name, values in predicted.items()}
+        return labels, {name: {label: values.mean().item() for label, values in own.items()} for name, own in predicted.items()}
+    return labels, {}
+
+
+def round_allocated(
+    recipe: Recipe, source: Source, sketches: dict[str, Sketch], unseen: TokenBatch, notes: Notes, *, batch_size: int
+) -> tuple[dict[str, RoundedWeight], Rows, dict[str, Any]]:
+    """Rounds every linear to that of the recipe's schemes with which the whole model predicts the least KL within `recipe.bits`.
+
+    Args:
+        recipe: With `bits`.
+        source: The original.
+        sketches: Are emptied.
+        unseen: Sequences that the factors have not seen, by which all choices are made.
+        notes: For warnings and progress.
+        batch_size: Sequences per pass.
+
+    Returns:
+        Rounded weights, their rows of the report, and how the bits were allocated.
+
+    Raises:
+        SchemeError: not even the smallest scheme fits.
+    """
+    assert recipe.bits is not None
+    schemes = recipe.candidate_schemes()
+    rounded: dict[str, dict[str, RoundedWeight]] = {}
+    rows: dict[str, Rows] = {}
+    with notes.progress.stage("rounding", len(sketches) * len(schemes)) as advance:
+        for name in list(sketches):
+            sketch = sketches.pop(name)
+            candidate = next(iter(parse_curvature(recipe.curvature).candidates(sketch).values()))
+            if candidate.factors.scale == 0:
+                source.skipped[name] = "no usable gradient reached it"
+                notes.warn(f"{name} stays in its precision: no usable gradient reached it")
+                continue
+            rounded[name], rows[name] = {}, {}
+            for scheme in schemes:
+                rounded[name][scheme], rows[name][scheme] = _round_candidate(recipe, parse_scheme(scheme), source, name, candidate)
+                rows[name][scheme].pop("damping_raised")
+                advance(1)
+    if not rounded:
+        raise NumericalError("no linear could be quantized: no usable gradient reached any")
+    predicted = _predicted(recipe, source, rounded, unseen, notes, batch_size=batch_size)
+    units = allocate.fused_units(list(rounded)) if recipe.fused else {name: [name] for name in rounded}
+    sizes = {name: source.linears[name].weight.numel() for name in rounded}
+    choices = {
+        unit: {
+            scheme: allocate.Option(
+                bits=sum(rows[name][scheme]["bits_per_weight"] * sizes[name] for name in members),
+                loss=sum(predicted[name][scheme].mean().item() for name in members),
+            )
+            for scheme in schemes
+        }
+        for unit, members in units.items()
+    }
+    budget = recipe.bits * sum(sizes.values())
+    by_unit = allocate.least_loss(choices, budget)
+    mixed = {name: by_unit[unit] for unit, members in units.items() for name in members}
+    fitting = [s for s in schemes if sum(options[s].bits for options in choices.values()) <= budget]
+    report: dict[str, Any] = {
+        "bits": recipe.bits,
+        "schemes": list(schemes),
+        "predicted_kl": sum(choices[unit][scheme].loss for unit, scheme in by_unit.items()),
+        "taken": "mixed",
+    }
+    if fitting:
+        uniform = min(fitting, key=lambda scheme: sum(options[scheme].loss for options in choices.values()))
+        report["uniform"] = {"scheme": uniform, "predicted_kl": sum(options[uniform].loss for options in choices.values())}
+        with notes.progress.stage("mixed bits against uniform", 2 * len(unseen)) as advance:
+            measured = [
+                _measured_kl(source, {name: rounded[name][of[name]] for name in rounded}, unseen, batch_size, advance)
+                for of in (mixed, dict.fromkeys(rounded, uniform))
+            ]
+        report["held_out_kl"], report["uniform"]["held_out_kl"] = measured
+        if not measured[0] < measured[1]:
+            mixed, report["taken"] = dict.fromkeys(rounded, uniform), "uniform"
+            notes.warn(f"{uniform} for all linears is as good as mixed schemes on held-out text, and is taken")
+    for name, scheme in mixed.items():
+        rows[name][scheme]["scheme"] = scheme
+        rows[name][scheme]["schemes_predicted_kl"] = {label: values.mean().item() for label, values in predicted[name].items()}
+    return {name: rounded[name][mixed[name]] for name in rounded}, {name: rows[name][mixed[name]] for name in rounded}, report
+
+
+def _round_candidate(recipe: Recipe, grid: Grid, source: Source, name: str, candidate: Candidate) -> tuple[RoundedWeight, dict[str, Any]]:
+    own = dataclasses.replace(recipe, damping=min(10.0, recipe.damping * candidate.damping))
+    stored = source.checkpoint.weight_of(name)
+    assert stored is not None
+    with in_layer(name):
+        rounded, row = round_linear(own, grid, source.checkpoint.read(stored), candidate.factors, name)
+    row["damping_raised"] = row["damping"] > own.damping
+    return rounded, row
+
+
+def _predicted(
+    recipe: Recipe,
+    source: Source,
+    rounded: Mapping[str, Mapping[str, RoundedWeight]],
+    unseen: TokenBatch,
+    notes: Notes,
+    *,
+    batch_size: int,
+    sketches: Mapping[str, Sketch] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """For each linear and label the predicted KL of each sequence, in nats per token; the gradients are added to the sketches."""
+    linears = {name: source.linears[name] for name in rounded}
+
+    def error_of(label: str) -> Callable[[str], Tensor]:
+        return lambda name: linears[name].weight.float().cpu() - dequantized(rounded[name][label])
+
+    labels = list(next(iter(rounded.values())))
+    # its last batch has another size than those of the calibration, for which `batch_size` was found safe
+    batch_size = safe_batch_size(source.model, linears, unseen, seed=recipe.seed, batch_size=batch_size, labels=recipe.labels)
+    with notes.progress.stage("choice", len(unseen)) as advance:
+        inner = inner_products(
+            source.model,
+            linears,
+            {label: error_of(label) for label in labels},
+            unseen,
+            seed=recipe.seed,
+            batch_size=batch_size,
+            labels=recipe.labels,
+            advance=advance,
+            sketches=sketches if recipe.labels != "data" else None,  # the prediction's labels are the model's own, those sums have others
+        )
+    return {name: {label: 0.5 * inner[label][name].square() / unseen.ids.shape[1] for label in labels} for name in rounded}
+
+
+def _measured_kl(
+    source: Source, weights: Mapping[str, RoundedWeight], text: TokenBatch, batch_size: int, advance: Callable[[int], None]
+) -> float:
+    """Of the whole model with these weights, in nats per token."""
+    twin = copy.deepcopy(source.model)
+    for name, weight in weights.items():
+        parameter = twin.get_submodule(name).weight
+        assert isinstance(parameter, Tensor)
+        parameter.data.copy_(dequantized(weight))
+    return compare_models(twin, source.model, text, batch_size=batch_size, advance=advance).kl_mean
+
+
+def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors, name: str) -> tuple[RoundedWeight, dict[str, Any]]:
+    """One linear's codes and its row of the report; `name` seeds its rotation."""
+    began = time.monotonic()
+    parts, proxy_loss, damping = [], 0.0, 0.0
+    kind = recipe.rotation_of(grid)
+    groups = measured.row_groups()
+    if kind and len(groups) > 1:
+        raise SchemeError("groups of rows with curvature of their own cannot be rotated together; use --rotate none or another curvature")
+    for rows, group in groups:
+        factors = KroneckerFactors(H_out=group.H_out.cpu(), H_in=group.H_in.cpu(), scale=group.scale)
+        W, basis, rotation = stored[rows].float(), factors, None
+        if kind:
+            digest = hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()
+            rotation = Rotation.draw(W.shape[0], W.shape[1], kind=kind, seed=int.from_bytes(digest[:6], "big"))
+            basis = rotation.rotate_factors(factors)
+        problem = make_problem(rotation.rotate_weight(W) if rotation else W, basis, damping=recipe.damping)
+        part = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
+        part = dataclasses.replace(part, rotation=rotation)
+        E = W - dequantized(part)
+        proxy_loss += 0.5 * factors.scale * torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
+        damping = max(damping, problem.damping)
+        parts.append(part)
+    result = stacked(parts)
+    row = {
+        "shape": list(stored.shape),
+        "bits": grid.bits,
+        "bits_per_weight": _stored_bits(grid, stored, rotated=kind is not None) / stored.numel(),
+        "damping": damping,
+        "proxy_loss": proxy_loss,
+        "sweeps": len(result.trace) - 1,
+        "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    return result, row
+
+
+def _stored_bits(grid: Grid, stored: Tensor, *, rotated: bool) -> int:
+    """Of all that the linear's weight takes: codes, scales, and one bit for each sign of the rotation."""
+    shape = (stored.shape[0], stored.shape[1])
+    if compressed_tensors.holds(grid) and not rotated:
+        assert isinstance(grid, Uniform)
+        return 8 * compressed_tensors.packed_bytes(shape, grid, _scale_dtype(stored))
+    return grid.stored_bits(shape, _scale_dtype(stored)) + (sum(shape) if rotated else 0)
+
+
+def _scale_dtype(weight: Tensor) -> torch.dtype:
+    """Scales are stored in the weight's own type, but never in more than 16 bits.
+
+    float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    largest = weight.abs().max().item()
+    return torch.float16 if 1e-2 < largest < 1e4 else torch.bfloat16

@@ -1,0 +1,98 @@
+"""Rotations that spread outliers: weights that look Gaussian, factors without preferred coordinates, and the same loss.
+
+    W~ = H_m S_out W S_in H_n^T                                              W (m, n) = (d_out, d_in), H orthonormal, S = diag(+-1)
+    H_out~ = H_m S_out H_out S_out H_m^T,    H_in~ = H_n S_in H_in S_in H_n^T
+    tr(E~^T H_out~ E~ H_in~) = tr(E^T H_out E H_in)
+    W x = S_out H_m^T (W~ (H_n S_in x))
+
+"hadamard" is `linalg.hadamard` over the full width, "hadamard128" that of blocks of 128 on both sides. Under "hadamard" one entry of the
+weight becomes entries of at most `2 / sqrt(m n)`, half of that where both are Hadamard matrices; the signs make sums of many normal.
+Cost: two transforms of the weight and of each factor; `m + n` bits are stored, or the seed.
+Reference: QuIP# (Tseng et al., arXiv 2402.04396).
+
+`GroupedFactors` are not rotated as one: an output side that mixes rows of different groups has no Kronecker form. Each group is a weight
+with a rotation of its own; those of one seed and width share `signs_in`, so that inputs are rotated once for all.
+
+Not done: rotations that are learned or that whiten; one side alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from roundel.errors import SchemeError
+from roundel.linalg.hadamard import BLOCK, block_hadamard, hadamard
+from roundel.types import KroneckerFactors
+
+__all__ = ["KINDS", "Rotation"]
+
+KINDS = ("hadamard", "hadamard128")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotation:
+    """A fixed rotation of both sides of a weight; everything is computed in the type (float32, float64) and place of what is given."""
+
+    kind: str
+    signs_out: Int8[Tensor, " d_out"]
+    signs_in: Int8[Tensor, " d_in"]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SchemeError(f"rotation {self.kind!r}: expected one of {', '.join(KINDS)}")
+        for side, signs in (("output", self.signs_out), ("input", self.signs_in)):
+            if signs.dtype != torch.int8 or signs.ndim != 1 or not (signs.abs() == 1).all():
+                raise ValueError(
+                    f"signs of the {side} side: expected a vector of +-1 in int8, got {signs.dtype} of shape {tuple(signs.shape)}"
+                )
+            if self.kind == "hadamard128" and len(signs) % BLOCK:
+                raise SchemeError(f"hadamard128: blocks of {BLOCK} do not divide the {side} width {len(signs)}; try hadamard")
+
+    @classmethod
+    def draw(cls, d_out: int, d_in: int, kind: str, seed: int) -> Rotation:
+        """Random signs; those of the input side depend on `d_in` and `seed` alone.
+
+        Raises:
+            SchemeError: the kind is unknown, or its blocks do not divide a width.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        signs_in, signs_out = (2 * torch.randint(2, (d,), generator=generator, dtype=torch.int8) - 1 for d in (d_in, d_out))
+        return cls(kind=kind, signs_out=signs_out, signs_in=signs_in)
+
+    def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """`W~ = H_m S_out W S_in H_n^T`; also for errors of a weight."""
+        return self._forward(self.rotate_input(W).T, self.signs_out).T.contiguous()
+
+    def restore_weight(self, rotated: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """`W = S_out H_m^T W~ H_n S_in`, the inverse of `rotate_weight`."""
+        return self._backward(self.restore_output(rotated.T).T, self.signs_in).contiguous()
+
+    def rotate_factors(self, factors: KroneckerFactors) -> KroneckerFactors:
+        """The curvature in `W~`: the same scale, and factors whose mean diagonal is still 1. What estimators carry is dropped."""
+        return KroneckerFactors(
+            H_out=self._congruent(factors.H_out, self.signs_out), H_in=self._congruent(factors.H_in, self.signs_in), scale=factors.scale
+        )
+
+    def rotate_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """`H_n S_in x`, what `W~` is applied to."""
+        return self._forward(x, self.signs_in)
+
+    def restore_output(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
+        """`S_out H_m^T y`, the output of `W` from that of `W~`."""
+        return self._backward(y, self.signs_out)
+
+    def _forward(self, x: Tensor, signs: Tensor) -> Tensor:
+        x = x * signs.to(x.device)
+        return hadamard(x) if self.kind == "hadamard" else block_hadamard(x)
+
+    def _backward(self, x: Tensor, signs: Tensor) -> Tensor:
+        return (hadamard(x, transpose=True) if self.kind == "hadamard" else block_hadamard(x)) * signs.to(x.device)
+
+    def _congruent(self, H: Tensor, signs: Tensor) -> Tensor:
+        """`H_n S H S H_n^T`, symmetric to the last bit."""
+        rotated = self._forward(self._forward(H, signs).T, signs)
+        return (rotated + rotated.T) / 2

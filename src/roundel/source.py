@@ -1,0 +1,82 @@
+"""The original model as the stages see it, and what they note for the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from roundel.errors import ModelError
+from roundel.grids import Grid
+from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
+from roundel.models.load import pick_device, pick_dtype
+from roundel.progress import Progress
+from roundel.recipes import Recipe
+
+__all__ = ["Notes", "Source", "device_of", "load_source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A loaded original, and which of its linears are looked at."""
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    linears: dict[str, nn.Linear]
+    skipped: dict[str, str]
+
+
+class Notes:
+    """Warnings for the report, shown as they come, and the seconds of each stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.warnings: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.progress.warn(message)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 3)
+
+
+def load_source(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
+    """The original model and the linears that the recipe and the grid choose of it."""
+    path = locate(name)
+    place = pick_device(device)
+    model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
+    if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        raise ModelError(f"{path} is quantized already; start from the original model")
+    checkpoint = Checkpoint.open(path)
+    selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
+    found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
+    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
+    return Source(
+        name=name,
+        path=path,
+        model=model,
+        tokenizer=load_tokenizer(path),
+        checkpoint=checkpoint,
+        linears=found,
+        skipped={**selection.skipped, **absent},
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its parameters are."""
+    return next(model.parameters()).device
