@@ -49,7 +49,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, float]:
         seq_len=args.seq_len,
         seed=seed,
     )
-    source = load_source(args.model, base, parse_scheme(base.scheme), "cpu", "float32")
+    source = load_source(args.model, base, "cpu", "float32")
     notes = Notes(Silent())
     split = split_text(base, source, sequence_length(source.model, base), notes.progress)
     batch = default_batch(split.calibration.ids.shape[1])

@@ -216,7 +216,7 @@ def _load(
     model: str | Path, recipe: Recipe, schemes: Sequence[str], device: str, dtype: str
 ) -> tuple[Source, dict[str, dict[str, nn.Linear]]]:
     """The model with the linears of all schemes, and those of each."""
-    source = load_source(str(model), recipe, parse_scheme(schemes[0]), device, dtype)
+    source = load_source(str(model), recipe, device, dtype)
     linears: dict[str, dict[str, nn.Linear]] = {}
     for scheme in schemes:
         selection = select_linears(source.model, parse_scheme(scheme), include=recipe.include, exclude=recipe.exclude)

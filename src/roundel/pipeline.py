@@ -129,9 +129,8 @@ def quantize(
     if factors is not None:
         stored = factor_files.load(Path(factors))
         recipe = stored[0].applied_to(recipe)
-    grid = parse_scheme(recipe.scheme)
     with notes.timed("load"):
-        source = load_source(str(model), recipe, grid, device, dtype)
+        source = load_source(str(model), recipe, device, dtype)
         if stored is not None:
             _check_model(stored[0], source)
     length = sequence_length(source.model, recipe)
@@ -164,7 +163,7 @@ def quantize(
     with notes.timed("rounding"):
         allocation = None
         if recipe.bits is None:
-            rounded, layers = round_all(recipe, grid, source, sketches, split.choice, notes, batch_size=batch)
+            rounded, layers = round_all(recipe, parse_scheme(recipe.scheme), source, sketches, split.choice, notes, batch_size=batch)
         else:
             unseen = split.choice
             if not len(unseen):
@@ -327,7 +326,7 @@ def collect_factors(
     going_on = resume and (target / "header.json").exists()
     if not going_on and rank == 0:
         check_output(target)
-    source = load_source(str(model), recipe, parse_scheme(recipe.scheme), device, dtype)
+    source = load_source(str(model), recipe, device, dtype)
     linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
     if not linears:
         raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
@@ -491,7 +490,7 @@ def open_factors(
     if recipe.eval_data == "self":
         raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
     grid = parse_scheme(recipe.scheme)
-    source = load_source(str(model or header.model), recipe, grid, device, dtype)
+    source = load_source(str(model or header.model), recipe, device, dtype)
     _check_model(header, source)
     known = frozenset(header.sequence_ids)
     if recipe.eval_data:

@@ -58,9 +58,7 @@ class Recipe:
             raise SchemeError("schemes to choose from need bits, the average that they may take: --bits 3.25")
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
-        if self.bits is not None:
-            self.candidate_schemes()
-        for scheme in self.candidate_schemes() if self.bits is not None else (self.scheme,):
+        for scheme in self.used_schemes:
             grid = parse_scheme(scheme)
             if self.format == "compressed-tensors" and not (compressed_tensors.holds(grid) and self.rotation_of(grid) is None):
                 raise SchemeError(
@@ -100,13 +98,18 @@ class Recipe:
         return tuple(known)
 
     @property
+    def used_schemes(self) -> tuple[str, ...]:
+        """All schemes that a linear may get."""
+        return (self.scheme,) if self.bits is None else self.candidate_schemes()
+
+    @property
     def fused(self) -> bool:
         """Whether linears that engines run as one must share a scheme: those of the format that vLLM serves."""
         return self.writes_compressed()
 
     def writes_compressed(self) -> bool:
         """Whether the checkpoint is written as compressed-tensors; else with dense weights."""
-        grids = [parse_scheme(scheme) for scheme in (self.candidate_schemes() if self.bits is not None else (self.scheme,))]
+        grids = [parse_scheme(scheme) for scheme in self.used_schemes]
         possible = all(compressed_tensors.holds(grid) and self.rotation_of(grid) is None for grid in grids)
         return possible and self.format != "dense"
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundel.errors import ModelError
-from roundel.grids import Grid
-from roundel.models import Checkpoint, load_model, load_tokenizer, locate, select_linears
+from roundel.grids import parse_scheme
+from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress
 from roundel.recipes import Recipe
@@ -55,15 +55,22 @@ class Notes:
         self.seconds[name] = round(time.monotonic() - began, 3)
 
 
-def load_source(name: str, recipe: Recipe, grid: Grid, device: str, dtype: str) -> Source:
-    """The original model and the linears that the recipe and the grid choose of it."""
+def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
+    """The original model and the linears that the recipe chooses of it: those that all its schemes can store."""
     path = locate(name)
     place = pick_device(device)
     model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
     if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
         raise ModelError(f"{path} is quantized already; start from the original model")
     checkpoint = Checkpoint.open(path)
-    selection = select_linears(model, grid, include=recipe.include, exclude=recipe.exclude)
+    first, *others = recipe.used_schemes
+    selection = select_linears(model, parse_scheme(first), include=recipe.include, exclude=recipe.exclude)
+    for scheme in others:  # a linear may get any of them
+        other = select_linears(model, parse_scheme(scheme), include=recipe.include, exclude=recipe.exclude)
+        selection = Selection(
+            linears={module: linear for module, linear in selection.linears.items() if module in other.linears},
+            skipped={**selection.skipped, **other.skipped},
+        )
     found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
     absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
     return Source(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from roundel.linalg.gram import gram
@@ -211,7 +211,7 @@ class RoundedWeight:
 
     scheme: str
     """Name of the grid."""
-    codes: Int[Tensor, "..."]
+    codes: Integer[Tensor, "..."]
     scales: Mapping[str, Tensor]
     shape: tuple[int, int]
     """Of the weight, `(d_out, d_in)`."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from roundel.errors import SchemeError
@@ -164,11 +164,11 @@ class TileGrid(Grid):
     @abstractmethod
     def encode_tiles(
         self, values: Float[Tensor, "tiles size"], weights: Float[Tensor, "tiles size"] | None = None
-    ) -> Int[Tensor, "tiles symbols"]:
+    ) -> Integer[Tensor, "tiles symbols"]:
         """Codes that make `sum weights (values - decoded)^2` small, tile by tile."""
 
     @abstractmethod
-    def decode_tiles(self, codes: Int[Tensor, "tiles symbols"]) -> Float[Tensor, "tiles size"]:
+    def decode_tiles(self, codes: Integer[Tensor, "tiles symbols"]) -> Float[Tensor, "tiles size"]:
         """Values of codes, in float32."""
 
     @abstractmethod

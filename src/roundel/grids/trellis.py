@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from roundel.errors import SchemeError
@@ -102,7 +102,7 @@ class Trellis(TileGrid):
 
     @property
     def bits(self) -> float:
-        return self.width
+        return float(self.width)
 
     @property
     def rms(self) -> float:
@@ -123,7 +123,7 @@ class Trellis(TileGrid):
 
     def encode_tiles(
         self, values: Float[Tensor, "tiles size"], weights: Float[Tensor, "tiles size"] | None = None
-    ) -> Int[Tensor, "tiles symbols"]:
+    ) -> Integer[Tensor, "tiles symbols"]:
         targets = self._walk(values.float().clamp(-LIMIT, LIMIT))
         if weights is not None:
             weights = self._walk((weights / weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)).float())
@@ -145,7 +145,7 @@ class Trellis(TileGrid):
             found.append((states & (1 << self.shift) - 1).to(torch.uint8))
         return torch.cat(found)
 
-    def decode_tiles(self, codes: Int[Tensor, "tiles symbols"]) -> Float[Tensor, "tiles size"]:
+    def decode_tiles(self, codes: Integer[Tensor, "tiles symbols"]) -> Float[Tensor, "tiles size"]:
         states = viterbi.states_of(codes, self.shift, self.state_bits)
         decoded = self.table.to(codes.device)[states].flatten(1)
         return torch.empty_like(decoded).index_copy_(1, ORDER.to(codes.device), decoded)

@@ -24,7 +24,7 @@ Not done: the best circular path over all edges (`2^(L-k)` runs), lists or beams
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 __all__ = ["circular_path", "edge_costs", "path", "reversed_code", "states_of"]
@@ -36,7 +36,7 @@ def path(
     shift: int,
     weights: Float[Tensor, "tiles steps values"] | None = None,
     edges: Int[Tensor, " tiles"] | None = None,
-) -> tuple[Int[Tensor, "tiles steps"], Float[Tensor, " tiles"]]:
+) -> tuple[Integer[Tensor, "tiles steps"], Float[Tensor, " tiles"]]:
     """The states of the best path and its cost; with `edges`, of the best path that begins and ends with that edge."""
     tiles, steps, _ = targets.shape
     states = code.shape[0]
@@ -81,7 +81,7 @@ def circular_path(
     *,
     candidates: int = 1,
     reach: int,
-) -> tuple[Int[Tensor, "tiles steps"], Float[Tensor, " tiles"]]:
+) -> tuple[Integer[Tensor, "tiles steps"], Float[Tensor, " tiles"]]:
     """The states and cost of the cheapest circular path among those through the `candidates` most promising edges at the seam."""
     states = code.shape[0]
 
@@ -100,7 +100,7 @@ def circular_path(
     return found, cost
 
 
-def states_of(symbols: Int[Tensor, "tiles steps"], shift: int, state_bits: int) -> Int[Tensor, "tiles steps"]:
+def states_of(symbols: Integer[Tensor, "tiles steps"], shift: int, state_bits: int) -> Int[Tensor, "tiles steps"]:
     """The states of a register that has run through these symbols in a circle; any symbols will do."""
     steps = symbols.shape[1]
     state = symbols.long()

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from roundel.grids.base import Scales, TileGrid
@@ -145,7 +145,7 @@ def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes:
 
 def _accept(
     change: Tensor, P: Tensor, curved: Tensor, H_out: Tensor, H_in: Tensor, i: Tensor, j: Tensor, rows: int, columns: int
-) -> Float[Tensor, " accepted"]:
+) -> Int[Tensor, " accepted"]:
     """Which of the changes to take, one after the other: those that lower the loss after all that were taken before."""
     gain = (change * P - 0.5 * change * curved).flatten(1).sum(1)
     order = torch.nonzero(gain > 0).flatten()[gain[gain > 0].argsort(descending=True)].tolist()

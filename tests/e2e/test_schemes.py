@@ -1,0 +1,136 @@
+"""Every family of grids through the whole pipeline; rotation; checkpoints with dense weights or several schemes; bits for each linear."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import roundel
+from roundel import round_model
+from roundel.errors import SchemeError
+from roundel.grids import parse_scheme
+from roundel.rounding.round import dequantized
+
+FAMILIES = ["int4-g16-asym", "int3-tensor", "nvfp4", "mxfp4", "fp8", "q4_0", "lattice2", "trellis3-s6"]
+COMPRESSED = {"int3-tensor"}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The rounded weights that `quantize` writes, by linear."""
+    kept = {}
+    original = round_model.round_linear
+
+    def spy(recipe, grid, stored, measured, name):
+        rounded, row = original(recipe, grid, stored, measured, name)
+        kept[name, rounded.scheme] = rounded
+        return rounded, row
+
+    monkeypatch.setattr(round_model, "round_linear", spy)
+    return kept
+
+
+def plain(path) -> dict[str, torch.Tensor]:
+    """Weights as Transformers loads them, without any code of ours."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model(torch.zeros(1, 4, dtype=torch.long))  # compressed weights unfold at the first call
+    return {name: module.weight.detach() for name, module in model.named_modules() if hasattr(module, "weight")}
+
+
+@pytest.mark.parametrize("scheme", FAMILIES)
+def test_a_scheme_goes_through_the_whole_pipeline(scheme, model, quantize, tmp_path, seen) -> None:
+    result = quantize(model(), tmp_path / "out", scheme=scheme, sweeps=1, curvature="mean")
+    details, grid = result.details, parse_scheme(scheme)
+    assert details["format"] == ("compressed-tensors" if scheme in COMPRESSED else "dense")
+    assert 0 < result.report.kl_mean < (3 if grid.bits < 4 else 1)
+    loaded = plain(result.path)
+    bits = 0.0
+    for name, row in details["layers"].items():
+        rounded = seen[name, scheme]
+        assert (rounded.rotation is not None) == grid.rotates
+        assert torch.equal(loaded[name], dequantized(rounded)), name
+        stored = row["bits_per_weight"] * loaded[name].numel()
+        if scheme not in COMPRESSED:
+            scale_type = next((s.dtype for s in rounded.scales.values() if s.dtype in (torch.float16, torch.bfloat16)), torch.float16)
+            assert stored == grid.stored_bits(rounded.shape, scale_type) + (sum(rounded.shape) if grid.rotates else 0)
+        bits += stored
+    weights = sum(loaded[name].numel() for name in details["layers"])
+    assert details["bits_per_weight"]["quantized"] == pytest.approx(bits / weights)
+
+
+def test_a_rotation_changes_the_codes_and_is_undone(model, quantize, tmp_path) -> None:
+    straight, rotated = (
+        quantize(model(), tmp_path / kind, scheme="int4-g16", rotate=kind, curvature="mean") for kind in ("none", "hadamard")
+    )
+    assert straight.details["format"] == "compressed-tensors"
+    assert rotated.details["format"] == "dense"
+    assert rotated.details["predicted_kl"]["total"] != straight.details["predicted_kl"]["total"]
+    assert rotated.report.kl_mean < 3 * straight.report.kl_mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"scheme": "trellis2", "format": "compressed-tensors"}, "cannot hold trellis2"),
+        ({"scheme": "int4-g16", "rotate": "hadamard", "format": "compressed-tensors"}, "cannot hold int4-g16, rotated"),
+        ({"rotate": "fourier"}, "rotate 'fourier': expected one of auto, none"),
+        ({"format": "gguf"}, "format 'gguf': expected one of auto, compressed-tensors"),
+        ({"schemes": ("int3-g16", "int4-g16")}, "need bits"),
+        ({"bits": 0.5}, "bits is 0.5"),
+        ({"bits": 4.0, "scheme": "fp8"}, "give the schemes to choose from"),
+        ({"bits": 1.5, "scheme": "int3-g16"}, "ask for more bits"),
+        ({"scheme": "int4-g16", "rotate": "hadamard", "curvature": "guided"}, "cannot be rotated together"),
+        ({"scheme": "int3-tensor", "curvature": "guided"}, "need scales for each row"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_with_the_reason(settings, reason, model, quantize, tmp_path) -> None:
+    with pytest.raises(SchemeError, match=reason):
+        quantize(model(), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_are_allocated_within_the_average(model, quantize, tmp_path, seen) -> None:
+    result = quantize(model(), tmp_path / "out", scheme="int3-g16", bits=4.8, sequences=64, seq_len=16, sweeps=1)
+    details = result.details
+    schemes = {name: row["scheme"] for name, row in details["layers"].items()}
+    report = details["allocation"]
+    assert details["bits_per_weight"]["quantized"] <= 4.8
+    assert report["uniform"]["scheme"] in {"int3-g16", "int2-g16"}
+    assert (report["held_out_kl"] < report["uniform"]["held_out_kl"]) == (report["taken"] == "mixed")
+    assert report["taken"] == "mixed"
+    assert len(set(schemes.values())) > 1
+    for k in range(2):
+        layer = f"model.layers.{k}."
+        assert len({schemes[f"{layer}self_attn.{part}_proj"] for part in "qkv"}) == 1
+        assert len({schemes[f"{layer}mlp.{part}_proj"] for part in ("gate", "up")}) == 1
+    groups = json.loads((result.path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert len(groups) == len(set(schemes.values()))
+    loaded = plain(result.path)
+    for name, scheme in schemes.items():
+        assert torch.equal(loaded[name], dequantized(seen[name, scheme])), name
+
+
+def test_mixed_schemes_that_are_not_better_are_not_taken(model, quantize, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(round_model, "_measured_kl", lambda *_: 1.0)
+    result = quantize(
+        model(), tmp_path / "out", schemes=("int3-g16", "int4-g16"), bits=4.5, format="dense", sequences=64, seq_len=16, sweeps=1
+    )
+    assert result.details["allocation"]["taken"] == "uniform"
+    assert {row["scheme"] for row in result.details["layers"].values()} == {"int3-g16"}
+    assert any("as good as mixed schemes" in warning for warning in result.details["warnings"])
+
+
+def test_the_command_line_allocates(command, model, text, tmp_path) -> None:
+    settings = ["--sequences", "8", "--seq-len", "16", "--eval-sequences", "4", "--calibration", str(text), "--sweeps", "0"]
+    options = ["--bits", "4.6", "--schemes", "int3-g16,int5-g16", "--format", "dense", "--json", "-"]
+    done = command("quantize", str(model()), "-o", str(tmp_path / "out"), *settings, *options)
+    assert done.code == 0, done.err
+    details = json.loads(done.out)
+    assert details["scheme"] == "4.6 bits"
+    assert details["allocation"]["schemes"] == ["int3-g16", "int5-g16"]
+    assert "held out" in " ".join(details["warnings"])
+    assert isinstance(roundel.Recipe(bits=4.6, schemes=("int3-g16", "int5-g16")).candidate_schemes(), tuple)

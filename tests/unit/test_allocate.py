@@ -1,0 +1,71 @@
+"""The allocation of bits against all assignments; units that engines fuse."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roundel.errors import SchemeError
+from roundel.rounding.allocate import Option, fused_units, least_loss
+
+SCHEMES = ("low", "middle", "high")
+losses = st.floats(1e-9, 1e2)
+units = st.lists(st.tuples(losses, losses, losses, st.integers(1, 5)), min_size=1, max_size=5)
+
+
+def options_of(drawn: list[tuple[float, float, float, int]]) -> dict[str, dict[str, Option]]:
+    return {
+        f"unit{k}": {
+            scheme: Option(bits=float(size * bits * 64), loss=loss) for scheme, bits, loss in zip(SCHEMES, (2, 3, 5), own, strict=True)
+        }
+        for k, (*own, size) in enumerate(drawn)
+    }
+
+
+@given(drawn=units, part=st.floats(0.4, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_no_assignment_within_the_budget_loses_less(drawn: list[tuple[float, float, float, int]], part: float) -> None:
+    options = options_of(drawn)
+    budget = part * sum(own["high"].bits for own in options.values())
+    found = least_loss(options, budget)
+    bits = sum(options[unit][scheme].bits for unit, scheme in found.items())
+    loss = sum(options[unit][scheme].loss for unit, scheme in found.items())
+    assert list(found) == list(options)
+    assert bits <= budget * (1 + 1e-9)
+    feasible = []
+    for schemes in product(SCHEMES, repeat=len(options)):
+        chosen = [own[scheme] for own, scheme in zip(options.values(), schemes, strict=True)]
+        if sum(option.bits for option in chosen) <= budget:
+            feasible.append(sum(option.loss for option in chosen))
+    worst = max(option.loss for own in options.values() for option in own.values())
+    assert loss <= min(feasible) + 1e-5 * worst
+
+
+def test_the_bits_go_where_they_save_most() -> None:
+    cheap = {"low": Option(bits=2.0, loss=1.0), "high": Option(bits=3.0, loss=0.9)}
+    dear = {"low": Option(bits=2.0, loss=10.0), "high": Option(bits=3.0, loss=1.0)}
+    assert least_loss({"a": cheap, "b": dear}, 5.0) == {"a": "low", "b": "high"}
+    assert least_loss({"a": cheap, "b": dear}, 6.0) == {"a": "high", "b": "high"}
+
+
+def test_a_budget_below_the_smallest_schemes_is_refused() -> None:
+    with pytest.raises(SchemeError, match="ask for more bits"):
+        least_loss(options_of([(1.0, 1.0, 1.0, 1)]), 100.0)
+
+
+def test_linears_that_engines_fuse_are_one_unit() -> None:
+    names = [f"model.layers.{k}.{name}" for k in range(2) for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    names += [
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+        "transformer.h.0.attn.c_attn",
+    ]
+    names += ["model.layers.0.experts.0.w1", "model.layers.0.experts.0.w3", "model.layers.0.experts.0.w2"]
+    found = fused_units(names)
+    assert sorted(name for members in found.values() for name in members) == sorted(names)
+    assert {len(members) for members in found.values()} == {1, 2, 3}
+    assert found["model.layers.1.self_attn.q_proj"] == [n for n in names if ".1.self_attn" in n]
+    assert found["model.layers.0.mlp.gate_proj"] == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+    assert found["model.layers.0.experts.0.w1"] == ["model.layers.0.experts.0.w1", "model.layers.0.experts.0.w3"]
