@@ -6,8 +6,8 @@ Both choices are made by the same measure: the KL that gradients which the facto
 - Factors: an estimator may offer several candidates for each linear (`Auto.candidates`); each is rounded with all of them, with few sweeps
   and a cheaper grid of the same kind where the real one is expensive (`Grid.draft`). Then the held-out gradients join the sums.
 - Bits: for `--bits B` each linear is rounded to each of the recipe's schemes. The schemes that predict the least KL within `B` bits per
-  weight are an integer program with one choice for each linear (`rounding.allocate`). It is taken if the KL *measured* on the same
-  held-out sequences is below that of the best scheme for all within `B`.
+  weight, held-out prediction and proxy loss taken together, are an integer program with one choice for each linear (`rounding.allocate`).
+  It is taken if the KL *measured* on the same held-out sequences is below that of the best scheme for all within `B`.
 
 Cost besides the roundings: one forward and backward pass over the held-out sequences for each choice, `2 d_in d_out` flops per token,
 linear and candidate, and two forward passes for the measured comparison. The codes of all candidates are in memory until the choice.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -152,13 +153,14 @@ def round_allocated(
     if not rounded:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     predicted = _predicted(recipe, source, rounded, unseen, notes, batch_size=batch_size)
+    losses = _smoothed(predicted, rows)
     units = allocate.fused_units(list(rounded)) if recipe.fused else {name: [name] for name in rounded}
     sizes = {name: source.linears[name].weight.numel() for name in rounded}
     choices = {
         unit: {
             scheme: allocate.Option(
                 bits=sum(rows[name][scheme]["bits_per_weight"] * sizes[name] for name in members),
-                loss=sum(predicted[name][scheme].mean().item() for name in members),
+                loss=sum(losses[name][scheme] for name in members),
             )
             for scheme in schemes
         }
@@ -234,6 +236,21 @@ def _predicted(
             sketches=sketches if recipe.labels != "data" else None,  # the prediction's labels are the model's own, those sums have others
         )
     return {name: {label: 0.5 * inner[label][name].square() / unseen.ids.shape[1] for label in labels} for name in rounded}
+
+
+def _smoothed(predicted: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Rows]) -> dict[str, dict[str, float]]:
+    """For each linear and scheme the geometric mean of two predicted KLs, in nats per token.
+
+    What held-out gradients predict is unbiased, but has a standard error of 10-20 % for one linear, and the program would pick where it is
+    too low. The proxy loss is smooth, but fitted to the gradients that it was measured on: it is scaled to predict the same in total.
+    """
+    heldout = {name: {scheme: values.mean().item() for scheme, values in own.items()} for name, own in predicted.items()}
+    pairs = [(heldout[name][scheme], rows[name][scheme]["proxy_loss"]) for name in heldout for scheme in heldout[name]]
+    scale = sum(first for first, _ in pairs) / max(sum(second for _, second in pairs), torch.finfo(torch.float64).tiny)
+    return {
+        name: {scheme: math.sqrt(value * scale * rows[name][scheme]["proxy_loss"]) for scheme, value in own.items()}
+        for name, own in heldout.items()
+    }
 
 
 def _measured_kl(
