@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/roundel demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check .
@@ -24,6 +24,8 @@ check: install
 bench: install
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/rounding.py
+	$(BIN)/python benchmarks/viterbi.py
+	$(BIN)/python benchmarks/hadamard.py
 
 docs: install
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -332,6 +332,7 @@ def made_row(method: str, seed: int, by_sequence: list[float], **others: Any) ->
         "proxy_kl": 0.1,
         "collect_seconds": 1.0,
         "rounding_seconds": 2.0,
+        "bits_per_weight": 3.5,
         "j_ratio": 0.6,
         "cosine": 0.8,
         "tokens": 256,
@@ -373,6 +374,7 @@ def test_cells_have_two_digits_of_the_error() -> None:
     assert cells[0]["KL"] == "0.150 ± 0.050"
     assert cells[1] == {
         "scheme": "int3-g32",
+        "bits": "3.500",
         "sequences": "8",
         "method": "b",
         "KL": "0.30000 ± 0.00000",
@@ -381,6 +383,7 @@ def test_cells_have_two_digits_of_the_error() -> None:
         "cosine": "0.800",
         "passes": "1",
         "seconds": "1.0",
+        "rounding s": "2.0",
         "MiB": "3.0",
     }
     assert compared_rows(rows, ["MiB", "method"])[1] == ["3.0", "b"]

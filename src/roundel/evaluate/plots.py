@@ -190,8 +190,9 @@ def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, 
         ordered = sorted(points, key=lambda point: point[1])
         bits, losses, errors = ([point[k] for point in ordered] for k in (1, 2, 3))
         axes.errorbar(bits, losses, yerr=errors, markersize=5, linewidth=1.3, elinewidth=1, capsize=2, label=family, **_style(index))
-        for scheme, x, y, _ in ordered:
-            axes.annotate(scheme, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+    named = sorted((x, y, scheme) for points in families.values() for scheme, x, y, _ in points)
+    for index, (x, y, scheme) in enumerate(named):  # neighbours' names at different heights
+        axes.annotate(scheme, (x, y), xytext=(5, (4, 16, -10, 28, -22)[index % 5]), textcoords="offset points", fontsize=6.5)
     axes.set_yscale("log")
     _few_ticks(axes)
     axes.set_xlabel("bits per weight, with scales and all else that is stored")
