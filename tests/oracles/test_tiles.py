@@ -121,7 +121,9 @@ def same(problem: RoundingProblem, grid: TileGrid, scales: Scales, first: Tensor
 def random_codes(grid: TileGrid, shape: tuple[int, int], seed: int) -> Tensor:
     (high, wide), size = grid.tile(*shape), 128 if isinstance(grid, Book) else 1 << 16
     counts = (-(-shape[0] // high), -(-shape[1] // wide), 1)
-    return torch.randint(size, counts, generator=torch.Generator().manual_seed(seed)).to(torch.int16)
+    return torch.randint(size, counts, generator=torch.Generator().manual_seed(seed)).to(
+        torch.int16 if isinstance(grid, Book) else torch.int32
+    )
 
 
 @pytest.mark.parametrize(("d", "block"), [(1, 1), (8, 1), (8, 8), (24, 4), (48, 16)])
