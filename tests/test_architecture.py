@@ -12,6 +12,7 @@ RANKS = [
     ("kernels", 2),
     ("types", 2),
     ("grids", 3),
+    ("rotation", 3),
     ("demo", 2),
     ("models", 4),
     ("curvature", 4),

@@ -36,7 +36,7 @@ from roundel.formats import compressed_tensors
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.recipes import Recipe
 from roundel.rounding import allocate, make_problem, round_weight
-from roundel.rounding.rotate import Rotation
+from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized, stacked
 from roundel.source import Notes, Source
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
@@ -159,14 +159,14 @@ def round_allocated(
     choices = {
         unit: {
             scheme: allocate.Option(
-                bits=sum(rows[name][scheme]["bits_per_weight"] * sizes[name] for name in members),
+                bits=float(sum(round(rows[name][scheme]["bits_per_weight"] * sizes[name]) for name in members)),
                 loss=sum(losses[name][scheme] for name in members),
             )
             for scheme in schemes
         }
         for unit, members in units.items()
     }
-    budget = recipe.bits * sum(sizes.values())
+    budget = float(math.floor(recipe.bits * sum(sizes.values()) + 1e-3))  # bits are whole, and an average copied from a report is enough
     by_unit = allocate.least_loss(choices, budget)
     mixed = {name: by_unit[unit] for unit, members in units.items() for name in members}
     fitting = [s for s in schemes if sum(options[s].bits for options in choices.values()) <= budget]

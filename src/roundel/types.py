@@ -195,7 +195,7 @@ class RoundingProblem:
 
 @runtime_checkable
 class Undoable(Protocol):
-    """What a weight went through before it was rounded (`rounding.rotate.Rotation`)."""
+    """What a weight went through before it was rounded (`rotation.Rotation`)."""
 
     def restore_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """The weight as it was before."""

@@ -9,7 +9,7 @@ import torch
 from laws.problems import draw
 from roundel.errors import SchemeError
 from roundel.linalg.hadamard import block_hadamard, hadamard
-from roundel.rounding.rotate import KINDS, Rotation
+from roundel.rotation import KINDS, Rotation
 from roundel.types import KroneckerFactors
 
 WIDTHS = [9728, 17408, 25600, 18944, 29568, 4864, 21504, 5376, 4096, 14336, 11008, 53248, 172, 896, 127, 4001]

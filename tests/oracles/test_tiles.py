@@ -229,7 +229,7 @@ def test_a_sweep_lowers_the_loss_by_what_it_has_accepted(grid: TileGrid, shape: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_accept", recorded)
-        for _ in range(30):
+        for _ in range(300):
             before = loss_of(problem, grid, codes, scales)
             expected.clear()
             kept = codes.clone()
@@ -241,7 +241,7 @@ def test_a_sweep_lowers_the_loss_by_what_it_has_accepted(grid: TileGrid, shape: 
                 break
             codes = swept
         else:
-            raise AssertionError("30 sweeps did not converge")
+            raise AssertionError("300 sweeps did not converge")
 
 
 @pytest.mark.parametrize("grid", [BOOK, LATTICE, TRELLIS], ids=lambda grid: grid.name)

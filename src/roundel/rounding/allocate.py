@@ -10,6 +10,7 @@ Some hundred units and ten schemes take milliseconds. A unit is a linear, or tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Option:
     """What one scheme costs a unit."""
 
     bits: float
+    """Whole, of all its linears."""
     loss: float
     """Predicted KL, nats per token."""
 
@@ -43,28 +45,55 @@ def least_loss(options: Mapping[str, Mapping[str, Option]], budget: float) -> di
     Raises:
         SchemeError: even the fewest bits of every unit are more than the budget.
     """
-    flat = [(unit, scheme, option) for unit, schemes in options.items() for scheme, option in schemes.items()]
+    if not all(math.isfinite(option.loss) for schemes in options.values() for option in schemes.values()):
+        raise NumericalError("a scheme's predicted KL is not finite")
     fewest = sum(min(option.bits for option in schemes.values()) for schemes in options.values())
     if fewest > budget:
         raise SchemeError(
             f"the smallest schemes take {fewest / 8:.0f} bytes, the budget is {budget / 8:.0f}: ask for more bits or give smaller schemes"
         )
-    bits = np.array([option.bits for *_, option in flat])
-    losses = np.array([option.loss for *_, option in flat])
-    if not np.isfinite(losses).all():
-        raise NumericalError("a scheme's predicted KL is not finite")
+    least = {unit: min(option.loss for option in schemes.values()) for unit, schemes in options.items()}
+    best: dict[str, str] | None = None
+    bound = max(option.loss - least[unit] for unit, schemes in options.items() for option in schemes.values())
+    while True:
+        # no part of the optimum exceeds the whole of any solution: such options go, and the solver's tolerances are relative to the rest
+        kept = {
+            unit: {scheme: option for scheme, option in schemes.items() if option.loss - least[unit] <= bound}
+            for unit, schemes in options.items()
+        }
+        found = _solved(kept, least, bound, budget)
+        excess = sum(options[unit][scheme].loss - least[unit] for unit, scheme in found.items())
+        if best is not None and excess >= bound:
+            return best
+        best = found
+        if excess > bound / 2 or excess == 0:
+            return best
+        bound = excess
+
+
+def _solved(options: Mapping[str, Mapping[str, Option]], least: Mapping[str, float], size: float, budget: float) -> dict[str, str]:
+    """The program for losses above the least of each unit, in units of `size`; within the budget to the last bit."""
+    flat = [(unit, scheme, option) for unit, schemes in options.items() for scheme, option in schemes.items()]
+    divisor = math.gcd(*(int(option.bits) for *_, option in flat)) or 1
+    bits = np.array([option.bits / divisor for *_, option in flat])
+    losses = np.array([(option.loss - least[unit]) / (size or 1.0) for unit, _, option in flat])
     one_each = np.array([[float(unit == own) for own, *_ in flat] for unit in options])
-    # both rows and the objective scaled to about 1, where the solver's tolerances mean something
-    found = milp(
-        losses / max(losses.max(), np.finfo(float).tiny),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits[None] / budget, -np.inf, 1)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6},
-    )
-    if found.x is None:
-        raise NumericalError(f"the allocation of bits has no solution: {found.message}")
-    return {unit: scheme for (unit, scheme, _), taken in zip(flat, found.x, strict=True) if taken > 0.5}
+    capacity = float(budget // divisor)
+    while True:
+        found = milp(
+            losses,
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits[None], -np.inf, capacity)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-6},
+        )
+        if found.x is None:
+            raise NumericalError(f"the allocation of bits has no solution: {found.message}")
+        taken = found.x > 0.5
+        over = bits[taken].sum() - budget // divisor
+        if over <= 0:
+            return {unit: scheme for (unit, scheme, _), chosen in zip(flat, taken, strict=True) if chosen}
+        capacity -= over  # the solver keeps the budget up to its tolerance only
 
 
 def fused_units(names: Sequence[str]) -> dict[str, list[str]]:

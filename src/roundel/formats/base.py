@@ -1,0 +1,80 @@
+"""What a checkpoint format can do: a Hugging Face directory in which tensors of its own stand for the weights of quantized linears.
+
+Everything else in the directory - norms, embeddings, biases, tokenizer - is as in the original. A format is pure: from `RoundedWeight` to
+named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF is one file with metadata of its own:
+`formats.gguf`.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roundel.grids import Grid
+from roundel.types import RoundedWeight
+
+__all__ = ["CheckpointFormat"]
+
+
+class CheckpointFormat(ABC):
+    """One format; without state."""
+
+    fuses: bool = False
+    """Whether engines run q, k, v and gate, up as one product, so that they must share a scheme."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As users spell it: `--format NAME`."""
+
+    @abstractmethod
+    def check(self, grid: Grid, rotation: str | None) -> None:
+        """Refuses what no weight in this format can be; called before any work.
+
+        Args:
+            grid: Of some linear.
+            rotation: The kind of its rotation: `hadamard`, `hadamard128` or None.
+
+        Raises:
+            SchemeError: with the engine's limit and the nearest choice that works.
+        """
+
+    def check_shape(self, grid: Grid, d_out: int, d_in: int) -> None:  # noqa: B027 (most formats hold what the grid does)
+        """Refuses a weight of a shape that the format cannot hold, though the grid can; such a linear stays in its precision.
+
+        Raises:
+            SchemeError: with the reason.
+        """
+
+    @abstractmethod
+    def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
+        """Contiguous CPU tensors of one linear, by their names under the module's (`weight_packed`, ...)."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> RoundedWeight:
+        """Inverse of `pack` for a `(d_out, d_in)` weight.
+
+        Raises:
+            ModelError: the tensors contradict each other, the grid or the shape.
+        """
+
+    @abstractmethod
+    def packed_bytes(self, shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype, rotation: str | None) -> int:
+        """Bytes of all tensors that `pack` makes of a `(d_out, d_in)` weight; free scales are in `scale_dtype`."""
+
+    @abstractmethod
+    def config(self, rounded: Mapping[str, RoundedWeight], ignore: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` of config.json.
+
+        Args:
+            rounded: All quantized linears, by module name.
+            ignore: Names of all linears that are not quantized.
+        """
+
+    def files(self, rounded: Mapping[str, RoundedWeight], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Further JSON files of the directory, by name. `tensors` are those of each quantized linear, on the meta device."""
+        return {}
