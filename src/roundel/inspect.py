@@ -40,8 +40,9 @@ from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
 from roundel.pipeline import BATCH_TOKENS, OpenFactors, open_factors
 from roundel.progress import Progress, Silent
-from roundel.round_model import round_linear
+from roundel.round_model import Linear, decoder_layers, round_linears
 from roundel.rounding.round import dequantized
+from roundel.source import device_of
 from roundel.store import check_output, staged_directory, storage, write_json, write_text
 from roundel.types import Factors, RoundedWeight
 
@@ -189,15 +190,19 @@ def _rounded(
     rows: dict[str, dict[str, Any]] = {}
     structure: dict[str, dict[str, Any]] = {}
     with progress.stage("rounding", len(linears)) as advance:
-        for name in linears:
-            stored = opened.source.checkpoint.weight_of(name)
-            assert stored is not None
-            with in_layer(name):
-                rounded[name], rows[name] = round_linear(
-                    opened.recipe, opened.grid, opened.source.checkpoint.read(stored), opened.factors[name], name
-                )
-                structure[name] = _structure(opened.factors[name], opened.recipe.damping)
-            advance(1)
+        for names in decoder_layers(linears):
+            asked = []
+            for name in names:
+                stored = opened.source.checkpoint.weight_of(name)
+                assert stored is not None
+                original, factors = opened.source.checkpoint.read(stored), opened.factors[name]
+                asked.append(Linear(name=name, stored=original, factors=factors, damping=opened.recipe.damping))
+                with in_layer(name):
+                    structure[name] = _structure(factors, opened.recipe.damping)
+            results = round_linears(opened.recipe, opened.grid, asked, device_of(opened.source.model))
+            for name, (weight, row) in zip(names, results, strict=True):
+                rounded[name], rows[name] = weight, row
+            advance(len(names))
     return rounded, rows, structure
 
 

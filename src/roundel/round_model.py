@@ -18,10 +18,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,13 +38,13 @@ from roundel.evaluate import compare_models
 from roundel.formats import compressed_tensors
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.recipes import Recipe
-from roundel.rounding import allocate, make_problem, round_weight
 from roundel.rotation import Rotation
+from roundel.rounding import allocate, make_problem, round_weights
 from roundel.rounding.round import dequantized, stacked
-from roundel.source import Notes, Source
-from roundel.types import Factors, KroneckerFactors, RoundedWeight, TokenBatch
+from roundel.source import Notes, Source, device_of
+from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem, TokenBatch
 
-__all__ = ["choose_factors", "round_all", "round_allocated", "round_linear"]
+__all__ = ["Linear", "choose_factors", "decoder_layers", "round_all", "round_allocated", "round_linears"]
 
 DRAFT_SWEEPS = 1
 """Sweeps of a rounding that is made only to compare factors."""
@@ -60,14 +63,15 @@ def round_all(
     rounded: dict[str, RoundedWeight] = {}
     rows: Rows = {}
     with notes.progress.stage("rounding", len(labels)) as advance:
-        for name, label in labels.items():
-            candidate = parse_curvature(recipe.curvature).candidates(sketches.pop(name))[label]
-            rounded[name], rows[name] = _round_candidate(recipe, grid, source, name, candidate)
-            if name in predicted:
-                rows[name] |= {"candidate": label, "candidates_predicted_kl": predicted[name]}
-            if rows[name].pop("damping_raised"):
-                notes.warn(f"{name}: damping raised to {rows[name]['damping']:g}, its factors were not positive definite")
-            advance(1)
+        for names in decoder_layers(labels):
+            chosen = {name: parse_curvature(recipe.curvature).candidates(sketches.pop(name))[labels[name]] for name in names}
+            for name, (weight, row) in zip(names, _round_candidates(recipe, grid, source, list(chosen.items())), strict=True):
+                rounded[name], rows[name] = weight, row
+                if name in predicted:
+                    row |= {"candidate": labels[name], "candidates_predicted_kl": predicted[name]}
+                if row.pop("damping_raised"):
+                    notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
+            advance(len(names))
     return rounded, rows
 
 
@@ -101,9 +105,8 @@ def choose_factors(
             else:
                 labels[name] = next(iter(candidates))
                 if len(unseen):
-                    drafts[name] = {
-                        label: _round_candidate(draft, grid.draft(), source, name, candidate)[0] for label, candidate in candidates.items()
-                    }
+                    tried = _round_candidates(draft, grid.draft(), source, [(name, candidate) for candidate in candidates.values()])
+                    drafts[name] = {label: weight for label, (weight, _) in zip(candidates, tried, strict=True)}
             advance(1)
     if not labels:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
@@ -147,8 +150,8 @@ def round_allocated(
                 continue
             rounded[name], rows[name] = {}, {}
             for scheme in schemes:
-                rounded[name][scheme], rows[name][scheme] = _round_candidate(recipe, parse_scheme(scheme), source, name, candidate)
-                rows[name][scheme].pop("damping_raised")
+                ((rounded[name][scheme], row),) = _round_candidates(recipe, parse_scheme(scheme), source, [(name, candidate)])
+                rows[name][scheme] = {key: value for key, value in row.items() if key != "damping_raised"}
                 advance(1)
     if not rounded:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
@@ -194,14 +197,20 @@ def round_allocated(
     return {name: rounded[name][mixed[name]] for name in rounded}, {name: rows[name][mixed[name]] for name in rounded}, report
 
 
-def _round_candidate(recipe: Recipe, grid: Grid, source: Source, name: str, candidate: Candidate) -> tuple[RoundedWeight, dict[str, Any]]:
-    own = dataclasses.replace(recipe, damping=min(10.0, recipe.damping * candidate.damping))
-    stored = source.checkpoint.weight_of(name)
-    assert stored is not None
-    with in_layer(name):
-        rounded, row = round_linear(own, grid, source.checkpoint.read(stored), candidate.factors, name)
-    row["damping_raised"] = row["damping"] > own.damping
-    return rounded, row
+def _round_candidates(
+    recipe: Recipe, grid: Grid, source: Source, candidates: Sequence[tuple[str, Candidate]]
+) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+    """Linears by name, each with factors to be rounded with, all at once."""
+    asked = []
+    for name, candidate in candidates:
+        stored = source.checkpoint.weight_of(name)
+        assert stored is not None
+        damping = min(10.0, recipe.damping * candidate.damping)
+        asked.append(Linear(name=name, stored=source.checkpoint.read(stored), factors=candidate.factors, damping=damping))
+    results = round_linears(recipe, grid, asked, device_of(source.model))
+    for linear, (_, row) in zip(asked, results, strict=True):
+        row["damping_raised"] = row["damping"] > linear.damping
+    return results
 
 
 def _predicted(
@@ -265,40 +274,95 @@ def _measured_kl(
     return compare_models(twin, source.model, text, batch_size=batch_size, advance=advance).kl_mean
 
 
-def round_linear(recipe: Recipe, grid: Grid, stored: Tensor, measured: Factors, name: str) -> tuple[RoundedWeight, dict[str, Any]]:
-    """One linear's codes and its row of the report; `name` seeds its rotation."""
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """What is to be rounded of one linear."""
+
+    name: str
+    """Seeds its rotation."""
+    stored: Tensor
+    factors: Factors
+    damping: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Rows of a linear with factors of their own: one problem."""
+
+    W: Tensor
+    factors: KroneckerFactors
+    rotation: Rotation | None
+    problem: RoundingProblem
+
+
+def round_linears(
+    recipe: Recipe, grid: Grid, linears: Sequence[Linear], device: torch.device
+) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+    """The codes of each, in main memory, and its row of the report; `device` does the work.
+
+    All are rounded at the same time, as far as that helps (`rounding.round_weights`); the seconds are shared out by size.
+    """
     began = time.monotonic()
-    parts, proxy_loss, damping = [], 0.0, 0.0
+    parts: list[list[_Part]] = []
+    for linear in linears:
+        with in_layer(linear.name):
+            parts.append(_parts(recipe, grid, linear, device))
+    flat = [part for own in parts for part in own]
+    dtypes = [_scale_dtype(linear.stored) for linear, own in zip(linears, parts, strict=True) for _ in own]
+    found = iter(round_weights([part.problem for part in flat], grid, sweeps=recipe.sweeps, scale_dtypes=dtypes))
+    results = []
+    for linear, own in zip(linears, parts, strict=True):
+        with in_layer(linear.name):
+            results.append(_result(grid, linear, own, [next(found) for _ in own]))
+    seconds = time.monotonic() - began
+    for linear, (_, row) in zip(linears, results, strict=True):
+        row["seconds"] = round(seconds * linear.stored.numel() / sum(other.stored.numel() for other in linears), 3)
+    return results
+
+
+def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> list[_Part]:
     kind = recipe.rotation_of(grid)
-    groups = measured.row_groups()
+    groups = linear.factors.row_groups()
     if kind and len(groups) > 1:
         raise SchemeError("groups of rows with curvature of their own cannot be rotated together; use --rotate none or another curvature")
+    parts = []
     for rows, group in groups:
-        factors = KroneckerFactors(H_out=group.H_out.cpu(), H_in=group.H_in.cpu(), scale=group.scale)
-        W, basis, rotation = stored[rows].float(), factors, None
+        factors = KroneckerFactors(H_out=group.H_out.to(device), H_in=group.H_in.to(device), scale=group.scale)
+        W, basis, rotation = linear.stored[rows].to(device).float(), factors, None
         if kind:
-            digest = hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()
+            digest = hashlib.sha256(f"{recipe.seed} {linear.name}".encode()).digest()
             rotation = Rotation.draw(W.shape[0], W.shape[1], kind=kind, seed=int.from_bytes(digest[:6], "big"))
             basis = rotation.rotate_factors(factors)
-        problem = make_problem(rotation.rotate_weight(W) if rotation else W, basis, damping=recipe.damping)
-        part = round_weight(problem, grid, sweeps=recipe.sweeps, scale_dtype=_scale_dtype(stored))
-        part = dataclasses.replace(part, rotation=rotation)
-        E = W - dequantized(part)
-        proxy_loss += 0.5 * factors.scale * torch.sum((factors.H_out @ E @ factors.H_in) * E, dtype=torch.float64).item()
-        damping = max(damping, problem.damping)
-        parts.append(part)
-    result = stacked(parts)
+        problem = make_problem(rotation.rotate_weight(W) if rotation else W, basis, damping=linear.damping)
+        parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem))
+    return parts
+
+
+def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
+    weights, proxy_loss = [], 0.0
+    for part, weight in zip(parts, found, strict=True):
+        E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
+        curved = part.factors.H_out @ E @ part.factors.H_in
+        proxy_loss += 0.5 * part.factors.scale * torch.sum(curved * E, dtype=torch.float64).item()
+        scales = {key: scale.cpu() for key, scale in weight.scales.items()}
+        weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
+    result = stacked(weights)
+    rotated = parts[0].rotation is not None
     row = {
-        "shape": list(stored.shape),
+        "shape": list(linear.stored.shape),
         "bits": grid.bits,
-        "bits_per_weight": _stored_bits(grid, stored, rotated=kind is not None) / stored.numel(),
-        "damping": damping,
+        "bits_per_weight": _stored_bits(grid, linear.stored, rotated=rotated) / linear.stored.numel(),
+        "damping": max(part.problem.damping for part in parts),
         "proxy_loss": proxy_loss,
         "sweeps": len(result.trace) - 1,
         "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
-        "seconds": round(time.monotonic() - began, 3),
     }
     return result, row
+
+
+def decoder_layers(names: Iterable[str]) -> list[list[str]]:
+    """Runs of linears of one decoder layer: what is rounded together, and so in memory together."""
+    return [list(group) for _, group in itertools.groupby(names, key=lambda name: re.match(r"(?:.*?\.\d+)?", name)[0])]  # type: ignore[index]
 
 
 def _stored_bits(grid: Grid, stored: Tensor, *, rotated: bool) -> int:

@@ -22,14 +22,14 @@ COMPRESSED = {"int3-tensor"}
 def seen(monkeypatch):
     """The rounded weights that `quantize` writes, by linear."""
     kept = {}
-    original = round_model.round_linear
+    original = round_model.round_linears
 
-    def spy(recipe, grid, stored, measured, name):
-        rounded, row = original(recipe, grid, stored, measured, name)
-        kept[name, rounded.scheme] = rounded
-        return rounded, row
+    def spy(recipe, grid, linears, device):
+        results = original(recipe, grid, linears, device)
+        kept.update({(linear.name, rounded.scheme): rounded for linear, (rounded, _) in zip(linears, results, strict=True)})
+        return results
 
-    monkeypatch.setattr(round_model, "round_linear", spy)
+    monkeypatch.setattr(round_model, "round_linears", spy)
     return kept
 
 

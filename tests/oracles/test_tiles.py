@@ -11,8 +11,8 @@ from torch import Tensor
 from laws.problems import covariance, draw, loss, random_problem, scales_for, with_factors
 from roundel.grids import Grid, ScalarGrid, Scales, TileGrid, parse_scheme
 from roundel.linalg.ldl import block_lower, ldl
-from roundel.rounding import feedback, refit_scales, round_weight, tiles
-from roundel.rounding.tiles import feedback_tiles, sweep_tiles
+from roundel.rounding import feedback, refit_scales, round_weight, round_weights, tiles
+from roundel.rounding.tiles import in_step
 from roundel.types import RoundedWeight, RoundingProblem
 
 seeds = st.integers(0, 10_000)
@@ -54,6 +54,14 @@ class Book(TileGrid):
 
     def decode_tiles(self, codes: Tensor) -> Tensor:
         return self.book[codes[:, 0].long()]
+
+
+def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> Tensor:
+    return in_step([tiles.feedback_tiles(problem, grid, scales)], grid)[0]
+
+
+def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes: Tensor) -> Tensor:
+    return in_step([tiles.sweep_tiles(problem, grid, scales, codes)], grid)[0]
 
 
 BOOK, TALL, LATTICE = Book(), Book(high=4, wide=1), parse_scheme("lattice2")
@@ -396,3 +404,24 @@ def test_a_weight_of_zeros_is_coded_as_nothing(grid: TileGrid) -> None:
     problem = replace(random_problem(6, 24, seed=2, dtype=torch.float32), W=torch.zeros(6, 24))
     result = round_weight(problem, grid, sweeps=2, scale_dtype=torch.float32)
     assert grid.dequantize(result.codes, result.scales, (6, 24), torch.float32).abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("grid", [BOOK, TALL, LATTICE, TRELLIS, parse_scheme("int3-g4")], ids=lambda grid: grid.name)
+def test_weights_rounded_together_are_as_if_alone(grid: Grid) -> None:
+    """Of different shapes, so that some loops end before others; and in the order in which they were given."""
+    shapes = [(9, 20), (40, 8), (3, 4), (16, 32)]
+    problems = [random_problem(*shape, seed=k) for k, shape in enumerate(shapes)]
+    together = round_weights(problems, grid, sweeps=3, scale_dtypes=[torch.float16] * len(problems))
+    for problem, found in zip(problems, together, strict=True):
+        alone = round_weight(problem, grid, sweeps=3, scale_dtype=torch.float16)
+        assert torch.equal(found.codes, alone.codes)
+        assert found.shape == problem.shape
+        assert found.trace == alone.trace
+
+
+def test_waves_of_several_weights_are_one_call_of_the_coder(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, encode = [], Book.encode_tiles
+    monkeypatch.setattr(Book, "encode_tiles", lambda *given: calls.append(given) or encode(*given))
+    problems = [random_problem(8, 16, seed=k) for k in range(5)]
+    in_step([tiles.feedback_tiles(problem, BOOK, scales_for(problem, BOOK)) for problem in problems], BOOK)
+    assert len(calls) == 4 + 4 - 1

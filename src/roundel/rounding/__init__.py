@@ -10,7 +10,7 @@ from roundel.rounding.descent import sweep
 from roundel.rounding.feedback import feedback
 from roundel.rounding.nearest import nearest
 from roundel.rounding.problem import make_problem
-from roundel.rounding.round import round_weight
+from roundel.rounding.round import round_weight, round_weights
 from roundel.rounding.scale import refit_scales
 
-__all__ = ["feedback", "make_problem", "nearest", "refit_scales", "round_weight", "sweep"]
+__all__ = ["feedback", "make_problem", "nearest", "refit_scales", "round_weight", "round_weights", "sweep"]

@@ -1,6 +1,8 @@
-"""The whole rounding of one weight: scales, feedback, sweeps."""
+"""The whole rounding of weights: scales, feedback, sweeps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,27 +13,41 @@ from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.rounding.descent import sweep
 from roundel.rounding.feedback import feedback
 from roundel.rounding.scale import refit_scales
-from roundel.rounding.tiles import feedback_tiles, sweep_tiles
+from roundel.rounding.tiles import Coding, feedback_tiles, in_step, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
 
-__all__ = ["dequantized", "round_weight", "stacked"]
+__all__ = ["dequantized", "round_weight", "round_weights", "stacked"]
 
 LEAST_GAIN = 1e-3
 """Sweeps end when one lowers the loss by less than this part of it."""
 
 
 def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dtype: torch.dtype) -> RoundedWeight:
-    """Rounds `problem.W` to `grid`.
+    """Rounds `problem.W` to `grid`; see `round_weights`."""
+    return round_weights([problem], grid, sweeps=sweeps, scale_dtypes=[scale_dtype])[0]
+
+
+def round_weights(
+    problems: Sequence[RoundingProblem], grid: Grid, *, sweeps: int, scale_dtypes: Sequence[torch.dtype]
+) -> list[RoundedWeight]:
+    """Rounds several weights, each as if alone; grids of tiles code one wave of all of them at once.
 
     Scales are searched with the diagonal of `H_in` as weights, then two-sided feedback gives the first codes, then each of at most
     `sweeps` rounds refits the scales and revisits every code. The loss after each is recorded in `trace` and never rises.
     """
+    loops = [_rounding(problem, grid, sweeps, dtype) for problem, dtype in zip(problems, scale_dtypes, strict=True)]
+    if isinstance(grid, TileGrid):
+        return in_step(loops, grid)
+    return [_ended(loop) for loop in loops]
+
+
+def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype) -> Coding[RoundedWeight]:
     scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
-    codes = _feedback(problem, grid, scales)
+    codes = yield from _feedback(problem, grid, scales)
     trace = [_loss(problem, grid, codes, scales)]
     for _ in range(sweeps):
         refitted = refit_scales(problem, grid, scales, codes)
-        swept = _sweep(problem, grid, refitted, codes)
+        swept = yield from _sweep(problem, grid, refitted, codes)
         loss = _loss(problem, grid, swept, refitted)
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
@@ -42,16 +58,26 @@ def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dty
     return RoundedWeight(scheme=grid.name, codes=codes, scales=dict(scales), shape=problem.shape, trace=tuple(trace))
 
 
-def _feedback(problem: RoundingProblem, grid: Grid, scales: Scales) -> Tensor:
+def _ended(loop: Coding[RoundedWeight]) -> RoundedWeight:
+    """The result of a loop that has no tiles to code."""
+    try:
+        next(loop)
+    except StopIteration as stop:
+        result: RoundedWeight = stop.value
+        return result
+    raise AssertionError("grids of scalars code nothing together")
+
+
+def _feedback(problem: RoundingProblem, grid: Grid, scales: Scales) -> Coding[Tensor]:
     if isinstance(grid, TileGrid):
-        return feedback_tiles(problem, grid, scales)
+        return (yield from feedback_tiles(problem, grid, scales))
     assert isinstance(grid, ScalarGrid)
     return feedback(problem, grid, scales)
 
 
-def _sweep(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor) -> Tensor:
+def _sweep(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor) -> Coding[Tensor]:
     if isinstance(grid, TileGrid):
-        return sweep_tiles(problem, grid, scales, codes)
+        return (yield from sweep_tiles(problem, grid, scales, codes))
     assert isinstance(grid, ScalarGrid)
     return sweep(problem, grid, scales, codes)
 

@@ -11,13 +11,19 @@ Tiles of an anti-diagonal do not depend on each other and go to the coder in one
 fixed: the best real-valued tile is `W_hat + H_out,ii^-1 P H_in,jj^-1`, `P` the tile of `H_out E H_in`; it is coded, and the new codes are
 taken if the loss, with all that the other tiles of the call have changed, falls. A call holds tiles of different rows and columns.
 
+A wave of one matrix has few tiles, too few to fill the lanes of a processor or the multiprocessors of a GPU. So both loops are generators:
+they yield the tiles that they want coded and are sent the codes, and whoever runs several of them (`in_step`) puts the tiles of one wave of
+each into one call of the coder.
+
 Flops besides the coder's: `4 d_out d_in (d_out + d_in)` for the feedback (products with the zeros above the diagonal included),
 `2 d_out d_in (d_out + d_in)` for a sweep; memory four matrices of the weight's size and the factors once more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +33,42 @@ from roundel.grids.base import Scales, TileGrid
 from roundel.linalg.ldl import block_lower
 from roundel.types import RoundingProblem
 
-__all__ = ["feedback_tiles", "sweep_tiles"]
+__all__ = ["Coding", "Wanted", "feedback_tiles", "in_step", "sweep_tiles"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Tiles to be coded, with the weights of their entries."""
+
+    values: Float[Tensor, "tiles size"]
+    weights: Float[Tensor, "tiles size"]
+
+
+Coding = Generator[Wanted, Tensor, Result]
+"""Yields tiles, is sent their codes, and returns a result."""
+
+
+def in_step(loops: Sequence[Coding[Result]], grid: TileGrid) -> list[Result]:
+    """The results of all loops, whose tiles are coded together, one yield of each at a time."""
+    results: dict[int, Result] = {}
+    wanted: dict[int, Wanted] = {}
+
+    def resume(index: int, codes: Tensor | None) -> None:
+        try:
+            wanted[index] = next(loops[index]) if codes is None else loops[index].send(codes)
+        except StopIteration as stop:
+            results[index] = stop.value
+
+    for index in range(len(loops)):
+        resume(index, None)
+    while wanted:
+        asked, wanted = wanted, {}
+        codes = grid.encode_tiles(torch.cat([each.values for each in asked.values()]), torch.cat([each.weights for each in asked.values()]))
+        for index, own in zip(asked, codes.split([len(each.values) for each in asked.values()]), strict=True):
+            resume(index, own)
+    return [results[index] for index in range(len(loops))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +110,7 @@ def _importance(H: Tensor, L: Tensor, block: int) -> Float[Tensor, "blocks block
     return importance
 
 
-def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> Tensor:
+def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> Coding[Tensor]:
     """Codes `(tile rows, tile columns, symbols)` by two-sided feedback, tiles from the bottom right."""
     tiling = _Tiling.of(grid, problem.shape)
     rows, columns, down, across = tiling.rows, tiling.columns, tiling.down, tiling.across
@@ -93,7 +134,7 @@ def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> 
         j = wave - i
         target = W_tiles[i, j] + F_tiles[i, j] + R_tiles[i, j]
         weights = weigh_out[i].unsqueeze(2) * weigh_in[j].unsqueeze(1) * inside[i, j]
-        found = grid.encode_tiles((target / scale).flatten(1), _normalised(weights.flatten(1)))
+        found = yield Wanted(values=(target / scale).flatten(1), weights=_normalised(weights.flatten(1)))
         if codes is None:
             codes = torch.zeros(down, across, found.shape[1], dtype=found.dtype, device=found.device)
         codes[i, j] = found
@@ -105,7 +146,7 @@ def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> 
     return codes
 
 
-def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes: Tensor) -> Tensor:
+def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes: Tensor) -> Coding[Tensor]:
     """One sweep over all tiles; returns new codes whose proxy loss is not higher."""
     tiling = _Tiling.of(grid, problem.shape)
     rows, columns, down, across = tiling.rows, tiling.columns, tiling.down, tiling.across
@@ -131,7 +172,7 @@ def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes:
         P = out_rows[i] @ R_columns[:, j].transpose(0, 1)
         best = hat_tiles[i, j] + inverse_out[i] @ P @ inverse_in[j]
         weights = weigh_out[i].unsqueeze(2) * weigh_in[j].unsqueeze(1) * inside[i, j]
-        found = grid.encode_tiles((best / scale).flatten(1), _normalised(weights.flatten(1)))
+        found = yield Wanted(values=(best / scale).flatten(1), weights=_normalised(weights.flatten(1)))
         values = scale * grid.decode_tiles(found).to(W.dtype).unflatten(1, (rows, columns)) * inside[i, j]
         change = values - hat_tiles[i, j]
         curved = own_out[i] @ change @ own_in[j]
