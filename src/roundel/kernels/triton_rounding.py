@@ -203,15 +203,13 @@ def _search_tables(levels: Tensor | None, like: Tensor) -> tuple[Tensor | None, 
 
 
 @triton.jit
-def _divided(x: Any, y: Any):  # noqa: ANN202
+def _divided(x, y):
     """The quotient, correctly rounded: `/` of two float32 is not."""
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, y)
-    return x / y
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
 @triton.jit
-def _nearest(units: Any, levels: Any, middles: Any, low: Any, high: Any, BITS: tl.constexpr):  # noqa: ANN202
+def _nearest(units, levels, middles, low, high, BITS: tl.constexpr):
     """Codes and levels nearest to values in units of the step; halves go to the even integer, or to the lower level."""
     if BITS == 0:
         units = tl.minimum(tl.maximum(units, low), high)
@@ -219,34 +217,37 @@ def _nearest(units: Any, levels: Any, middles: Any, low: Any, high: Any, BITS: t
         rest = units - level
         odd = (level.to(tl.int32) & 1) == 1
         level += ((rest > 0.5) | ((rest == 0.5) & odd)).to(level.dtype)
-        return level.to(tl.int32), level
-    index = tl.zeros_like(units).to(tl.int32)
-    for bit in tl.static_range(BITS):
-        probe = index + (1 << (BITS - 1 - bit))
-        index = tl.where(units > tl.load(middles + probe - 1), probe, index)
-    return index + low, tl.load(levels + index)
+        code = level.to(tl.int32)
+    else:
+        index = tl.zeros_like(units).to(tl.int32)
+        for bit in tl.static_range(BITS):
+            probe = index + (1 << (BITS - 1 - bit))
+            index = tl.where(units > tl.load(middles + probe - 1), probe, index)
+        code = index + low
+        level = tl.load(levels + index)
+    return code, level
 
 
 @triton.jit(do_not_specialize=["left", "bottom"])
-def _feedback_tile(  # noqa: ANN202
-    W: Any,
-    step: Any,
-    offset: Any,
-    levels: Any,
-    middles: Any,
-    from_columns: Any,
-    from_rows: Any,
-    L_out: Any,
-    L_in: Any,
-    E: Any,
-    Y: Any,
-    codes: Any,
-    left: Any,
-    bottom: Any,
-    down: Any,
-    across: Any,
-    low: Any,
-    high: Any,
+def _feedback_tile(
+    W,
+    step,
+    offset,
+    levels,
+    middles,
+    from_columns,
+    from_rows,
+    L_out,
+    L_in,
+    E,
+    Y,
+    codes,
+    left,
+    bottom,
+    down,
+    across,
+    low,
+    high,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -291,25 +292,25 @@ def _feedback_tile(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["first", "row"])
-def _walk(  # noqa: ANN202
-    P: Any,
-    H_in: Any,
-    curvature_out: Any,
-    curvature_in: Any,
-    step: Any,
-    offset: Any,
-    levels: Any,
-    middles: Any,
-    W_hat: Any,
-    codes: Any,
-    places: Any,
-    changes: Any,
-    found: Any,
-    first: Any,
-    row: Any,
-    d_in: Any,
-    low: Any,
-    high: Any,
+def _walk(
+    P,
+    H_in,
+    curvature_out,
+    curvature_in,
+    step,
+    offset,
+    levels,
+    middles,
+    W_hat,
+    codes,
+    places,
+    changes,
+    found,
+    first,
+    row,
+    d_in,
+    low,
+    high,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     SPAN: tl.constexpr,
@@ -373,7 +374,7 @@ def _walk(  # noqa: ANN202
 
 
 @triton.jit
-def _moved(H_in: Any, places: Any, changes: Any, begin: Any, end: Any, column: Any, d_in: Any, DEEP: tl.constexpr):  # noqa: ANN202
+def _moved(H_in, places, changes, begin, end, column, d_in, DEEP: tl.constexpr):
     """What listed changes move in these columns: `sum_k change_k H_in[place_k, column]`, `DEEP` of them at once."""
     moved = tl.zeros_like(tl.load(H_in + column, mask=column < d_in, other=0.0))
     for k in range(begin, end, DEEP):
@@ -386,18 +387,18 @@ def _moved(H_in: Any, places: Any, changes: Any, begin: Any, end: Any, column: A
 
 
 @triton.jit(do_not_specialize=["first", "row", "rows"])
-def _spread(  # noqa: ANN202
-    P: Any,
-    R: Any,
-    coupling: Any,
-    H_in: Any,
-    places: Any,
-    changes: Any,
-    found: Any,
-    first: Any,
-    row: Any,
-    rows: Any,
-    d_in: Any,
+def _spread(
+    P,
+    R,
+    coupling,
+    H_in,
+    places,
+    changes,
+    found,
+    first,
+    row,
+    rows,
+    d_in,
     ROWS: tl.constexpr,
     ACROSS: tl.constexpr,
     DEEP: tl.constexpr,

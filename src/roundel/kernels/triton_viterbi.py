@@ -16,8 +16,6 @@ into one call, so those of several matrices can be put together; the more than m
 No sums and products are fused, or costs would not be the specification's. Not done: several tiles to a program, which would share the code.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -88,13 +86,13 @@ def circular_path(
 
 
 @triton.jit
-def _advance(  # noqa: ANN202
-    targets: Any,
-    weights: Any,
-    code: Any,
-    best: Any,
-    choices: Any,
-    steps: Any,
+def _advance(
+    targets,
+    weights,
+    code,
+    best,
+    choices,
+    steps,
     WEIGHTS: tl.constexpr,
     KEEP: tl.constexpr,
     VALUES: tl.constexpr,
@@ -135,13 +133,13 @@ def _advance(  # noqa: ANN202
 
 
 @triton.jit
-def _trace(  # noqa: ANN202
-    choices: Any,
-    edges: Any,
-    wanted: Any,
-    found: Any,
-    tiles: Any,
-    steps: Any,
+def _trace(
+    choices,
+    edges,
+    wanted,
+    found,
+    tiles,
+    steps,
     SHIFT: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,

@@ -1,0 +1,170 @@
+"""Rounding of matrices as large models have them, on one GPU.
+
+    python benchmarks/gpu.py [--shapes 4096x4096 4096x14336] -o FILE
+
+One line of JSON for each shape and scheme: seconds of the LDL factors, of feedback and of each sweep, after one run on a small weight that
+compiles everything; the numba path on all cores of the same machine beside it where it ends within a minute or two; and for small weights
+the torch specification on the same GPU. Then the coder alone: tiles a second and the distance to the specification.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roundel.grids import ScalarGrid, TileGrid, parse_scheme
+from roundel.linalg import viterbi
+from roundel.pipeline import versions
+from roundel.rounding import feedback, make_problem, refit_scales, round_weights, sweep
+from roundel.rounding.descent import sweep_rows
+from roundel.rounding.feedback import feedback_waves
+from roundel.rounding.tiles import feedback_tiles, in_step, sweep_tiles
+from roundel.types import KroneckerFactors, RoundingProblem
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def factors_of(d_out: int, d_in: int) -> tuple[torch.Tensor, KroneckerFactors]:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def covariance(width: int) -> torch.Tensor:
+        A = torch.randn(width, 2 * width, generator=generator, device="cuda") * torch.linspace(0, 3, width, device="cuda").exp()[:, None]
+        return A @ A.T
+
+    W = torch.randn(d_out, d_in, generator=generator, device="cuda")
+    return W, KroneckerFactors.normalised(covariance(d_out), covariance(d_in), trace=1.0)
+
+
+def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
+    tensors = {name: getattr(problem, name).to(device) for name in ("W", "H_out", "H_in", "L_out", "L_in")}
+    return RoundingProblem(**tensors, scale=problem.scale, damping=problem.damping)
+
+
+def matrix(d_out: int, d_in: int, scheme: str, sweeps: int) -> dict[str, Any]:
+    grid = parse_scheme(scheme)
+    W, factors = factors_of(d_out, d_in)
+    torch.cuda.reset_peak_memory_stats()
+    line: dict[str, Any] = {"shape": [d_out, d_in], "scheme": scheme}
+    line["factorisation"], problem = seconds(lambda: make_problem(W, factors, damping=0.1))
+    line["scales"], scales = seconds(lambda: grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16))
+    if isinstance(grid, TileGrid):
+        line["feedback"], codes = seconds(lambda: in_step([feedback_tiles(problem, grid, scales)], grid)[0])
+    else:
+        assert isinstance(grid, ScalarGrid)
+        line["feedback"], codes = seconds(lambda: feedback(problem, grid, scales))
+    line["sweeps"], line["refits"] = [], []
+    for _ in range(sweeps):
+        spent, scales = seconds(lambda s=scales, c=codes: refit_scales(problem, grid, s, c))
+        line["refits"].append(spent)
+        if isinstance(grid, TileGrid):
+            spent, codes = seconds(lambda s=scales, c=codes: in_step([sweep_tiles(problem, grid, s, c)], grid)[0])
+        else:
+            spent, codes = seconds(lambda s=scales, c=codes: sweep(problem, grid, s, c))
+        line["sweeps"].append(spent)
+    line["total"] = line["factorisation"] + line["scales"] + line["feedback"] + sum(line["sweeps"]) + sum(line["refits"])
+    line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return line
+
+
+def against_cpu(d_out: int, d_in: int, scheme: str) -> dict[str, Any]:
+    """Feedback and one sweep by Triton and by numba on all cores, of one problem."""
+    grid = parse_scheme(scheme)
+    assert isinstance(grid, ScalarGrid)
+    problem = make_problem(*factors_of(d_out, d_in), damping=0.1)
+    scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
+    near, near_scales = moved(problem, "cpu"), {name: scale.cpu() for name, scale in scales.items()}
+    on_gpu, codes = seconds(lambda: feedback(problem, grid, scales))
+    on_cpu, near_codes = seconds(lambda: feedback(near, grid, near_scales))
+    swept_gpu, _ = seconds(lambda: sweep(problem, grid, scales, codes))
+    swept_cpu, _ = seconds(lambda: sweep(near, grid, near_scales, codes.cpu()))
+    line = {
+        "shape": [d_out, d_in],
+        "scheme": scheme,
+        "feedback": {"gpu": on_gpu, "cpu": on_cpu},
+        "sweep": {"gpu": swept_gpu, "cpu": swept_cpu},
+    }
+    return line | {"codes_that_differ": (codes.cpu() != near_codes).double().mean().item()}
+
+
+def against_specification(width: int, scheme: str) -> dict[str, Any]:
+    """float64, where codes must be equal."""
+    grid = parse_scheme(scheme)
+    assert isinstance(grid, ScalarGrid)
+    problem = make_problem(*factors_of(width, width), damping=0.1, dtype=torch.float64)
+    scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
+    feedback(problem, grid, scales)
+    fast, codes = seconds(lambda: feedback(problem, grid, scales))
+    slow, expected = seconds(lambda: feedback_waves(problem, grid, scales))
+    sweep(problem, grid, scales, codes)
+    fast_sweep, swept = seconds(lambda: sweep(problem, grid, scales, codes))
+    slow_sweep, expected_sweep = seconds(lambda: sweep_rows(problem, grid, scales, codes))
+    return {
+        "width": width,
+        "scheme": scheme,
+        "feedback": {"triton": fast, "torch": slow, "codes_that_differ": int((codes != expected).sum())},
+        "sweep": {"triton": fast_sweep, "torch": slow_sweep, "codes_that_differ": int((swept != expected_sweep).sum())},
+    }
+
+
+def coder(scheme: str, tiles: int, few: int) -> dict[str, Any]:
+    from roundel.grids.trellis import REACH
+    from roundel.kernels import triton_viterbi
+
+    grid = parse_scheme(scheme)
+    targets = torch.randn(tiles, 256 // grid.values, grid.values, device="cuda")
+    table, options = grid.table.cuda(), {"reach": REACH // grid.values}
+    triton_viterbi.circular_path(targets[:few], table, grid.shift, **options)
+    fast, (found, _) = seconds(lambda: triton_viterbi.circular_path(targets, table, grid.shift, **options))
+    slow, (expected, _) = seconds(lambda: viterbi.circular_path(targets[:few], table, grid.shift, **options))
+    return {
+        "scheme": scheme,
+        "tiles_per_second": {"triton": tiles / fast, "torch": few / slow},
+        "states_that_differ": int((found[:few] != expected).sum()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336"])
+    parser.add_argument("--tiles", type=int, default=1024)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "versions": {**versions(), "triton": __import__("triton").__version__},
+    }
+    for scheme in ("int4-g128", "trellis2", "lattice2"):  # compiles
+        problem = make_problem(*factors_of(256, 256), damping=0.1)
+        round_weights([problem], parse_scheme(scheme), sweeps=1, scale_dtypes=[torch.float16])
+    small = make_problem(*factors_of(256, 256), damping=0.1)
+    round_weights([moved(small, "cpu")], parse_scheme("int4-g128"), sweeps=1, scale_dtypes=[torch.float16])
+
+    def keep(key: str, line: dict[str, Any]) -> None:
+        record.setdefault(key, []).append(line)
+        print(json.dumps({key: line}), flush=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    keep("specification", against_specification(1024, "int4-g128"))
+    for scheme in ("trellis2", "trellis4", "trellis2-hyb"):
+        keep("coder", coder(scheme, args.tiles, 16))
+    for shape in args.shapes:
+        d_out, d_in = map(int, shape.split("x"))
+        keep("matrix", matrix(d_out, d_in, "int4-g128", 4))
+        keep("matrix", matrix(d_out, d_in, "trellis2", 1))
+    keep("numba", against_cpu(4096, 4096, "int4-g128"))
+
+
+if __name__ == "__main__":
+    main()
