@@ -1,5 +1,6 @@
 # make demo    install and quantize the embedded model, three ways, with the comparison printed
 # make test    install and run the tests
+# make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make docs    nothing to build yet: the pages in docs/ are plain Markdown; checks their links and commands
@@ -7,13 +8,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench docs install clean
+.PHONY: demo test test-llama check bench docs install clean
 
 demo: install
 	$(BIN)/roundel demo
 
 test: install
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-llama: .venv-llama/installed
+	OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -p no:xdist tests/llama
 
 check: install
 	$(BIN)/ruff format --check .
@@ -38,5 +42,10 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-llama/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-llama .mypy_cache .ruff_cache .pytest_cache .hypothesis

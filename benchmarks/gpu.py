@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
+from roundel.formats.native import Layout, Native
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
 from roundel.linalg import viterbi
+from roundel.nn import QuantizedLinear
 from roundel.pipeline import versions
 from roundel.rounding import feedback, make_problem, refit_scales, round_weights, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
 from roundel.rounding.tiles import feedback_tiles, in_step, sweep_tiles
-from roundel.types import KroneckerFactors, RoundingProblem
+from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -134,6 +136,30 @@ def coder(scheme: str, tiles: int, few: int) -> dict[str, Any]:
     }
 
 
+def linear(d_out: int, d_in: int, scheme: str, rows: int) -> dict[str, Any]:
+    """A packed linear and a dense one in bfloat16, microseconds a call."""
+    grid = parse_scheme(scheme)
+    W = torch.randn(d_out, d_in)
+    scales = grid.fit_scales(W, torch.ones(d_in), torch.bfloat16)
+    if isinstance(grid, TileGrid):
+        height, width = grid.tile(d_out, d_in)
+        codes = torch.randint(2**grid.shift, (d_out // height, d_in // width, 256 // grid.values)).to(torch.uint8)
+    else:
+        assert isinstance(grid, ScalarGrid)
+        codes = grid.encode(W, *grid.affine(scales, (d_out, d_in), torch.float32))
+    packed = Native().pack(RoundedWeight(scheme=scheme, codes=codes, scales=scales, shape=(d_out, d_in)))
+    module = QuantizedLinear(Layout.of(packed, grid, (d_out, d_in)), tensors=packed).cuda()
+    dense = W.to("cuda", torch.bfloat16)
+    x = torch.randn(rows, d_in, device="cuda", dtype=torch.bfloat16)
+    line: dict[str, Any] = {"shape": [d_out, d_in], "scheme": scheme, "rows": rows}
+    with torch.no_grad():
+        for name, run in {"packed": lambda: module(x), "dense": lambda: torch.nn.functional.linear(x, dense)}.items():
+            run()
+            spent = min(seconds(lambda r=run: [r() for _ in range(20)])[0] for _ in range(5))
+            line[f"{name}_us"] = round(1e6 * spent / 20, 1)
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336"])
@@ -156,14 +182,18 @@ def main() -> None:
         print(json.dumps({key: line}), flush=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 
-    keep("specification", against_specification(1024, "int4-g128"))
+    keep("specification", against_specification(512, "int4-g128"))
     for scheme in ("trellis2", "trellis4", "trellis2-hyb"):
         keep("coder", coder(scheme, args.tiles, 16))
     for shape in args.shapes:
         d_out, d_in = map(int, shape.split("x"))
         keep("matrix", matrix(d_out, d_in, "int4-g128", 4))
         keep("matrix", matrix(d_out, d_in, "trellis2", 1))
-    keep("numba", against_cpu(4096, 4096, "int4-g128"))
+    for width in (512, 1024, 2048, 4096):
+        keep("numba", against_cpu(width, width, "int4-g128"))
+    for scheme in ("int4-g128", "trellis2"):
+        for rows in (1, 8):
+            keep("linear", linear(14336, 4096, scheme, rows))
 
 
 if __name__ == "__main__":

@@ -9,4 +9,5 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from jaxtyping import install_import_hook  # noqa: E402 (after the environment is set)
 
-install_import_hook(["roundel.types", "roundel.linalg", "roundel.grids", "roundel.rounding", "roundel.formats.bits"], "beartype.beartype")
+CHECKED = ("types", "linalg", "grids", "rotation", "rounding", "formats.bits", "formats.native", "models.fuse", "nn")
+install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")

@@ -3,9 +3,23 @@
 import importlib.metadata
 
 from roundel.errors import RoundelError
-from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export_imatrix, quantize
+from roundel.hf import register
+from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export, export_imatrix, quantize
 from roundel.recipes import Recipe
+
+register()  # from here on Transformers loads Roundel's own checkpoints
 
 __version__ = importlib.metadata.version("roundel")
 
-__all__ = ["Evaluation", "Quantized", "Recipe", "RoundelError", "__version__", "collect_factors", "evaluate", "export_imatrix", "quantize"]
+__all__ = [
+    "Evaluation",
+    "Quantized",
+    "Recipe",
+    "RoundelError",
+    "__version__",
+    "collect_factors",
+    "evaluate",
+    "export",
+    "export_imatrix",
+    "quantize",
+]

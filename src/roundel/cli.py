@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from roundel.bench import bench as run_bench
 from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
@@ -30,6 +31,7 @@ from roundel.inspect import SHORT, table_rows
 from roundel.inspect import inspect as run_inspect
 from roundel.pipeline import collect_factors as run_collect
 from roundel.pipeline import evaluate as run_evaluate
+from roundel.pipeline import export as run_export
 from roundel.pipeline import export_imatrix as run_imatrix
 from roundel.pipeline import quantize as run_quantize
 from roundel.progress import make_progress
@@ -112,12 +114,16 @@ def quantize(
     ] = None,
     rotate: Annotated[
         str,
-        typer.Option(help="Random rotation of weights before rounding: auto (for trellises and lattices), none, hadamard or hadamard128."),
+        typer.Option(
+            help="Random rotation of weights before rounding: auto (online for trellises and lattices), none, fused (into the model's "
+            "weights: nothing is left to do at run time), online (undone at run time) or online128 (in blocks of 128)."
+        ),
     ] = _DEFAULT.rotate,
     format: Annotated[
         str,
         typer.Option(
-            help="auto, compressed-tensors (integers without rotation) or dense (any scheme: rounded values in the original's type)."
+            help="compressed-tensors (vLLM, Transformers), gguf or gguf:TYPE (llama.cpp), exl3 (exllamav3), gptq, native (any scheme; "
+            "Transformers with roundel), dense (rounded values in the original's type), or auto: what most engines load."
         ),
     ] = _DEFAULT.format,
     sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = _DEFAULT.sweeps,
@@ -177,6 +183,23 @@ def quantize(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A directory that quantize has written, in a format that keeps codes (not dense, not gguf).")
+    ],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="compressed-tensors, gguf, gguf:TYPE, exl3, gptq, native or dense.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    model: Annotated[str | None, typer.Option(help="A copy of the original to take the tokenizer from; default: that in SOURCE.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized model in another engine's format, with the same codes and scales."""
+    details = run_export(source, output=output, to=to, model=model, progress=make_progress(quiet=quiet))
+    if not quiet:
+        bits = details["bits_per_weight"]["model"]
+        print(f"{output}: {len(details['layers'])} linears in {details['format']}, {bits:.3f} bits per weight of the whole checkpoint")
+
+
+@app.command()
 def collect(
     model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Factors directory; new or empty, unless --resume.")],
@@ -189,6 +212,9 @@ def collect(
         int, typer.Option(help="Sequences at the end of the text to leave for evaluation.")
     ] = _DEFAULT.eval_sequences,
     seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
+    rotate: Annotated[
+        str, typer.Option(help="fused, for factors that quantize --rotate fused is to use; all others use the same.")
+    ] = "auto",
     layers: Annotated[str | None, typer.Option(metavar="A:B", help="Only decoder layers A to B-1; join such windows with merge.")] = None,
     part: Annotated[str, typer.Option(metavar="K/N", help="Only the K-th of N parts of the sequences; add them up with merge.")] = "1/1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the directory holds.")] = False,
@@ -217,6 +243,7 @@ def collect(
         seq_len=seq_len,
         eval_sequences=eval_sequences,
         seed=seed,
+        rotate=rotate,
     )
     if not quiet and header.sums:
         print(f"{output}: {header.curvature} of {len(header.layers)} linears from {len(header.sequence_ids)} sequences")
@@ -425,6 +452,46 @@ def _whole(text: str, option: str) -> int:
     if not text.isdecimal():
         raise SchemeError(f"{option} {text!r}: expected whole numbers, such as 64,512")
     return int(text)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
+    reference: Annotated[str | None, typer.Option(help="The original: local directory, Hub id, or demo.")] = None,
+    lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of prefilled sequences.")] = "1024,2048",
+    batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences at once.")] = "1,8",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after each prefill.")] = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Size on disk and in memory, and the time of prefill and decoding, beside the original."""
+    details = run_bench(
+        model,
+        reference=reference,
+        lengths=[_whole(each, "--lengths") for each in _listed(lengths)],
+        batches=[_whole(each, "--batches") for each in _listed(batches)],
+        tokens=tokens,
+        device=device,
+        dtype=dtype,
+        progress=make_progress(quiet=quiet),
+    )
+    _emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        names = list(details["models"])
+        table = Table(title=f"{model} on {details['device']}, {details['dtype']}")
+        table.add_column("")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for title, key in (("on disk, MB", "disk_bytes"), ("in memory, MB", "memory_bytes")):
+            table.add_row(title, *(f"{details['models'][name][key] / 1e6:.2f}" for name in names))
+        table.add_section()
+        for row in details["speed"]:
+            for what in ("prefill", "decode"):
+                title = f"{what}, ms per token, {row['length']} tokens, batch {row['batch']}"
+                table.add_row(title, *(number(1e3 * row[name][f"{what}_seconds_per_token"]) for name in names))
+        Console().print(table)
 
 
 @app.command()

@@ -25,6 +25,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def _load(
     source = load_source(str(model), recipe, device, dtype)
     linears: dict[str, dict[str, nn.Linear]] = {}
     for scheme in schemes:
-        selection = select_linears(source.model, parse_scheme(scheme), include=recipe.include, exclude=recipe.exclude)
+        selection = select_linears(source.model, partial(recipe.check_shape, scheme), include=recipe.include, exclude=recipe.exclude)
         linears[scheme] = {name: linear for name, linear in selection.linears.items() if source.checkpoint.weight_of(name)}
     every = {name: linear for own in linears.values() for name, linear in own.items()}
     return dataclasses.replace(source, linears=every), linears

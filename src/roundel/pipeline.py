@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,22 +35,23 @@ from roundel.calibration import (
     split_tokens,
     windows,
 )
+from roundel.checkpoints import Frame, load_written, read, write
 from roundel.curvature import Sketch, collect, parse_curvature, predicted_kl
 from roundel.curvature.collect import Collection, passes, pilot_first, safe_batch_size
-from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError
+from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
 from roundel.factors import Header
-from roundel.formats import compressed_tensors, imatrix
-from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.formats import FORMATS, gguf, imatrix
+from roundel.grids import Grid, parse_scheme
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import model_type, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
-from roundel.recipes import Recipe
+from roundel.recipes import WRITTEN, Recipe, check_format
 from roundel.round_model import round_all, round_allocated
 from roundel.rounding.round import dequantized
 from roundel.source import Notes, Source, device_of, load_source
-from roundel.store import check_output, copy_files, staged_directory, staged_file, storage, write_json, write_shards, write_text
+from roundel.store import check_output, staged_directory, staged_file, storage, write_json, write_text
 from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = [
@@ -61,12 +62,14 @@ __all__ = [
     "collect_factors",
     "default_batch",
     "evaluate",
+    "export",
     "export_imatrix",
     "open_factors",
     "quantize",
     "sequence_length",
     "split_text",
     "versions",
+    "with_block_type",
 ]
 
 SCHEMA_VERSION = 1
@@ -122,7 +125,7 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
-    recipe, notes, target = Recipe(**settings), Notes(progress or Silent()), Path(output)
+    recipe, notes, target = Recipe(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     progress = notes.progress
     check_output(target)
     stored = None
@@ -131,6 +134,9 @@ def quantize(
         recipe = stored[0].applied_to(recipe)
     with notes.timed("load"):
         source = load_source(str(model), recipe, device, dtype)
+        if source.fusion and source.fusion["untied"]:
+            added = source.fusion["added_parameters"]
+            notes.warn(f"the output head is no longer tied to the embedding, so that the rotation could be fused: {added} weights more")
         if stored is not None:
             _check_model(stored[0], source)
     length = sequence_length(source.model, recipe)
@@ -186,21 +192,23 @@ def quantize(
         )
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
-            written = _write_checkpoint(staging, source, recipe, rounded, advance)
+            frame = _frame(source, rounded)
+            written = write(staging, frame, rounded, recipe.written_format(), name=Path(source.name).name, advance=advance)
         with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
-            packed = load_model(staging, device=device_of(source.model), dtype=source.model.dtype)
+            known = {"format": recipe.written_format(), "layers": layers}
+            packed = load_written(staging, device=device_of(source.model), dtype=source.model.dtype, report=known)
             divergence = compare_models(packed, source.model, split.heldout, batch_size=wanted, advance=advance)
             del packed
-        parameters = sum(p.numel() for p in source.model.parameters())
         weights = sum(linear.weight.numel() for linear in chosen.values())
         details: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "roundel": importlib.metadata.version("roundel"),
             "versions": versions(),
-            "model": {"name": source.name, "revision": _revision(source.path), "parameters": parameters},
+            "model": {"name": source.name, "revision": _revision(source.path), "parameters": source.parameters},
+            "fused_rotation": source.fusion,
             "scheme": recipe.scheme if allocation is None else f"{recipe.bits:g} bits",
             "allocation": allocation,
-            "format": "compressed-tensors" if recipe.writes_compressed() else "dense",
+            "format": recipe.written_format(),
             "curvature": recipe.curvature,
             "seed": recipe.seed,
             "recipe": recipe.as_json(),
@@ -215,8 +223,8 @@ def quantize(
             },
             "bits_per_weight": {
                 "quantized": sum(layers[name]["bits_per_weight"] * linear.weight.numel() for name, linear in chosen.items()) / weights,
-                "model": 8 * written / parameters,
-                "quantized_fraction": weights / parameters,
+                "model": 8 * written / source.parameters,
+                "quantized_fraction": weights / source.parameters,
             },
             "predicted_kl": {
                 "total": prediction.total,
@@ -239,6 +247,71 @@ def quantize(
         write_json(staging / "roundel.json", details)
         write_text(staging / "README.md", model_card(details))
     return Quantized(path=target, report=divergence, details=details)
+
+
+def with_block_type(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which the format `gguf:q4_k` is the format `gguf` and the scheme `q4_k`.
+
+    Raises:
+        SchemeError: the settings name another scheme.
+    """
+    form, colon, scheme = str(settings.get("format", "auto")).partition(":")
+    if not colon:
+        return dict(settings)
+    given = settings.get("scheme", Recipe.scheme)
+    if form != "gguf" or given not in (scheme, Recipe.scheme):
+        raise SchemeError(f"format {form}:{scheme} with scheme {given}: expected gguf:TYPE, and the scheme TYPE or none")
+    return {**settings, "format": form, "scheme": scheme}
+
+
+def export(
+    source: str | Path, *, output: str | Path, to: str, model: str | Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Writes a directory that `quantize` has written in another format, with the same codes: nothing is rounded again.
+
+    Args:
+        source: In a format that keeps codes: any but dense and gguf.
+        output: Directory to make; must not exist, or be empty.
+        to: A format: `compressed-tensors`, `native`, `gptq`, `exl3`, `gguf` (or `gguf:TYPE`, which must be the scheme) or `dense`.
+        model: Another copy of the original, for the tokenizer; by default that in `source`.
+        progress: Where to report; silent by default.
+
+    Returns:
+        The contents of the new roundel.json.
+
+    Raises:
+        RoundelError: see `roundel.errors`; no output is left then.
+    """
+    progress, path, target = progress or Silent(), Path(source), Path(output)
+    check_output(target)
+    form, _, kind = to.partition(":")
+    if form not in WRITTEN:
+        raise SchemeError(f"format {to!r}: expected one of {', '.join(WRITTEN)}, or gguf:TYPE")
+    stored = read(path)
+    frame = stored.frame if model is None else dataclasses.replace(stored.frame, directory=locate(str(model)))
+    for name, weight in stored.rounded.items():
+        rotation = getattr(weight.rotation, "kind", None)
+        with in_layer(name):
+            grid = parse_scheme(weight.scheme)
+            check_format(form, grid, rotation)
+            if form in FORMATS:
+                FORMATS[form].check_shape(grid, *weight.shape)
+            if kind not in ("", weight.scheme):
+                raise SchemeError(
+                    f"rounded to {weight.scheme}, not to {kind}: export carries codes over; quantize again with --scheme {kind}"
+                )
+    if form == "gguf":
+        gguf.check_architecture(frame.config)
+        gguf.check_tokenizer(frame.directory)
+    with staged_directory(target) as staging, progress.stage("writing", len(frame.sizes)) as advance:
+        written = write(staging, frame, stored.rounded, form, name=Path(stored.report["model"]["name"]).name, advance=advance)
+        details = {**stored.report, "format": form, "exported_from": stored.form}
+        details["recipe"] = {**stored.report["recipe"], "format": form}
+        parameters = stored.report["model"]["parameters"]
+        details["bits_per_weight"] = {**stored.report["bits_per_weight"], "model": 8 * written / parameters}
+        write_json(staging / "roundel.json", details)
+        write_text(staging / "README.md", model_card(details))
+    return details
 
 
 def _finite(value: float) -> float | None:
@@ -273,7 +346,9 @@ def _check_model(header: Header, source: Source) -> None:
     """Refuses incomplete factors and those of another model; linears that they do not hold are skipped."""
     _check_complete(header)
     if header.model_fingerprint != factor_files.model_fingerprint(source.checkpoint):
-        raise FactorsError(f"the factors are of another model than {source.name}; collect them again")
+        raise FactorsError(
+            f"the factors are of another model than {source.name}, or of another --rotate or --seed with fused rotation; collect them again"
+        )
     for name in set(source.linears) - set(header.layers):
         source.skipped[name] = "not in the factors directory"
         del source.linears[name]
@@ -611,50 +686,30 @@ def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
-def _write_checkpoint(
-    staging: Path, source: Source, recipe: Recipe, rounded: dict[str, RoundedWeight], advance: Callable[[int], None]
-) -> int:
-    """The source checkpoint with the rounded weights in place of the originals; returns the bytes of all tensors."""
+def _frame(source: Source, rounded: Mapping[str, RoundedWeight]) -> Frame:
+    """The original without the weights of its quantized linears; experts stored one by one become the parameters that the model has."""
     checkpoint = source.checkpoint
-    replaced = {checkpoint.weight_of(name): name for name in rounded}
     fused = checkpoint.fused_in(source.model)
     pieces = {piece for stored in fused.values() for piece in stored}
-    packed: dict[str, Uniform] = {}
-    if recipe.writes_compressed():
-        for name, weight in rounded.items():
-            grid = parse_scheme(weight.scheme)
-            assert isinstance(grid, Uniform)
-            packed[name] = grid
+    kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
+    weights = {name: stored for name in rounded if (stored := checkpoint.weight_of(name)) is not None}
 
-    def produce(tensor: str) -> dict[str, Tensor]:
-        if tensor in fused:
-            kind = checkpoint.read(fused[tensor][0]).dtype
-            return {tensor: source.model.get_parameter(tensor).detach().cpu().to(kind).contiguous()}
-        module = replaced.get(tensor)
-        if module is None:
-            return {tensor: checkpoint.read(tensor)}
-        if module not in packed:
-            return {tensor: dequantized(rounded[module]).to(checkpoint.read(tensor).dtype).contiguous()}
-        prefix = tensor.removesuffix("weight")
-        return {prefix + part: value for part, value in compressed_tensors.pack(rounded[module], packed[module]).items()}
+    def read(tensor: str) -> Tensor:
+        if tensor not in fused:
+            return checkpoint.read(tensor)
+        return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()
 
-    def size(tensor: str) -> int:
-        if tensor in fused:
-            return source.model.get_parameter(tensor).numel() * checkpoint.read(fused[tensor][0]).element_size()
-        module = replaced.get(tensor, "")
-        if module not in packed:
-            return checkpoint.sizes[tensor]
-        return compressed_tensors.packed_bytes(rounded[module].shape, packed[module], rounded[module].scales["scale"].dtype)
-
-    copy_files(source.path, staging, leave_out={"config.json", "model.safetensors.index.json", "roundel.json"})
-    units = [*(tensor for tensor in checkpoint if tensor not in pieces), *fused]
-    total = write_shards(staging, {tensor: size(tensor) for tensor in units}, produce, advance=advance)
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if packed:
-        ignore = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear) and name not in rounded]
-        config["quantization_config"] = compressed_tensors.config(packed, ignore)
-    write_json(staging / "config.json", config)
-    return total
+    sizes = {tensor: checkpoint.sizes[tensor] for tensor in checkpoint if tensor not in pieces}
+    sizes |= {tensor: source.model.get_parameter(tensor).numel() * kind.itemsize for tensor, kind in kinds.items()}
+    return Frame(
+        directory=source.path,
+        config=source.config,
+        sizes=sizes,
+        reader=read,
+        weights=weights,
+        dtypes={name: checkpoint.read(stored).dtype for name, stored in weights.items()},
+        linears=frozenset(name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)),
+    )
 
 
 def evaluate(
@@ -696,7 +751,7 @@ def evaluate(
     theirs = load_model(original, device=place, dtype=kind)
     length = min(seq_len, _positions(theirs))
     tokens = _evaluation_tokens(data, load_tokenizer(original), length, sequences)
-    ours = load_model(path, device=place, dtype=kind)
+    ours = load_written(path, device=place, dtype=kind)
     for each in (theirs, ours):
         check_vocabulary(each, tokens)
     overlap = _recorded_overlap(path, tokens)

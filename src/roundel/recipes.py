@@ -12,13 +12,14 @@ from typing import Any, Literal
 from roundel.curvature import parse_curvature
 from roundel.curvature.fisher import LABEL_KINDS
 from roundel.errors import SchemeError
-from roundel.formats import compressed_tensors
+from roundel.formats import FORMATS, gguf
 from roundel.grids import Grid, parse_scheme
+from roundel.linalg.hadamard import BLOCK
 
-__all__ = ["BEST", "GPTQ", "NEAREST", "Recipe"]
+__all__ = ["BEST", "GPTQ", "NEAREST", "WRITTEN", "Recipe", "check_format"]
 
-ROTATIONS = ("auto", "none", "hadamard", "hadamard128")
-FORMATS = ("auto", "compressed-tensors", "dense")
+ROTATIONS = ("auto", "none", "fused", "online", "online128")
+WRITTEN = (*FORMATS, "gguf", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +53,14 @@ class Recipe:
             parse_scheme(scheme)
         if self.rotate not in ROTATIONS:
             raise SchemeError(f"rotate {self.rotate!r}: expected one of {', '.join(ROTATIONS)}")
-        if self.format not in FORMATS:
-            raise SchemeError(f"format {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.format not in ("auto", *WRITTEN):
+            raise SchemeError(f"format {self.format!r}: expected one of {', '.join(('auto', *WRITTEN))}, or gguf:TYPE such as gguf:q4_k")
         if self.schemes and self.bits is None:
             raise SchemeError("schemes to choose from need bits, the average that they may take: --bits 3.25")
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
         for scheme in self.used_schemes:
-            grid = parse_scheme(scheme)
-            if self.format == "compressed-tensors" and not (compressed_tensors.holds(grid) and self.rotation_of(grid) is None):
-                raise SchemeError(
-                    f"compressed-tensors cannot hold {scheme}"
-                    + (", rotated" if self.rotation_of(grid) else "")
-                    + "; use --format dense, or an "
-                    "integer scheme such as int4-g128 without rotation"
-                )
+            check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
         parse_curvature(self.curvature)
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
@@ -78,9 +72,23 @@ class Recipe:
             raise SchemeError(f"damping is {self.damping}: expected more than 0 and at most 10, relative to the mean diagonal")
 
     def rotation_of(self, grid: Grid) -> Literal["hadamard", "hadamard128"] | None:
-        """The kind of rotation that weights go through before they are rounded to this grid, if any."""
-        kind = ("hadamard" if grid.rotates else "none") if self.rotate == "auto" else self.rotate
-        return None if kind == "none" else "hadamard" if kind == "hadamard" else "hadamard128"
+        """The kind of rotation that weights go through before they are rounded to this grid and that is undone at run time, if any."""
+        if self.rotate in ("none", "fused") or (self.rotate == "auto" and not grid.rotates):
+            return None
+        return "hadamard128" if self.rotate == "online128" or self.format == "exl3" else "hadamard"
+
+    def check_shape(self, scheme: str, d_out: int, d_in: int) -> None:
+        """Refuses a weight of a shape that the scheme, its rotation or the format cannot store.
+
+        Raises:
+            SchemeError: with the reason, and what would fit.
+        """
+        grid, form = parse_scheme(scheme), self.written_format()
+        grid.check(d_out, d_in)
+        if self.rotation_of(grid) == "hadamard128" and (d_out % BLOCK or d_in % BLOCK):
+            raise SchemeError(f"rotations in blocks of {BLOCK} do not divide a weight of {d_out} x {d_in}; try --rotate online")
+        if form in FORMATS:
+            FORMATS[form].check_shape(grid, d_out, d_in)
 
     def candidate_schemes(self) -> tuple[str, ...]:
         """The schemes that `bits` are allocated over: the given ones, or those of `scheme` with all other numbers of bits.
@@ -103,20 +111,43 @@ class Recipe:
         return (self.scheme,) if self.bits is None else self.candidate_schemes()
 
     @property
-    def fused(self) -> bool:
-        """Whether linears that engines run as one must share a scheme: those of the format that vLLM serves."""
-        return self.writes_compressed()
+    def fuses(self) -> bool:
+        """Whether linears that engines run as one must share a scheme: those of formats whose engines do so."""
+        return FORMATS[self.written_format()].fuses if self.written_format() in FORMATS else False
 
-    def writes_compressed(self) -> bool:
-        """Whether the checkpoint is written as compressed-tensors; else with dense weights."""
+    def written_format(self) -> str:
+        """The format's name; for `auto` the first that holds all schemes: compressed-tensors, gguf (llama.cpp's blocks) or native."""
+        if self.format != "auto":
+            return self.format
         grids = [parse_scheme(scheme) for scheme in self.used_schemes]
-        possible = all(compressed_tensors.holds(grid) and self.rotation_of(grid) is None for grid in grids)
-        return possible and self.format != "dense"
+        return next(
+            form for form in ("compressed-tensors", "gguf", "native") if all(_holds(form, grid, self.rotation_of(grid)) for grid in grids)
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def check_format(form: str, grid: Grid, rotation: str | None) -> None:
+    """Refuses a grid that the format cannot hold.
+
+    Raises:
+        SchemeError: with the engine's limit and the nearest choice that works.
+    """
+    if form == "gguf":
+        gguf.check(grid, rotation)
+    elif form in FORMATS:
+        FORMATS[form].check(grid, rotation)
+
+
+def _holds(form: str, grid: Grid, rotation: str | None) -> bool:
+    try:
+        check_format(form, grid, rotation)
+    except SchemeError:
+        return False
+    return True
 
 
 def _known(scheme: str) -> bool:

@@ -35,8 +35,8 @@ from roundel.curvature.collect import safe_batch_size
 from roundel.curvature.sketches.base import Candidate
 from roundel.errors import NumericalError, SchemeError, in_layer
 from roundel.evaluate import compare_models
-from roundel.formats import compressed_tensors
-from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.formats import FORMATS
+from roundel.grids import Grid, parse_scheme
 from roundel.recipes import Recipe
 from roundel.rotation import Rotation
 from roundel.rounding import allocate, make_problem, round_weights
@@ -72,7 +72,7 @@ def round_all(
                 if row.pop("damping_raised"):
                     notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
             advance(len(names))
-    return rounded, rows
+    return _fitted(recipe, rounded), rows
 
 
 def choose_factors(
@@ -157,7 +157,7 @@ def round_allocated(
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     predicted = _predicted(recipe, source, rounded, unseen, notes, batch_size=batch_size)
     losses = _smoothed(predicted, rows)
-    units = allocate.fused_units(list(rounded)) if recipe.fused else {name: [name] for name in rounded}
+    units = allocate.fused_units(list(rounded)) if recipe.fuses else {name: [name] for name in rounded}
     sizes = {name: source.linears[name].weight.numel() for name in rounded}
     choices = {
         unit: {
@@ -192,9 +192,17 @@ def round_allocated(
             mixed, report["taken"] = dict.fromkeys(rounded, uniform), "uniform"
             notes.warn(f"{uniform} for all linears is as good as mixed schemes on held-out text, and is taken")
     for name, scheme in mixed.items():
-        rows[name][scheme]["scheme"] = scheme
         rows[name][scheme]["schemes_predicted_kl"] = {label: values.mean().item() for label, values in predicted[name].items()}
-    return {name: rounded[name][mixed[name]] for name in rounded}, {name: rows[name][mixed[name]] for name in rounded}, report
+    taken = _fitted(recipe, {name: rounded[name][mixed[name]] for name in rounded})
+    return taken, {name: rows[name][mixed[name]] for name in rounded}, report
+
+
+def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
+    """With what linears must share that the format's engines run as one product."""
+    if recipe.fuses:
+        for unit in allocate.fused_units(list(rounded)).values():
+            rounded |= FORMATS[recipe.written_format()].together({name: rounded[name] for name in unit})
+    return rounded
 
 
 def _round_candidates(
@@ -308,12 +316,12 @@ def round_linears(
         with in_layer(linear.name):
             parts.append(_parts(recipe, grid, linear, device))
     flat = [part for own in parts for part in own]
-    dtypes = [_scale_dtype(linear.stored) for linear, own in zip(linears, parts, strict=True) for _ in own]
+    dtypes = [_scale_dtype(recipe, linear.stored) for linear, own in zip(linears, parts, strict=True) for _ in own]
     found = iter(round_weights([part.problem for part in flat], grid, sweeps=recipe.sweeps, scale_dtypes=dtypes))
     results = []
     for linear, own in zip(linears, parts, strict=True):
         with in_layer(linear.name):
-            results.append(_result(grid, linear, own, [next(found) for _ in own]))
+            results.append(_result(recipe, grid, linear, own, [next(found) for _ in own]))
     seconds = time.monotonic() - began
     for linear, (_, row) in zip(linears, results, strict=True):
         row["seconds"] = round(seconds * linear.stored.numel() / sum(other.stored.numel() for other in linears), 3)
@@ -338,7 +346,9 @@ def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> 
     return parts
 
 
-def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
+def _result(
+    recipe: Recipe, grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]
+) -> tuple[RoundedWeight, dict[str, Any]]:
     weights, proxy_loss = [], 0.0
     for part, weight in zip(parts, found, strict=True):
         E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
@@ -347,11 +357,12 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
         scales = {key: scale.cpu() for key, scale in weight.scales.items()}
         weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
     result = stacked(weights)
-    rotated = parts[0].rotation is not None
     row = {
         "shape": list(linear.stored.shape),
         "bits": grid.bits,
-        "bits_per_weight": _stored_bits(grid, linear.stored, rotated=rotated) / linear.stored.numel(),
+        "scheme": grid.name,
+        "dtype": str(linear.stored.dtype).removeprefix("torch."),
+        "bits_per_weight": _stored_bits(recipe, grid, linear.stored) / linear.stored.numel(),
         "damping": max(part.problem.damping for part in parts),
         "proxy_loss": proxy_loss,
         "sweeps": len(result.trace) - 1,
@@ -365,20 +376,23 @@ def decoder_layers(names: Iterable[str]) -> list[list[str]]:
     return [list(group) for _, group in itertools.groupby(names, key=lambda name: re.match(r"(?:.*?\.\d+)?", name)[0])]  # type: ignore[index]
 
 
-def _stored_bits(grid: Grid, stored: Tensor, *, rotated: bool) -> int:
-    """Of all that the linear's weight takes: codes, scales, and one bit for each sign of the rotation."""
-    shape = (stored.shape[0], stored.shape[1])
-    if compressed_tensors.holds(grid) and not rotated:
-        assert isinstance(grid, Uniform)
-        return 8 * compressed_tensors.packed_bytes(shape, grid, _scale_dtype(stored))
-    return grid.stored_bits(shape, _scale_dtype(stored)) + (sum(shape) if rotated else 0)
+def _stored_bits(recipe: Recipe, grid: Grid, stored: Tensor) -> int:
+    """Of all that the linear's weight takes in the recipe's format; in dense ones of codes, scales and a rotation's signs."""
+    shape, form, rotation = (stored.shape[0], stored.shape[1]), recipe.written_format(), recipe.rotation_of(grid)
+    if form in FORMATS:
+        return 8 * FORMATS[form].packed_bytes(shape, grid, _scale_dtype(recipe, stored), rotation)
+    return grid.stored_bits(shape, _scale_dtype(recipe, stored)) + (sum(shape) if rotation else 0)
 
 
-def _scale_dtype(weight: Tensor) -> torch.dtype:
-    """Scales are stored in the weight's own type, but never in more than 16 bits.
+def _scale_dtype(recipe: Recipe, weight: Tensor) -> torch.dtype:
+    """Scales are stored in the format's type, if it has one, else in the weight's own, but never in more than 16 bits.
 
     float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.
     """
+    form = recipe.written_format()
+    fixed = FORMATS[form].scale_dtype if form in FORMATS else None
+    if fixed is not None:
+        return fixed
     if weight.dtype in (torch.float16, torch.bfloat16):
         return weight.dtype
     largest = weight.abs().max().item()

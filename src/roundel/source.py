@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundel.errors import ModelError
-from roundel.grids import parse_scheme
+from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
+from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress
 from roundel.recipes import Recipe
@@ -32,6 +35,12 @@ class Source:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
+    config: dict[str, Any]
+    """config.json."""
+    parameters: int
+    """Of the original."""
+    fusion: dict[str, Any] | None
+    """What a fused rotation has changed in the model, for the report."""
     linears: dict[str, nn.Linear]
     skipped: dict[str, str]
 
@@ -59,19 +68,34 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
     """The original model and the linears that the recipe chooses of it: those that all its schemes can store."""
     path = locate(name)
     place = pick_device(device)
-    model = load_model(path, device=place, dtype=pick_dtype(dtype, place))
-    if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+    kind = pick_dtype(dtype, place)
+    model = load_model(path, device=place, dtype=torch.float32 if recipe.rotate == "fused" else kind)
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
         raise ModelError(f"{path} is quantized already; start from the original model")
+    if recipe.written_format() == "gguf":
+        gguf.check_architecture(config)
+        gguf.check_tokenizer(path)
     checkpoint = Checkpoint.open(path)
-    first, *others = recipe.used_schemes
-    selection = select_linears(model, parse_scheme(first), include=recipe.include, exclude=recipe.exclude)
-    for scheme in others:  # a linear may get any of them
-        other = select_linears(model, parse_scheme(scheme), include=recipe.include, exclude=recipe.exclude)
+    parameters, fusion = sum(p.numel() for p in model.parameters()), None
+    if recipe.rotate == "fused":
+        fused = fuse_rotation(model, seed=recipe.seed)
+        checkpoint, config, fusion = fused.checkpoint(checkpoint), fused.config(config), fused.as_json()
+        nn.Module.to(model, kind)
+    first, *others = (
+        select_linears(model, partial(recipe.check_shape, scheme), include=recipe.include, exclude=recipe.exclude)
+        for scheme in recipe.used_schemes
+    )
+    selection = first
+    for other in others:  # a linear may get any of them
         selection = Selection(
             linears={module: linear for module, linear in selection.linears.items() if module in other.linears},
             skipped={**selection.skipped, **other.skipped},
         )
     found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
+    form = recipe.written_format()
+    if form in FORMATS:
+        FORMATS[form].check_names(found)
     absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
     return Source(
         name=name,
@@ -79,6 +103,9 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
         model=model,
         tokenizer=load_tokenizer(path),
         checkpoint=checkpoint,
+        config=config,
+        parameters=parameters,
+        fusion=fusion,
         linears=found,
         skipped={**selection.skipped, **absent},
     )

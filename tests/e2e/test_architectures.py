@@ -26,6 +26,7 @@ REPORT = {
     "scheme": None,
     "allocation": None,
     "format": None,
+    "fused_rotation": None,
     "curvature": None,
     "seed": None,
     "recipe": {
@@ -42,7 +43,19 @@ REPORT = {
     "seconds": {"load", "text", "curvature", "rounding", "prediction", "writing", "evaluation"},
 }
 ROW = {
-    *("shape", "bits", "bits_per_weight", "damping", "proxy_loss", "sweeps", "loss_after_sweeps", "seconds", "predicted_kl"),
+    *(
+        "shape",
+        "scheme",
+        "dtype",
+        "bits",
+        "bits_per_weight",
+        "damping",
+        "proxy_loss",
+        "sweeps",
+        "loss_after_sweeps",
+        "seconds",
+        "predicted_kl",
+    ),
 }
 
 

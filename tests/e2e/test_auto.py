@@ -108,7 +108,7 @@ def test_what_is_held_out_is_not_in_the_sums(model, text, tmp_path, monkeypatch)
     assert split.choice.sequence_ids == expected.choice.sequence_ids
     assert not set(header.sequence_ids) & set(expected.choice.sequence_ids)
     original = load_model(model(), device=torch.device("cpu"), dtype=torch.float32)
-    linears = select_linears(original, parse_scheme("int8-channel")).linears
+    linears = select_linears(original, parse_scheme("int8-channel").check).linears
     fitted, all_of_them = (
         collect(original, linears, tokens, BASE(), seed=0, batch_size=1).sketches for tokens in (split.calibration, split.used)
     )

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from roundel.formats.compressed_tensors import pack, unpack
+from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.models import load_model
-from roundel.pipeline import write_shards
 from roundel.rounding.round import dequantized
-from roundel.store import SHARD_BYTES
+from roundel.store import SHARD_BYTES, write_shards
+from roundel.types import RoundedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [
@@ -78,11 +78,16 @@ def dense_copy(source: Path, packed: Path, scheme: str, target: Path) -> Path:
         prefix = f"{name}.weight_"
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(prefix)}
         if own:
-            module.weight.data = dequantized(unpack(own, grid))
+            module.weight.data = dequantized(unpacked(own, grid))
             replaced += 1
     assert replaced * 3 == sum(".weight_" in key for key in tensors)
     model.save_pretrained(target)
     return target
+
+
+def unpacked(tensors: dict[str, torch.Tensor], grid) -> RoundedWeight:
+    d_out, d_in = tensors["weight_shape"].tolist()
+    return FORMATS["compressed-tensors"].unpack(tensors, grid, (d_out, d_in))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def checkpoints(model, quantize, tmp_path_factory) -> dict[tuple[str, str, str, 
         def small_shards(*args, **options) -> int:
             return write_shards(*args, shard_bytes=40_000, **options)
 
-        patch.setattr("roundel.pipeline.write_shards", small_shards)
+        patch.setattr("roundel.checkpoints.write_shards", small_shards)
         packed = root / "sharded"
         quantize(model(SHARDED[0], DTYPES[SHARDED[2]]), packed, scheme=SHARDED[1], curvature="kfac", sweeps=1)
     made[*SHARDED, True] = packed, made[*SHARDED, False][1]
@@ -130,10 +135,10 @@ def test_packed_tensors_are_what_the_format_says(case, checkpoints) -> None:
     for module in modules:
         own = {part: tensors[f"{module}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")}
         assert own["weight_scale"].dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float16)
-        rounded = unpack(own, grid)
+        rounded = unpacked(own, grid)
         low, high = grid.code_range
         assert low <= rounded.codes.min() < rounded.codes.max() <= high
-        assert all(torch.equal(own[key], value) for key, value in pack(rounded, grid).items())
+        assert all(torch.equal(own[key], value) for key, value in FORMATS["compressed-tensors"].pack(rounded).items())
 
 
 def test_shards_hold_the_same_tensors_and_have_an_index(checkpoints) -> None:
@@ -177,4 +182,4 @@ def test_what_is_evaluated_is_what_users_load(quantized) -> None:
     grid, tensors = parse_scheme("int4-g32"), read(quantized.path)
     for name in quantized.details["layers"]:
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.weight_")}
-        assert torch.equal(loaded.get_submodule(name).weight, dequantized(unpack(own, grid)))
+        assert torch.equal(loaded.get_submodule(name).weight, dequantized(unpacked(own, grid)))

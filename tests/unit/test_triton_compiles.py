@@ -1,7 +1,7 @@
 """Every Triton kernel, as its callers launch it, compiles for a Hopper GPU: Triton's compiler and assembler need no GPU.
 
-The interpreter of `test_triton.py` runs what Triton would refuse to compile, so this is the other half. One process of its own, this file as
-a program, with a driver that only names the target; launches compile and return.
+The interpreter of `test_triton.py` runs what Triton would refuse to compile, so this is the other half. One process of its own, this file
+as a program, with a driver that only names the target; launches compile and return.
 """
 
 import json

@@ -1,14 +1,14 @@
 """What a checkpoint format can do: a Hugging Face directory in which tensors of its own stand for the weights of quantized linears.
 
 Everything else in the directory - norms, embeddings, biases, tokenizer - is as in the original. A format is pure: from `RoundedWeight` to
-named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF is one file with metadata of its own:
-`formats.gguf`.)
+named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF, in `formats.gguf`, is one file with
+metadata of its own.)
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ class CheckpointFormat(ABC):
     fuses: bool = False
     """Whether engines run q, k, v and gate, up as one product, so that they must share a scheme."""
 
+    scale_dtype: torch.dtype | None = None
+    """The type that free scales must have; None: the weight's own, or one of 16 bits."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -42,6 +45,17 @@ class CheckpointFormat(ABC):
         Raises:
             SchemeError: with the engine's limit and the nearest choice that works.
         """
+
+    def check_names(self, names: Iterable[str]) -> None:  # noqa: B027 (most engines know modules by any name)
+        """Refuses modules that the engine knows by other names.
+
+        Raises:
+            SchemeError: with the reason.
+        """
+
+    def together(self, rounded: Mapping[str, RoundedWeight]) -> dict[str, RoundedWeight]:
+        """Linears that engines run as one product, made to share what they must share; only if `fuses`."""
+        return dict(rounded)
 
     def check_shape(self, grid: Grid, d_out: int, d_in: int) -> None:  # noqa: B027 (most formats hold what the grid does)
         """Refuses a weight of a shape that the format cannot hold, though the grid can; such a linear stays in its precision.

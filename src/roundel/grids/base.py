@@ -144,7 +144,7 @@ class ScalarGrid(Grid):
 
 
 class TileGrid(Grid):
-    """Tiles of many weights at once, in units of one scale for the matrix.
+    """Tiles of many weights at once, in units of one scale for the matrix, a float32 number of `SIGNIFICAND` significant bits.
 
     `codes` is `(tile rows, tile columns, symbols)`; a tile's entries are in row-major order. Where tiles do not divide a weight, its last
     rows and columns are filled up with zeros that weigh nothing.
@@ -181,7 +181,8 @@ class TileGrid(Grid):
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
         size = torch.linalg.vector_norm(W, dtype=torch.float64).item() / math.sqrt(W.numel())
         # Codes need not hold a zero: a weight of zeros gets a scale that makes them vanish.
-        return {"scale": torch.full((1, 1), max(size / (self.rms * HEADROOM), torch.finfo(torch.float32).tiny))}
+        scale = max(size / (self.rms * HEADROOM), torch.finfo(torch.float32).tiny)
+        return {"scale": _significand(torch.full((1, 1), scale, dtype=torch.float64, device=W.device)).clamp(max=LARGEST).float()}
 
     def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
         return self.parts(codes, scales, shape, dtype)["scale"] * scales["scale"].to(dtype)
@@ -190,7 +191,8 @@ class TileGrid(Grid):
         return {"scale": self.from_tiles(self.decode_tiles(codes.flatten(0, 1)).to(dtype), shape)}
 
     def stored(self, name: str, values: Float[Tensor, "rows columns"], like: Tensor) -> Tensor:
-        return torch.where(values.abs() > torch.finfo(torch.float32).tiny, values.float(), like)
+        kept = _significand(values.double())
+        return torch.where((kept.abs() > torch.finfo(torch.float32).tiny) & (kept.abs() <= LARGEST), kept.float(), like)
 
     def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         rows, columns = self.tile(*shape)
@@ -213,6 +215,18 @@ class TileGrid(Grid):
 
 HEADROOM = 0.9
 """Scales of tiles are chosen so that the weight's RMS is this part of the code's: feedback makes targets larger."""
+
+SIGNIFICAND = 11
+"""Bits of a tile scale's significand, those of float16: formats that store it so hold the very weight that was rounded to."""
+
+LARGEST = (2.0 - 2.0 ** (1 - SIGNIFICAND)) * 2.0**127
+"""The largest float32 number of so few bits."""
+
+
+def _significand(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """The nearest numbers of `SIGNIFICAND` bits."""
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2**SIGNIFICAND).round(), exponent - SIGNIFICAND)
 
 
 def refuse_width(name: str, group: int, width: int, alternatives: str) -> SchemeError:

@@ -3,7 +3,9 @@
 `fp8` (or `fp8-channel`, `fp8-tensor`): the 253 finite values of e4m3fn, -448 .. 448, times one scale of free type per output channel or for
 the weight. `mxfp4`: e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), times a power of two for 32 columns, stored as E8M0, the
 exponent + 127 in a byte (OCP Microscaling Formats 1.0). `nvfp4`: e2m1, times a positive e4m3 number for 16 columns, times one float32
-number for the weight. Codes count the distinct values from zero.
+number for the weight, here a power of two: readers that multiply by it, readers that divide by its inverse and readers that compute in
+bfloat16 all find the same weight. That costs less than one octave at the low end of the group scales, those of groups 2^-13 as large as
+the largest. Codes count the distinct values from zero.
 
 Scales are searched among those that the format can represent, for the least squared error weighted by column: for `nvfp4` 13
 neighbours of `max / 6`, up to `max / 4`, which often is the better one because e2m1 has a wide gap between 4 and 6; for `mxfp4` 4
@@ -172,7 +174,7 @@ class MxFp4(_E2m1):
 
 @dataclass(frozen=True)
 class NvFp4(_E2m1):
-    """e2m1 times e4m3 times float32; `scales["scale"]` is float8_e4m3fn `(d_out, groups)`, `scales["tensor_scale"]` float32 `(1, 1)`."""
+    """e2m1 times e4m3 times 2^n: `scales["scale"]` is float8_e4m3fn `(d_out, groups)`, `scales["tensor_scale"]` float32 `(1, 1)`."""
 
     group = 16
 
@@ -187,9 +189,10 @@ class NvFp4(_E2m1):
         self.check(*W.shape)
         w = column_weights(weights, W).unflatten(0, (-1, self.group))
         nearest = table(E2M1_LEVELS, 0.25)
-        limits = torch.finfo(torch.float32)
-        # The largest group scale is max / 4 (a smaller one is max / 6), so that the largest weight may be 4 or 6 times its group's scale.
-        tensor_scale = (W.abs().amax().double() / (4 * 448)).clamp(limits.tiny, limits.max / (6 * 448)).to(torch.float32)
+        # The largest group scale may be max / 4 (a smaller one is max / 6): the largest weight is then 4 or 6 times its group's scale.
+        # From 2^-116 to 2^115 its products with the smallest, and with the largest, scale and level are normal numbers.
+        unclipped = (W.abs().amax().double() / (4 * 448)).clamp(2.0**-116, 2.0**115)
+        tensor_scale = _powers(unclipped.log2().ceil().to(torch.int32), torch.float32)
         positive_scales = torch.tensor(_E4M3, dtype=W.dtype, device=W.device)
 
         def fit(rows: Tensor) -> dict[str, Tensor]:

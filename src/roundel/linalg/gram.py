@@ -27,7 +27,7 @@ STRIP = {"cpu": 64, "cuda": 256}
 
 def _rectangles(start: int, stop: int, leaf: int, strip: int) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of rectangles that together cover the lower triangle, each entry once."""
-    if stop - start <= leaf:
+    if stop - start <= max(leaf, 2 * strip - 1):  # else a half would be empty
         for first in range(start, stop, strip):
             last = min(first + strip, stop)
             yield slice(first, last), slice(start, last)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from roundel.errors import SchemeError
-from roundel.grids import Grid
 
 __all__ = ["Selection", "select_linears"]
 
@@ -27,12 +26,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.search(p[3:], name) is not None if p.startswith("re:") else fnmatchcase(name, p) for p in patterns)
 
 
-def select_linears(model: nn.Module, grid: Grid, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
+def select_linears(
+    model: nn.Module, check: Callable[[int, int], None], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Selection:
     """Chooses among the model's `nn.Linear`s.
 
     Args:
         model: The model.
-        grid: It must be able to store a linear's shape.
+        check: Raises a `SchemeError` for a shape that cannot be stored.
         include: Patterns of module names (`*.mlp.*`, or a regular expression after `re:`). By default all linears
             inside the decoder layers, that
             is inside a `ModuleList`: neither embeddings nor the output head.
@@ -67,7 +68,7 @@ def select_linears(model: nn.Module, grid: Grid, *, include: Sequence[str] = (),
             skipped[name] = "shares its weight with the embedding"
         else:
             try:
-                grid.check(module.out_features, module.in_features)
+                check(module.out_features, module.in_features)
             except SchemeError as error:
                 indivisible = error
                 skipped[name] = str(error).split(";")[0]

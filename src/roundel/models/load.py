@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from roundel.errors import ModelError
+from roundel.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ def locate(model: str, files: Sequence[str] = _FILES) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"no directory {model!r}, and the Hub could not deliver a model of that id: {reason}") from error
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         raise ModelError(f"{path} has no config.json: expected a Hugging Face model directory")
     return path
 
@@ -132,17 +133,23 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in a directory, in evaluation mode, loaded just as its users will load it.
+def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_file: str | None = None) -> PreTrainedModel:
+    """The causal language model in a directory, in evaluation mode, with the weights that its users' engines find in it.
 
     (`CompressedTensorsConfig(dequantize=True)` is no help: it multiplies codes and scales in the scales' 16 bits,
     also where the model is float32.)
 
+    Args:
+        path: The directory.
+        device: Where to.
+        dtype: In which the model runs.
+        gguf_file: Name of a GGUF in the directory to load instead.
+
     Raises:
         ModelError: unknown architecture, not a causal language model, weights missing, unreadable or not finite.
     """
-    _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
-    if not any(path.glob("*.safetensors")):
+    config = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if gguf_file is None and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -150,19 +157,36 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> PreTr
         "use_safetensors": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # found and named below
+        **({} if gguf_file is None else {"gguf_file": gguf_file, "config": config}),
     }
     model, info = _guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    packed = [name for name, *_ in info["mismatched_keys"] if compressor is not None and name.endswith(".weight_zero_point")]
     for name, stored, expected in sorted(info["mismatched_keys"]):
-        raise ModelError(f"weight {name} in {path} has shape {tuple(stored)}; by config.json it is {tuple(expected)}")
+        if name not in packed:
+            raise ModelError(f"weight {name} in {path} has shape {tuple(stored)}; by config.json it is {tuple(expected)}")
+    if compressor is not None:
+        _decompress(model, compressor, path, packed)
+        model = model.to(dtype)
     _check_finite(model)
-    model = model.to(device).eval()
-    if hasattr(model, "hf_quantizer"):
-        with torch.no_grad(), _quiet():  # the first forward pass unpacks the weights
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
-    return model  # type: ignore[no-any-return]
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _decompress(model: nn.Module, compressor: Any, path: Path, zero_points: Sequence[str]) -> None:
+    """Weights of a compressed-tensors model by its own decompressor, exactly.
+
+    Transformers would do it in the first forward pass, but for these: it makes parameters for zero points as they are unpacked, and refuses
+    the packed ones of the checkpoint; and 4-bit floats in a float32 model end in a product of two types.
+    """
+    checkpoint = Checkpoint.open(path)
+    for name in zero_points:
+        stored = name if name in checkpoint.files else name.partition(".")[2]
+        module, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(module), parameter, nn.Parameter(checkpoint.read(stored), requires_grad=False))
+    _guarded("packed weights", path, lambda: compressor.decompress_model(model))
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -1,0 +1,266 @@
+"""Writing rounded weights as a checkpoint of any format, and reading them back: one rounding, many formats.
+
+A `Frame` is a checkpoint without the weights of its quantized linears: everything else, tensor by tensor, with the config and the tokenizer
+beside it. `quantize` makes one of the original model, `read` one of a directory that Roundel has written, so that `export` is `read`, then
+`write`. Codes and scales are carried over as they are: nothing is rounded a second time.
+
+    format                       directory
+    compressed-tensors, gptq,    Hugging Face's: config.json with a quantization_config, safetensors, tokenizer
+    exl3, native
+    dense                        the same with rounded values in the original's type: any engine, no smaller
+    gguf                         model.gguf, all that llama.cpp needs; config.json beside it, for Transformers
+
+Tensors are made one shard at a time. `read` takes formats that keep codes (all but dense and gguf), and `roundel.json` for the schemes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from roundel.errors import ModelError, in_layer
+from roundel.formats import FORMATS, gguf
+from roundel.grids import parse_scheme
+from roundel.models import Checkpoint, load_model
+from roundel.rounding.round import dequantized
+from roundel.store import copy_files, storage, write_json, write_shards
+from roundel.types import RoundedWeight
+
+__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "read", "write"]
+
+GGUF_FILE = "model.gguf"
+
+_OWN_FILES = {"config.json", "model.safetensors.index.json", "roundel.json", "quantization_config.json"}
+"""Files of a directory that describe its weights, and are not carried over to another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A checkpoint without the weights of its quantized linears."""
+
+    directory: Path
+    """With the tokenizer, generation settings and licence."""
+    config: Mapping[str, Any]
+    """config.json, without a quantization_config."""
+    sizes: Mapping[str, int]
+    """Bytes of each tensor, in order; a quantized linear's weight is among them under its stored name."""
+    reader: Callable[[str], Tensor]
+    """One of these tensors; not asked for quantized weights."""
+    weights: Mapping[str, str]
+    """The stored name of each quantized linear's weight, by module."""
+    dtypes: Mapping[str, torch.dtype]
+    """The original type of each quantized linear's weight, by module."""
+    linears: frozenset[str]
+    """Names of all linears of the model."""
+
+
+def write(
+    staging: Path,
+    frame: Frame,
+    rounded: Mapping[str, RoundedWeight],
+    form: str,
+    *,
+    name: str,
+    advance: Callable[[int], None] = lambda _n: None,
+) -> int:
+    """Fills a directory; returns the bytes of all tensors.
+
+    Args:
+        staging: The directory, empty.
+        frame: All that is not rounded.
+        rounded: By module.
+        form: The format's name.
+        name: The model's, for metadata.
+        advance: Called with 1 after each tensor of the frame.
+
+    Raises:
+        SchemeError, ModelError: the format cannot hold it.
+        StorageError: the disk refuses.
+    """
+    if form == "gguf":
+        path = staging / GGUF_FILE
+        with storage(path):
+            gguf.write(
+                path,
+                model=frame.directory,
+                tensors=frame.sizes,
+                read=frame.reader,
+                rounded=rounded,
+                name=name,
+                config=frame.config,
+                advance=advance,
+            )
+        write_json(staging / "config.json", frame.config)
+        return path.stat().st_size
+    modules = {stored: module for module, stored in frame.weights.items()}
+    packer = FORMATS.get(form)
+    packed: dict[str, dict[str, Tensor]] = {}
+
+    def produce(tensor: str) -> dict[str, Tensor]:
+        module = modules.get(tensor)
+        if module is None:
+            return {tensor: frame.reader(tensor)}
+        with in_layer(module):
+            if packer is None:
+                return {tensor: dequantized(rounded[module]).to(frame.dtypes[module]).contiguous()}
+            parts = packer.pack(rounded[module])
+        packed[module] = {part: value.to("meta") for part, value in parts.items()}
+        prefix = tensor.removesuffix("weight")
+        return {prefix + part: value for part, value in parts.items()}
+
+    def size(tensor: str) -> int:
+        module = modules.get(tensor)
+        if module is None or packer is None:
+            return frame.sizes[tensor]
+        weight = rounded[module]
+        scales = [scale.dtype for scale in weight.scales.values() if scale.dtype in (torch.float16, torch.bfloat16)]
+        kind = getattr(weight.rotation, "kind", None)
+        return packer.packed_bytes(weight.shape, parse_scheme(weight.scheme), (*scales, torch.float32)[0], kind)
+
+    copy_files(frame.directory, staging, leave_out=_OWN_FILES)
+    total = write_shards(staging, {tensor: size(tensor) for tensor in frame.sizes}, produce, advance=advance)
+    config = dict(frame.config)
+    if packer is not None:
+        config["quantization_config"] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
+        for file, content in packer.files(rounded, packed).items():
+            write_json(staging / file, content)
+    write_json(staging / "config.json", config)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A directory that Roundel has written, read back."""
+
+    frame: Frame
+    rounded: dict[str, RoundedWeight]
+    form: str
+    report: dict[str, Any] = field(default_factory=dict)
+    """Its roundel.json."""
+
+
+def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
+    """Codes and scales of all quantized linears of a directory, and its frame.
+
+    Args:
+        path: The directory.
+        report: Its roundel.json, or as much of it as there is yet: `format` and `layers`.
+
+    Raises:
+        ModelError: it is not one that Roundel wrote, its format does not keep codes, or it is damaged.
+    """
+    report = _report(path) if report is None else report
+    form = str(report.get("format"))
+    if form not in FORMATS:
+        kept = ", ".join(FORMATS)
+        raise ModelError(
+            f"{path} is in the format {form}, which does not keep the codes: export from one of {kept} (quantize --format native)"
+        )
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" not in config:
+        raise ModelError(f"{path}/config.json has no quantization_config, though roundel.json says {form}: the directory is damaged")
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    checkpoint = Checkpoint.open(path)
+    packer = FORMATS[form]
+    rounded: dict[str, RoundedWeight] = {}
+    weights: dict[str, str] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    sizes: dict[str, int] = {}
+    try:
+        layers = {name: (row["scheme"], tuple(map(int, row["shape"])), str(row["dtype"])) for name, row in report["layers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path}/roundel.json does not say how each linear was rounded: {error!r}; it is damaged or of an older version"
+        ) from error
+    owners = _owners(checkpoint, layers)
+    for tensor in checkpoint:
+        module = owners.get(tensor)
+        if module is None:
+            sizes[tensor] = checkpoint.sizes[tensor]
+        elif module not in weights:
+            own = [other for other in checkpoint if owners.get(other) == module]
+            prefix = _prefix(own[0], module)
+            scheme, shape, dtype = layers[module]
+            with in_layer(module):
+                parts = {other.removeprefix(prefix): checkpoint.read(other) for other in own}
+                rounded[module] = packer.unpack(parts, parse_scheme(scheme), (shape[0], shape[1]))
+            weights[module], dtypes[module] = f"{prefix}weight", getattr(torch, dtype)
+            sizes[f"{prefix}weight"] = math.prod(shape) * dtypes[module].itemsize
+    missing = sorted(set(layers) - set(rounded))
+    if missing:
+        raise ModelError(f"{path} lacks the tensors of {len(missing)} quantized linears, such as {missing[0]}")
+    frame = Frame(
+        directory=path,
+        config=config,
+        sizes=sizes,
+        reader=checkpoint.read,
+        weights=weights,
+        dtypes=dtypes,
+        linears=frozenset(_linears(path, config)),
+    )
+    return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads((path / "roundel.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} has no roundel.json: expected a directory that roundel quantize has written") from error
+    except ValueError as error:
+        raise ModelError(f"{path}/roundel.json is damaged: {error}") from error
+    if not isinstance(report, dict) or not isinstance(report.get("layers"), dict):
+        raise ModelError(f"{path}/roundel.json is damaged: it names no layers")
+    return report
+
+
+def _prefix(tensor: str, module: str) -> str:
+    """The stored name of a module with a dot, which may lack the leading name of a base model."""
+    return f"{module}." if tensor.startswith(f"{module}.") else f"{module.partition('.')[2]}."
+
+
+def _owners(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, str]:
+    """The quantized linear that each of its tensors, biases aside, belongs to."""
+    stored = {name: module for module in modules for name in (module, module.partition(".")[2]) if name}
+    found = {tensor: stored.get(tensor.rpartition(".")[0]) for tensor in checkpoint}
+    return {tensor: module for tensor, module in found.items() if module is not None and not tensor.endswith(".bias")}
+
+
+def _linears(path: Path, config: Mapping[str, Any]) -> Iterable[str]:
+    """Names of all linears of the architecture, without its weights."""
+    known = AutoConfig.for_model(**config) if "model_type" in config else AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """The model in a directory as its users' engine would have it: by Transformers where that reads the format, else decoded by ourselves.
+
+    Transformers reads compressed-tensors, gguf, dense and, as `import roundel` has taught it, native ones. Of gptq and exl3 it needs other
+    projects' packages, so their written bytes are decoded here, by `report`, as `read` does.
+
+    Raises:
+        ModelError: as `load_model` and `read`.
+    """
+    if (path / GGUF_FILE).is_file():
+        return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}  # which `load_model` refuses with its reason
+    if config.get("quantization_config", {}).get("quant_method") not in ("gptq", "exl3"):
+        return load_model(path, device=device, dtype=dtype)
+    stored = read(path, report)
+    exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))
+    with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
+        write(Path(scratch), exact, stored.rounded, "dense", name="")
+        return load_model(Path(scratch), device=device, dtype=dtype)

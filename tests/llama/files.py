@@ -1,0 +1,171 @@
+"""GGUF files of tiny models and of the embedded one, rounded to the nearest, with the dense model that such a file stands for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from e2e import tiny
+from roundel.formats import gguf
+from roundel.grids import ScalarGrid, parse_scheme
+from roundel.models.checkpoint import Checkpoint
+from roundel.types import RoundedWeight
+
+ROWS = 401
+"""Of the embedding: more than there are tokens."""
+SIZES: dict[str, Any] = {**tiny.GROUPED, "vocab_size": ROWS, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}
+BOTH = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"head_dim": 64}),
+    "llama-tied": ("LlamaConfig", {"head_dim": 64, "tie_word_embeddings": True}),
+    "llama-biased": ("LlamaConfig", {"head_dim": 64, "attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-3": ("LlamaConfig", {"head_dim": 64, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": 48}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": {**YARN, "rope_theta": 1e4}}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
+    "gemma": ("GemmaConfig", {"head_dim": 64}),
+    "gemma2": ("Gemma2Config", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}),
+    "gemma3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": BOTH}),
+}
+"""Configurations by name: kv heads are fewer than heads, and everything that metadata can say is said at least once."""
+
+Scheme = str | Callable[[str, nn.Linear], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A file and what went into it."""
+
+    path: Path
+    model: PreTrainedModel
+    """Dense, in float32, with the rounded weights."""
+    rounded: dict[str, RoundedWeight]
+    decoded: dict[str, Tensor]
+
+
+def save_model(directory: Path, name: str, **changes: Any) -> Path:
+    """A random model with a byte-level tokenizer, or with SentencePiece's for Gemma and Mistral."""
+    kind, settings = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **settings, **changes})).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(directory)
+    tokenizer = spaced_tokenizer() if name.startswith(("gemma", "mistral")) else tiny.make_tokenizer(starts=False)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def spaced_tokenizer(*, prefix: bool = False) -> PreTrainedTokenizerFast:
+    """As Transformers makes of SentencePiece's models: byte tokens, U+2581 for spaces, a merge for every pair that is a token."""
+    specials = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator([tiny.make_text(4000)], trainers.BpeTrainer(vocab_size=ROWS, show_progress=False))
+    learnt = json.loads(trained.to_str())["model"]
+    made = list(dict.fromkeys("".join(merge) for merge in learnt["merges"]))
+    letters = sorted(token for token in learnt["vocab"] if len(token) == 1)
+    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+    tokens = [*specials, *byte_tokens, *letters, *made][: ROWS - 5]
+    known = set(tokens)
+    pairs = [(token[:cut], token[cut:]) for token in made if token in known for cut in range(1, len(token))]
+    merges = [pair for pair in pairs if known.issuperset(pair)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if not prefix:  # as Gemma; Transformers would put the prefix before added tokens too
+        tokenizer.add_tokens(["▁▁▁", "\n\n"])
+    return tokenizer
+
+
+def split_tokenizer(pre_tokenizer: pre_tokenizers.PreTokenizer, **settings: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that splits text in this way."""
+    core = Tokenizer(models.BPE(**settings))
+    core.pre_tokenizer = pre_tokenizer
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([tiny.make_text(6000) + " don't I'LL 12345 1234 3.14 10 200\n\n  \n == /// "], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+UPPER, LOWER, BEFORE = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[^\r\n\p{L}\p{N}]?"
+TEKKEN = rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """By a pattern, then into bytes."""
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES])
+
+
+SPLITS: dict[str, tuple[pre_tokenizers.PreTokenizer, dict[str, Any]]] = {
+    "gpt-2": (WORDS, {}),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]), {}),
+    "qwen2": (split(QWEN), {}),
+    "llama-bpe": (split(LLAMA), {"ignore_merges": True}),
+    "tekken": (split(TEKKEN), {"ignore_merges": True}),
+}
+"""Ways to split text, by llama.cpp's name, and settings of the tokenizer."""
+
+
+@functools.cache
+def usual_scales(scheme: str, width: int) -> dict[str, Tensor]:
+    """For seven rows of weights as random models have them."""
+    W = 0.1 * torch.randn(7, width, generator=torch.Generator().manual_seed(width))
+    return parse_scheme(scheme).fit_scales(W, torch.ones(width), torch.float16)
+
+
+def nearest(W: Tensor, scheme: str, *, fitted: int | None = None) -> tuple[RoundedWeight, Tensor]:
+    """The rounded weight and what it decodes to; scales are `usual_scales`, or fitted to so many rows, over and over."""
+    grid, shape = parse_scheme(scheme), (W.shape[0], W.shape[1])
+    assert isinstance(grid, ScalarGrid)
+    few = usual_scales(scheme, shape[1]) if fitted is None else grid.fit_scales(W[:fitted], torch.ones(shape[1]), torch.float16)
+    scales = {name: each[torch.arange(shape[0]) % len(each)] for name, each in few.items()}
+    codes = grid.encode(W, *grid.affine(scales, shape, torch.float32))
+    return RoundedWeight(scheme=grid.name, codes=codes, scales=scales, shape=shape), grid.dequantize(codes, scales, shape, torch.float32)
+
+
+def write(source: Path, path: Path, scheme: Scheme, *, fitted: int | None = None, **settings: Any) -> Written:
+    """A file of the model in `source`, all linears but the head rounded; by default everything else in float32."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    checkpoint = Checkpoint.open(source)
+    rounded, decoded = {}, {}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    for name, linear in linears.items():
+        chosen = scheme(name, linear) if callable(scheme) else scheme
+        if chosen is not None:
+            rounded[name], decoded[name] = nearest(linear.weight.detach(), chosen, fitted=fitted)
+            linear.weight.data = decoded[name]
+    given = {"tensors": list(checkpoint), "read": checkpoint.read, "name": "tiny", "dense": "f32", **settings}
+    gguf.write(path, model=source, rounded=rounded, **given)
+    return Written(path=path, model=model, rounded=rounded, decoded=decoded)

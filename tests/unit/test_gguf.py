@@ -1,0 +1,184 @@
+"""What can be written as GGUF and what is refused: grids, architectures, tokenizers; and where rows of q and k go."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import normalizers as norms
+
+from laws.problems import draw
+from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
+from roundel.errors import ModelError, SchemeError
+from roundel.formats.gguf import _pairs_side_by_side, _vocabulary, check, check_architecture
+from roundel.formats.gguf_blocks import PACKERS
+from roundel.grids import parse_scheme
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_block_types_are_what_a_file_holds(name: str) -> None:
+    check(parse_scheme(name), None)
+    with pytest.raises(SchemeError, match=f"rotated by hadamard: llama.cpp undoes no rotation; try {name} without one"):
+        check(parse_scheme(name), "hadamard")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("int4-g128", "q4_k"),
+        ("int2-g64", "q2_k"),
+        ("int3-channel", "q3_k"),
+        ("int8-g32", "q8_0"),
+        ("lattice2", "q2_k"),
+        ("trellis3", "q3_k"),
+    ],
+)
+def test_other_grids_are_refused_with_the_nearest_block_type(name: str, nearest: str) -> None:
+    with pytest.raises(SchemeError, match=f"{name}.*try {nearest}"):
+        check(parse_scheme(name), None)
+
+
+GEMMA2: dict[str, Any] = {"model_type": "gemma2", "num_hidden_layers": 4}
+GEMMA3: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+        {"model_type": "llama", "rope_scaling": LLAMA3},
+        {"model_type": "mistral", "sliding_window": 4096},
+        {"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+        {"model_type": "qwen3"},
+        {"model_type": "gemma", "hidden_act": "gelu"},
+        GEMMA2,
+        {**GEMMA2, "num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144},
+        GEMMA3,
+        {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {}},
+        {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ],
+    ids=lambda config: "-".join(map(str, config.values()))[:40],
+)
+def test_supported_architectures(config: dict[str, Any]) -> None:
+    before = json.dumps(config)
+    check_architecture(config)
+    assert json.dumps(config) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "opt"}, "writes llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"),
+        ({"model_type": "qwen3_moe"}, "model type 'qwen3_moe'"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "model type 'llava'"),
+        ({}, "model type 'None'"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "cannot be read"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "its activation is gelu, and llama.cpp has silu"),
+        ({"model_type": "qwen3", "attention_bias": True}, "biases"),
+        ({"model_type": "qwen2", "rope_scaling": LLAMA3}, "its rotary embedding is llama3"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "its rotary embedding is dynamic"),
+        (
+            {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "beta_fast": 32}},
+            "its rotary embedding has mscale 0.7; w",
+        ),
+        ({**GEMMA2, "query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100, and llama.cpp has 256"),
+        ({**GEMMA2, "layer_types": ["full_attention"] * 4}, "full attention is not in every layer of 2"),
+        ({**GEMMA3, "final_logit_softcapping": 30.0}, "its logits are capped"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "looks ahead"),
+        ({"model_type": "gemma3", "text_config": {**GEMMA3, "attention_bias": True}}, "biases"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_architectures_that_are_refused(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        check_architecture(config)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 8), (2, 64)])
+def test_rotary_pairs_become_neighbours(heads: int, head_dim: int) -> None:
+    order = _pairs_side_by_side(heads * head_dim, heads)
+    for head in range(heads):
+        for pair in range(head_dim // 2):
+            for side in range(2):
+                assert order[head * head_dim + 2 * pair + side] == head * head_dim + pair + side * head_dim // 2
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_packed_rows_can_be_moved(name: str) -> None:
+    """A row's bytes do not depend on other rows."""
+    grid, W = parse_scheme(name), draw(6, 256, seed=1, dtype=torch.float32)
+    scales = grid.fit_scales(W, torch.ones(256), torch.float16)
+    codes = torch.randint(0, 4, (6, 256), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    order = _pairs_side_by_side(6, 1)
+    moved = PACKERS[name](codes[order], {key: each[order] for key, each in scales.items()})
+    assert torch.equal(PACKERS[name](codes, scales)[order], moved)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_ways_to_split_text_have_names(name: str) -> None:
+    pre_tokenizer, settings = SPLITS[name]
+    text = split_tokenizer(pre_tokenizer, **settings).backend_tokenizer.to_str()
+    assert _vocabulary(text, None).pre == name
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_words_that_no_merges_lead_to_must_be_treated_alike(name: str) -> None:
+    """With `ignore_merges` the other way round nothing changes, as all tokens come of merges; and then there is one that does not."""
+    pre_tokenizer, settings = SPLITS[name]
+    made = json.loads(split_tokenizer(pre_tokenizer, **settings).backend_tokenizer.to_str())
+    made["model"]["ignore_merges"] = not made["model"]["ignore_merges"]
+    assert _vocabulary(json.dumps(made), None).pre == name
+    made["model"]["vocab"]["zzzz"] = 600
+    with pytest.raises(ModelError, match=f"llama.cpp's {name} differ in how they treat 'zzzz'"):
+        _vocabulary(json.dumps(made), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "splits text by .*Whitespace"),
+        ({"pre_tokenizer": split(QWEN.replace(r"\p{N}", r"\d"))}, "splits text by"),
+        ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "splits text by"),
+        ({"normalizer": norms.Lowercase()}, "normalizes text by Lowercase"),
+        ({"normalizer": norms.Sequence([norms.NFC(), norms.Strip()])}, "normalizes text by Strip"),
+        ({"model": models.WordPiece({"a": 0}, unk_token="a")}, "a WordPiece one"),
+        ({"model": models.Unigram([("a", 0.0)])}, "a Unigram one"),
+    ],
+    ids=str,
+)
+def test_tokenizers_that_are_refused(change: dict[str, Any], reason: str) -> None:
+    backend = Tokenizer.from_str(split_tokenizer(WORDS).backend_tokenizer.to_str())
+    for name, value in change.items():
+        setattr(backend, name, value)
+    with pytest.raises(ModelError, match=reason):
+        _vocabulary(backend.to_str(), None)
+
+
+def test_normal_forms_are_accepted() -> None:
+    backend = split_tokenizer(WORDS).backend_tokenizer
+    backend.normalizer = norms.NFC()
+    assert _vocabulary(backend.to_str(), None).kind == "gpt2"
+
+
+def test_a_byte_fallback_tokenizer_without_all_merges_is_refused() -> None:
+    made = json.loads(spaced_tokenizer().backend_tokenizer.to_str())
+    left, right = made["model"]["merges"].pop()
+    with pytest.raises(ModelError, match=f"never makes '{left + right}' of '{left}' and '{right}'"):
+        _vocabulary(json.dumps(made), None)
+
+
+def test_added_tokens_are_of_their_own_types() -> None:
+    tokenizer = split_tokenizer(WORDS)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    found = _vocabulary(tokenizer.backend_tokenizer.to_str(), len(tokenizer) + 2)
+    assert list(zip(found.tokens, found.types, strict=True))[-4:] == [
+        ("<think>", 4),
+        ("<|im_end|>", 3),
+        (f"[PAD{len(tokenizer)}]", 5),
+        (f"[PAD{len(tokenizer) + 1}]", 5),
+    ]
