@@ -36,7 +36,7 @@ from roundel.curvature.sketches.base import Candidate
 from roundel.errors import NumericalError, SchemeError, in_layer
 from roundel.evaluate import compare_models
 from roundel.formats import FORMATS
-from roundel.grids import Grid, parse_scheme
+from roundel.grids import Grid, TileGrid, parse_scheme
 from roundel.recipes import Recipe
 from roundel.rotation import Rotation
 from roundel.rounding import allocate, make_problem, round_weights
@@ -308,8 +308,11 @@ def round_linears(
 ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
     """The codes of each, in main memory, and its row of the report; `device` does the work.
 
-    All are rounded at the same time, as far as that helps (`rounding.round_weights`); the seconds are shared out by size.
+    With grids of tiles all are rounded at the same time (`rounding.round_weights`), and the seconds are shared out by size; with grids of
+    scalars that would only take memory.
     """
+    if len(linears) > 1 and not isinstance(grid, TileGrid):
+        return [round_linears(recipe, grid, [linear], device)[0] for linear in linears]
     began = time.monotonic()
     parts: list[list[_Part]] = []
     for linear in linears:

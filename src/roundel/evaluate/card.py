@@ -20,22 +20,50 @@ def with_error(value: float, error: float | None) -> str:
     return number(value) if error is None or math.isnan(error) else f"{number(value)} ± {error:.2g}"
 
 
+def _python(lines: str, note: str = "") -> str:
+    return f"""```python
+{lines}
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```{note}"""
+
+
+_PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")"""
+
+_USE = {
+    "compressed-tensors": "vLLM: `vllm serve PATH`. Transformers (`pip install transformers compressed-tensors>=0.17`):\n\n"
+    + _python(_PLAIN),
+    "asymmetric": "vLLM: `vllm serve PATH`. Transformers refuses packed zero points by default "
+    "(`pip install transformers compressed-tensors>=0.17`):\n\n"
+    + _python(
+        """from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+model = AutoModelForCausalLM.from_pretrained("PATH", quantization_config=CompressedTensorsConfig(dequantize=True))"""
+    ),
+    "gptq": "vLLM: `vllm serve PATH`. Transformers with GPTQModel (`pip install gptqmodel`):\n\n" + _python(_PLAIN),
+    "exl3": "exllamav3 and TabbyAPI: `python main.py --model-dir PARENT_OF_PATH --model-name PATH`.",
+    "gguf": "llama.cpp: `llama-server -m PATH/model.gguf` or `llama-cli -m PATH/model.gguf -p TEXT`; Ollama: `FROM PATH/model.gguf`.",
+    "native": "Transformers (`pip install roundel`), weights stay packed in memory:\n\n" + _python("import roundel  # first\n" + _PLAIN),
+    "dense": _python(_PLAIN)
+    + """
+
+vLLM: `vllm serve PATH`.
+
+The weights are stored as they are after rounding, in the original's type: any engine loads them, and the file is not smaller. The bits per
+weight above are what the codes and scales take.""",
+}
+"""How each format is served."""
+
+
 def model_card(report: dict[str, Any]) -> str:
     """README.md of the output directory, from the contents of roundel.json."""
     recipe, measured, bits = report["recipe"], report["evaluation"], report["bits_per_weight"]
     kl, predicted = measured["kl"], report["predicted_kl"]
     skipped = "".join(f"- `{name}`: {reason}\n" for name, reason in report["skipped"].items())
     left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
-    packed = report["format"] == "compressed-tensors"
-    needs = "   # needs: pip install transformers compressed-tensors>=0.17" if packed else ""
-    dense = (
-        ""
-        if packed
-        else (
-            "\n\nThe weights are stored as they are after rounding, in the original's type: any engine loads them, and the file is "
-            "not smaller. The bits per weight above are what the codes and scales take."
-        )
-    )
+    form = report["format"]
+    zero_points = any(row["scheme"].endswith("-asym") for row in report["layers"].values())
     return f"""---
 base_model: {report["model"]["name"]}
 library_name: transformers
@@ -60,14 +88,7 @@ occur in the calibration text.
 
 ## Load
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH"){needs}
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-
-vLLM: `vllm serve PATH`.{dense}
+{_USE["asymmetric" if form == "compressed-tensors" and zero_points else form]}
 
 ## Recipe
 

@@ -38,8 +38,9 @@ DEFAULT_CODE = "mul1"
 DEFAULT_STATE_BITS = 16
 DRAFT_STATE_BITS = 10
 
-REACH = 64
-"""Weights on each side of the seam that decide where the circle is closed: farther ones hardly do."""
+REACH = 128
+"""Weights on each side of the seam that decide where the circle is closed: all of them. With half as many a quarter of the time is saved,
+and the squared error of 2 bits is 0.65 % larger."""
 
 BATCH = 512
 """Tiles coded at once: on a device whose memory holds it all, about 6 MB each with 16 state bits."""
