@@ -14,10 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roundel.errors import ModelError
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["CheckpointFormat"]
+__all__ = ["CheckpointFormat", "expect"]
+
+FREE = (torch.float16, torch.bfloat16, torch.float32)
+"""Types that scales of free type may have."""
+
+
+def expect(tensors: Mapping[str, Tensor], layout: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]], whose: str) -> None:
+    """Refuses tensors of other names, shapes or types than `layout`, in which None stands for a free type.
+
+    Raises:
+        ModelError: what there is of `whose`, and what was expected.
+    """
+    if tensors.keys() != layout.keys():
+        given = ", ".join(sorted(tensors)) or "none"
+        raise ModelError(f"tensors {given} are not those expected: {whose} has {', '.join(sorted(layout))}")
+    for name, (size, dtype) in layout.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != size or (tensor.dtype != dtype if dtype is not None else tensor.dtype not in FREE):
+            found, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype or "a float type"))
+            raise ModelError(f"{name} is {found} {tuple(tensor.shape)}; expected {wanted} {size} in {whose}")
 
 
 class CheckpointFormat(ABC):

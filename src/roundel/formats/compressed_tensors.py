@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat
+from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows, unpack_rows
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.grids.asymmetric import Asymmetric
@@ -242,21 +242,12 @@ def _expect(
 ) -> None:
     """Refuses tensors of other names, shapes or types than `layout`, other sizes than `shape`, or scales that are no numbers."""
     whose = f"a {grid.name} weight of shape {shape} in compressed-tensors"
-    if tensors.keys() != layout.keys():
-        raise ModelError(f"tensors {', '.join(sorted(tensors)) or 'none'}: {whose} has {', '.join(sorted(layout))}")
-    for name, (size, dtype) in layout.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != size or (tensor.dtype != dtype if dtype is not None else tensor.dtype not in _SCALE_TYPES):
-            kind = str(dtype or "a floating-point type").removeprefix("torch.")
-            raise ModelError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: in {whose} it is {kind} of shape {size}")
+    expect(tensors, layout, whose)
     if "weight_shape" in tensors and tensors["weight_shape"].tolist() != list(shape):
         raise ModelError(f"weight_shape is {tensors['weight_shape'].tolist()}: expected {list(shape)}")
     scale = tensors["weight_scale"]
     if not (scale != 255 if scale.dtype == torch.uint8 else scale.float().isfinite()).all():
         raise ModelError(f"weight_scale of {whose} holds NaN or infinite values; the checkpoint is damaged")
-
-
-_SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _unpack_integers(tensors: Mapping[str, Tensor], grid: Integers, shape: tuple[int, int]) -> RoundedWeight:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat
+from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_tiles, unpack_tiles
 from roundel.grids import Grid, parse_scheme
 from roundel.grids.trellis import SIZE, Trellis
@@ -117,15 +117,7 @@ class Exl3(CheckpointFormat):
         self.check(grid, ROTATION)
         self.check_shape(grid, *shape)
         assert isinstance(grid, Trellis)
-        layout = _layout(grid, shape)
-        if tensors.keys() != layout.keys():
-            found = ", ".join(sorted(tensors)) or "none"
-            raise ModelError(f"tensors {found}: a {grid.name} weight in exl3 has {', '.join(sorted(layout))}")
-        for name, (size, dtype) in layout.items():
-            tensor = tensors[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != size:
-                expected = f"{str(dtype).removeprefix('torch.')} of shape {size} in a {grid.name} weight of shape {shape}"
-                raise ModelError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected {expected}")
+        expect(tensors, _layout(grid, shape), f"a {grid.name} weight of shape {shape} in exl3")
         marker = MARKERS[grid.code]
         if marker is not None and tensors[grid.code].item() != _signed(marker):
             raise ModelError(f"{grid.code} is {tensors[grid.code].item()}: expected {_signed(marker)}")

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat
+from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows, unpack_rows
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.types import RoundedWeight
@@ -102,15 +102,7 @@ class Gptq(CheckpointFormat):
         grid.check(*shape)
         self.check_shape(grid, *shape)
         assert isinstance(grid, Uniform)
-        layout = _layout(grid, shape)
-        if tensors.keys() != layout.keys():
-            found = ", ".join(sorted(tensors)) or "none"
-            raise ModelError(f"tensors {found}: a {grid.name} weight in gptq has {', '.join(sorted(layout))}")
-        for name, (size, dtype) in layout.items():
-            tensor = tensors[name]
-            if tensor.dtype != dtype or tuple(tensor.shape) != size:
-                expected = f"{str(dtype).removeprefix('torch.')} of shape {size} in a {grid.name} weight of shape {shape}"
-                raise ModelError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected {expected}")
+        expect(tensors, _layout(grid, shape), f"a {grid.name} weight of shape {shape} in gptq")
         d_out, d_in = shape
         middle, groups = 2 ** (grid.width - 1), _groups(grid, d_in)
         if not (unpack_rows(tensors["qzeros"], grid.width, d_out) == middle - 1).all():

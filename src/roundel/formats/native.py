@@ -35,7 +35,7 @@ from jaxtyping import Float, Float16, Int, Int8, Integer, UInt8
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat
+from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows
 from roundel.grids import Grid, ScalarGrid, TileGrid, Uniform, parse_scheme
 from roundel.grids.asymmetric import Asymmetric
@@ -295,17 +295,7 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout) -> None:
     Raises:
         ModelError: a tensor is missing, of another shape or type, unknown; a code is none of the grid's; a scale is not finite.
     """
-    expected = layout.tensors()
-    if tensors.keys() != expected.keys():
-        given = ", ".join(sorted(tensors)) or "none"
-        raise ModelError(f"{layout.scheme}: tensors {given}; expected {', '.join(sorted(expected))}")
-    for name, (shape, dtype) in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            found, wanted = (
-                f"{str(kind).removeprefix('torch.')} {tuple(size)}" for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape))
-            )
-            raise ModelError(f"{layout.scheme} weight of shape {layout.shape}: {name} is {found}; expected {wanted}")
+    expect(tensors, layout.tensors(), f"a {layout.scheme} weight of shape {layout.shape}")
     for name in layout.fields | {"table": None}:
         if name in tensors and tensors[name].is_floating_point() and not torch.isfinite(tensors[name].float()).all():
             raise ModelError(f"{layout.scheme}: {name} holds NaN or infinite values; the checkpoint is damaged")
