@@ -39,6 +39,9 @@ __all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "read", "write"]
 
 GGUF_FILE = "model.gguf"
 
+_GGUF_TYPES = {"llama", "qwen2", "qwen3", "gemma2", "gemma3_text"}
+"""Types of models whose GGUF Transformers reads."""
+
 _OWN_FILES = {"config.json", "model.safetensors.index.json", "roundel.json", "quantization_config.json"}
 """Files of a directory that describe its weights, and are not carried over to another."""
 
@@ -205,7 +208,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         reader=checkpoint.read,
         weights=weights,
         dtypes=dtypes,
-        linears=frozenset(_linears(path, config)),
+        linears=frozenset(name for name, module in _skeleton(path, config).named_modules() if type(module) is nn.Linear),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
 
@@ -234,30 +237,39 @@ def _owners(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, str]:
     return {tensor: module for tensor, module in found.items() if module is not None and not tensor.endswith(".bias")}
 
 
-def _linears(path: Path, config: Mapping[str, Any]) -> Iterable[str]:
-    """Names of all linears of the architecture, without its weights."""
+def _skeleton(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The architecture, without its weights."""
     known = AutoConfig.for_model(**config) if "model_type" in config else AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The model in a directory as its users' engine would have it: by Transformers where that reads the format, else decoded by ourselves.
 
-    Transformers reads compressed-tensors, gguf, dense and, as `import roundel` has taught it, native ones. Of gptq and exl3 it needs other
-    projects' packages, so their written bytes are decoded here, by `report`, as `read` does.
+    Transformers reads compressed-tensors, dense and, as `import roundel` has taught it, native directories, and the GGUF of most types of
+    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of gptq and exl3
+    by `report`, as `read` does.
 
     Raises:
         ModelError: as `load_model` and `read`.
     """
-    if (path / GGUF_FILE).is_file():
-        return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}  # which `load_model` refuses with its reason
-    if config.get("quantization_config", {}).get("quant_method") not in ("gptq", "exl3"):
+    method = config.get("quantization_config", {}).get("quant_method")
+    if (path / GGUF_FILE).is_file():
+        if config.get("model_type") in _GGUF_TYPES:
+            return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
+        tensors = gguf.read(path / GGUF_FILE, config=config, tensors=_skeleton(path, config).state_dict())
+        with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
+            write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
+            write_json(Path(scratch) / "config.json", config)
+            return load_model(Path(scratch), device=device, dtype=dtype)
+    if method not in ("gptq", "exl3"):
         return load_model(path, device=device, dtype=dtype)
     stored = read(path, report)
     exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))

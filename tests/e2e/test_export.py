@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import roundel
 from e2e import tiny
@@ -178,3 +178,22 @@ def test_size_and_speed(command, integers, wide) -> None:
         for what in ("prefill", "decode")
     )
     assert command("bench", integers.path, "--lengths", "9000").code == 2
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma"])
+def test_a_gguf_that_transformers_does_not_read_is_measured_by_its_bytes(kind, model, quantize, tmp_path) -> None:
+    source = model("mistral") if kind == "mistral" else tmp_path / "gemma"
+    if kind == "gemma":
+        GemmaForCausalLM(GemmaConfig(**tiny.MODERN, tie_word_embeddings=True)).save_pretrained(source)
+        tiny.make_tokenizer(starts=True).save_pretrained(source)
+    found = {}
+    for form in ("gguf", "native"):
+        found[form] = quantize(source, tmp_path / form, scheme="q4_0", format=form, curvature="kfac", sweeps=0)
+    assert found["gguf"].report.kl_mean == pytest.approx(found["native"].report.kl_mean, rel=0.01)
+    weights = read(tmp_path / "native").rounded
+    loaded = load_written(tmp_path / "gguf", device=torch.device("cpu"), dtype=torch.float32)
+    assert all(torch.equal(loaded.get_submodule(name).weight, dequantized(weight)) for name, weight in weights.items())
+    damaged = tmp_path / "gguf" / "model.gguf"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    with pytest.raises(ModelError):
+        load_written(tmp_path / "gguf", device=torch.device("cpu"), dtype=torch.float32)

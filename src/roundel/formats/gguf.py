@@ -54,7 +54,7 @@ from roundel.formats.imatrix import architecture, tensor_names
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_architecture", "check_tokenizer", "write"]
+__all__ = ["Dense", "check", "check_architecture", "check_tokenizer", "read", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -199,6 +199,40 @@ def write(
         writer.close()
 
 
+def read(path: Path, *, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a file that `write` has made, dense, in float32, under the names that they had; a tied head is left out.
+
+    Args:
+        path: The file.
+        config: The original's config.json.
+        tensors: Names of all tensors of the original.
+
+    Raises:
+        ModelError: a tensor is missing, or the file is damaged.
+    """
+    settings = _language_config(config)
+    family = _FAMILIES[settings.model_type]
+    tied = "lm_head.weight" if settings.tie_word_embeddings else None
+    stored = [each for each in tensors if not _LEFT_OUT.search(each) and each != tied]
+    names = _names(architecture(settings.model_type), {each.rpartition(".")[0] for each in stored})
+    try:
+        found = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    result = {}
+    for source in stored:
+        module, _, last = source.rpartition(".")
+        target = names[module].removesuffix("weight") + last
+        if target not in found:
+            raise ModelError(f"{path} lacks {target}")
+        values = torch.from_numpy(np.array(gguf.dequantize(found[target].data, found[target].tensor_type), dtype=np.float32))
+        if target.endswith("norm.weight"):
+            values = values - family.norm_offset
+        order = _order(settings, family, len(values), target)
+        result[source] = torch.empty_like(values).index_copy_(0, order, values)
+    return result
+
+
 # What the model is.
 
 
@@ -337,12 +371,6 @@ def _plan(
 ) -> list[_Entry]:
     """All tensors in the order in which a model uses them."""
     family, arch = _FAMILIES[config.model_type], architecture(config.model_type)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if family.permuted else {}
-
-    def order(rows: int, name: str) -> Int[Tensor, " rows"] | slice:
-        part = name.split(".")[-2]
-        return _pairs_side_by_side(rows, heads[part]) if part in heads else slice(None)
-
     stored = [each for each in tensors if not _LEFT_OUT.search(each)]
     names = _names(arch, {each.rpartition(".")[0] for each in stored} | set(rounded))
     quantized = {names[module]: module for module in rounded}
@@ -355,7 +383,7 @@ def _plan(
         def packed(target: str = target, module: str = module) -> np.ndarray[Any, Any]:
             weight = rounded[module]
             rows = PACKERS[weight.scheme](weight.codes, weight.scales)
-            return rows[order(len(rows), target)].cpu().numpy()
+            return rows[_order(config, family, len(rows), target)].cpu().numpy()
 
         kind = GGMLQuantizationType[weight.scheme.upper()]
         entries.append(_Entry(name=target, kind=kind, shape=weight.shape, make=packed, rounded=True))
@@ -371,7 +399,7 @@ def _plan(
 
         def plain(target: str = target, source: str = source, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
             values = read(source)
-            values = values[order(len(values), target)]
+            values = values[_order(config, family, len(values), target)]
             return _stored(values.float() + family.norm_offset if target.endswith("norm.weight") else values, kind)
 
         entries.append(_Entry(name=target, kind=kind, shape=tuple(values.shape), make=plain))
@@ -401,6 +429,13 @@ def _names(arch: str, modules: Iterable[str]) -> dict[str, str]:
 def _position(name: str) -> tuple[int, str]:
     block = re.match(r"blk\.(\d+)\.", name)
     return (int(block[1]) if block else 1_000_000 if name.startswith("output") else -1, name)
+
+
+def _order(config: PreTrainedConfig, family: _Family, rows: int, name: str) -> Int[Tensor, " rows"]:
+    """Where the rows of a tensor come from."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if family.permuted else {}
+    part = name.split(".")[-2]
+    return _pairs_side_by_side(rows, heads[part]) if part in heads else torch.arange(rows)
 
 
 def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
