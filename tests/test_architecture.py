@@ -29,6 +29,7 @@ RANKS = [
     ("source", 7),
     ("round_model", 8),
     ("checkpoints", 8),
+    ("tune", 8),
     ("pipeline", 9),
     ("bench", 10),
     ("compare", 10),

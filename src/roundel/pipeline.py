@@ -52,6 +52,7 @@ from roundel.round_model import round_all, round_allocated
 from roundel.rounding.round import dequantized
 from roundel.source import Notes, Source, device_of, load_source
 from roundel.store import check_output, staged_directory, staged_file, storage, write_json, write_text
+from roundel.tune import tune_end_to_end
 from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = [
@@ -178,6 +179,16 @@ def quantize(
                     "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
                 )
             rounded, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch)
+    tuning = None
+    if recipe.tune == "end-to-end":
+        with notes.timed("tuning"), progress.stage("tuning", recipe.tune_steps) as advance:
+            steps_on, judged_by = _apart(split)
+            tuned = tune_end_to_end(
+                source, rounded, steps_on, judged_by, steps=recipe.tune_steps, seed=recipe.seed, batch_size=batch, advance=advance
+            )
+        rounded, tuning = tuned.rounded, {"best_step": tuned.best_step, "sequences": len(steps_on), "history": tuned.history}
+        if tuned.best_step == 0:
+            notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
     chosen = {name: source.linears[name] for name in rounded}
     with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
         prediction = predicted_kl(
@@ -208,6 +219,7 @@ def quantize(
             "fused_rotation": source.fusion,
             "scheme": recipe.scheme if allocation is None else f"{recipe.bits:g} bits",
             "allocation": allocation,
+            "tuning": tuning,
             "format": recipe.written_format(),
             "curvature": recipe.curvature,
             "seed": recipe.seed,
@@ -312,6 +324,16 @@ def export(
         write_json(staging / "roundel.json", details)
         write_text(staging / "README.md", model_card(details))
     return details
+
+
+def _apart(split: Split) -> tuple[TokenBatch, TokenBatch]:
+    """Calibration text to tune on, and to choose by: the sequences that factors are chosen by, if there are any, else the last eighth."""
+    if len(split.choice):
+        return split.calibration, split.choice
+    kept = max(1, len(split.calibration) // 8)
+    if len(split.calibration) <= kept:
+        raise DataError("tuning needs two calibration sequences at least: one of them to choose by")
+    return split.calibration[: len(split.calibration) - kept], split.calibration[len(split.calibration) - kept :]
 
 
 def _finite(value: float) -> float | None:

@@ -25,6 +25,7 @@ REPORT = {
     "model": {"name", "revision", "parameters"},
     "scheme": None,
     "allocation": None,
+    "tuning": None,
     "format": None,
     "fused_rotation": None,
     "curvature": None,
