@@ -14,7 +14,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 __all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "rates", "scatter", "stacked_bars"]
 
@@ -190,9 +192,6 @@ def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, 
         ordered = sorted(points, key=lambda point: point[1])
         bits, losses, errors = ([point[k] for point in ordered] for k in (1, 2, 3))
         axes.errorbar(bits, losses, yerr=errors, markersize=5, linewidth=1.3, elinewidth=1, capsize=2, label=family, **_style(index))
-    named = sorted((x, y, scheme) for points in families.values() for scheme, x, y, _ in points)
-    for index, (x, y, scheme) in enumerate(named):  # neighbours' names at different heights
-        axes.annotate(scheme, (x, y), xytext=(5, (4, 16, -10, 28, -22)[index % 5]), textcoords="offset points", fontsize=6.5)
     axes.set_yscale("log")
     _few_ticks(axes)
     axes.set_xlabel("bits per weight, with scales and all else that is stored")
@@ -201,7 +200,42 @@ def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, 
     axes.set_axisbelow(True)
     _legend(figure)
     figure.suptitle(title, fontsize=11)
+    _name_points(figure, axes, [(x, y, scheme) for points in families.values() for scheme, x, y, _ in points])
     return _png(figure)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes each point's name beside it, where neither another name nor a point is in the way, if there is such a place near by."""
+    axes.margins(x=0.08, y=0.12)
+    figure.draw_without_rendering()  # only now is it known where points are
+    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [Bbox.from_bounds(across - 5, up - 5, 10, 10) for across, up in pixels]
+    places = [(side, height) for reach in range(7) for height in (8 * reach, -8 * reach) for side in (6, -6)]
+    for x, y, name in sorted(points):
+        best: tuple[int, Annotation, Bbox] | None = None
+        for side, height in places:
+            text = axes.annotate(
+                name,
+                (x, y),
+                xytext=(side, height),
+                textcoords="offset points",
+                fontsize=6.5,
+                ha="left" if side > 0 else "right",
+                va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5} if abs(height) > 8 else None,
+            )
+            box = Text.get_window_extent(text)
+            crossed = sum(box.overlaps(other) for other in taken)
+            if best is None or crossed < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = crossed, text, box
+            else:
+                text.remove()
+            if crossed == 0:
+                break
+        assert best is not None
+        taken.append(best[2])
 
 
 def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: str, ylabel: str, columns: int) -> bytes:
