@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/roundel demo
 
 test: install
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-llama: .venv-llama/installed
 	OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -p no:xdist tests/llama

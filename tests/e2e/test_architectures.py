@@ -32,7 +32,7 @@ REPORT = {
     "seed": None,
     "recipe": {
         *("scheme", "curvature", "labels", "calibration", "sequences", "seq_len", "eval_data", "eval_sequences"),
-        *("bits", "schemes", "rotate", "format", "sweeps", "damping", "seed", "include", "exclude"),
+        *("bits", "schemes", "rotate", "format", "sweeps", "damping", "tune", "tune_steps", "seed", "include", "exclude"),
     },
     "calibration": {"source", "sequences", "sequences_to_choose_by", "seq_len", "tokens", "sha256", "fingerprint"},
     "bits_per_weight": {"quantized", "model", "quantized_fraction"},

@@ -98,9 +98,9 @@ def viterbi_case(state_bits: int, shift: int, values: int, weighted: bool, candi
     random = torch.Generator().manual_seed(state_bits + 10 * shift)
     code = torch.randn(2**state_bits, values, generator=random)
     code[1::3] = code[::3][: len(code[1::3])]  # equal costs: the tie rule is seen
-    targets = torch.randn(5, 18, values, generator=random)
-    weights = torch.rand(5, 18, values, generator=random) if weighted else None
-    options = {"candidates": min(candidates, 2 ** (state_bits - shift)), "reach": 7}
+    targets = torch.randn(3, 14, values, generator=random)
+    weights = torch.rand(3, 14, values, generator=random) if weighted else None
+    options = {"candidates": min(candidates, 2 ** (state_bits - shift)), "reach": 5}
     expected, its_cost = viterbi.circular_path(targets, code, shift, weights, **options)
     found, cost = triton_viterbi.circular_path(targets, code, shift, weights, **options)
     nearest = (code - targets.unsqueeze(2)).square().sum(-1).argmin(-1)
