@@ -185,12 +185,14 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
             f"{path}/roundel.json does not say how each linear was rounded: {error!r}; it is damaged or of an older version"
         ) from error
     owners = _owners(checkpoint, layers)
+    tensors_of: dict[str, list[str]] = {}
+    for tensor, module in owners.items():
+        tensors_of.setdefault(module, []).append(tensor)
     for tensor in checkpoint:
-        module = owners.get(tensor)
-        if module is None:
+        if tensor not in owners:
             sizes[tensor] = checkpoint.sizes[tensor]
-        elif module not in weights:
-            own = [other for other in checkpoint if owners.get(other) == module]
+        elif (module := owners[tensor]) not in weights:
+            own = tensors_of[module]
             prefix = _prefix(own[0], module)
             scheme, shape, dtype = layers[module]
             with in_layer(module):

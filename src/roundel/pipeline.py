@@ -53,7 +53,7 @@ from roundel.rounding.round import dequantized
 from roundel.source import Notes, Source, device_of, load_source
 from roundel.store import check_output, staged_directory, staged_file, storage, write_json, write_text
 from roundel.tune import tune_end_to_end
-from roundel.types import Factors, RoundedWeight, TokenBatch
+from roundel.types import Factors, TokenBatch
 
 __all__ = [
     "Evaluation",
@@ -203,7 +203,7 @@ def quantize(
         )
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
-            frame = _frame(source, rounded)
+            frame = _frame(source, {name: row["dtype"] for name, row in layers.items()})
             written = write(staging, frame, rounded, recipe.written_format(), name=Path(source.name).name, advance=advance)
         with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
             known = {"format": recipe.written_format(), "layers": layers}
@@ -708,13 +708,14 @@ def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
-def _frame(source: Source, rounded: Mapping[str, RoundedWeight]) -> Frame:
-    """The original without the weights of its quantized linears; experts stored one by one become the parameters that the model has."""
+def _frame(source: Source, dtypes: Mapping[str, str]) -> Frame:
+    """The original without the weights of its quantized linears, given by their types; experts stored one by one become the parameters
+    that the model has."""
     checkpoint = source.checkpoint
     fused = checkpoint.fused_in(source.model)
     pieces = {piece for stored in fused.values() for piece in stored}
     kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
-    weights = {name: stored for name in rounded if (stored := checkpoint.weight_of(name)) is not None}
+    weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
 
     def read(tensor: str) -> Tensor:
         if tensor not in fused:
@@ -729,7 +730,7 @@ def _frame(source: Source, rounded: Mapping[str, RoundedWeight]) -> Frame:
         sizes=sizes,
         reader=read,
         weights=weights,
-        dtypes={name: checkpoint.read(stored).dtype for name, stored in weights.items()},
+        dtypes={name: getattr(torch, dtypes[name]) for name in weights},
         linears=frozenset(name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)),
     )
 
