@@ -4,7 +4,7 @@ import importlib.metadata
 
 from roundel.errors import RoundelError
 from roundel.hf import register
-from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export, export_imatrix, quantize
+from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export, export_imatrix, quantize, tune
 from roundel.recipes import Recipe
 
 register()  # from here on Transformers loads Roundel's own checkpoints
@@ -22,4 +22,5 @@ __all__ = [
     "export",
     "export_imatrix",
     "quantize",
+    "tune",
 ]

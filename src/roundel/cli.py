@@ -29,11 +29,13 @@ from roundel.evaluate.card import number, with_error
 from roundel.factors import merge as merge_factors
 from roundel.inspect import SHORT, table_rows
 from roundel.inspect import inspect as run_inspect
+from roundel.pipeline import Quantized
 from roundel.pipeline import collect_factors as run_collect
 from roundel.pipeline import evaluate as run_evaluate
 from roundel.pipeline import export as run_export
 from roundel.pipeline import export_imatrix as run_imatrix
 from roundel.pipeline import quantize as run_quantize
+from roundel.pipeline import tune as run_tune
 from roundel.progress import make_progress
 from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
 from roundel.store import check_output, write_json
@@ -52,6 +54,24 @@ Batch = Annotated[int | None, typer.Option(min=1, help="Sequences per pass; defa
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="In which the model runs: auto (float32 on CPU, bfloat16 on GPU), float32 or bfloat16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the whole report there; - is standard output.")]
+TuneMethod = Annotated[
+    str,
+    typer.Option(
+        "--tune",
+        help="none; end-to-end: after rounding, steps of all codes and scales together under the KL of the whole model, much less loss for "
+        "some minutes more; or blocks: one decoder layer at a time, in the memory of one. Trellises and lattices keep their codes.",
+    ),
+]
+TuneSteps = Annotated[int, typer.Option("--tune-steps", help="Steps; of each decoder layer with blocks.")]
+TuneTokens = Annotated[int, typer.Option("--tune-tokens", help="Tokens of one step; more than 4096 are accumulated.")]
+TuneNorms = Annotated[
+    bool | None,
+    typer.Option("--tune-norms/--no-tune-norms", help="Whether norms and biases are tuned too; default: where codes stay as they are."),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep finished and half-done work there: the same command goes on from it after a crash."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
@@ -128,14 +148,13 @@ def quantize(
     ] = _DEFAULT.format,
     sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = _DEFAULT.sweeps,
     damping: Annotated[float, typer.Option(help="Added to each factor's diagonal, relative to its mean.")] = _DEFAULT.damping,
-    tune: Annotated[
-        str,
-        typer.Option(
-            help="none, or end-to-end: after rounding, steps of all codes and scales together under the KL of the whole model (integers). "
-            "Much less loss for some minutes more."
-        ),
-    ] = _DEFAULT.tune,
-    tune_steps: Annotated[int, typer.Option(help="Steps of about 4096 tokens.")] = _DEFAULT.tune_steps,
+    error_aware: Annotated[
+        bool, typer.Option(help="Let later layers make up for the errors of those rounded before: less loss for some minutes more.")
+    ] = _DEFAULT.error_aware,
+    tune: TuneMethod = _DEFAULT.tune,
+    tune_steps: TuneSteps = _DEFAULT.tune_steps,
+    tune_tokens: TuneTokens = _DEFAULT.tune_tokens,
+    tune_norms: TuneNorms = _DEFAULT.tune_norms,
     seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
     include: Annotated[
         list[str] | None,
@@ -145,6 +164,7 @@ def quantize(
     factors: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Use these collected factors, with their curvature, labels, text and seed.")
     ] = None,
+    work: Work = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: Batch = None,
@@ -156,6 +176,7 @@ def quantize(
         model,
         output=output,
         factors=factors,
+        work=work,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -174,22 +195,73 @@ def quantize(
         eval_sequences=eval_sequences,
         sweeps=sweeps,
         damping=damping,
+        error_aware=error_aware,
         tune=tune,
         tune_steps=tune_steps,
+        tune_tokens=tune_tokens,
+        tune_norms=tune_norms,
         seed=seed,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
     )
+    _show_quantized(result, model, json_file, quiet=quiet)
+
+
+def _show_quantized(result: Quantized, model: str, json_file: Path | None, *, quiet: bool) -> None:
     _emit(result.details, json_file)
     if not quiet and str(json_file) != "-":
         stored, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
         table = _divergence_table(f"{model} in {result.details['scheme']}", result.report)
+        if result.details["tuning"] is not None:
+            kl = result.details["tuning"]["held_out_kl"]
+            table.add_row("KL on other text before and after tuning", f"{number(kl['before'])}, {number(kl['after'])}")
         table.add_row("KL predicted", with_error(predicted["total"], predicted["total_stderr"]))
         table.add_row("bits per weight: quantized linears", f"{stored['quantized']:.3f}")
         table.add_row("bits per weight: whole checkpoint", f"{stored['model']:.3f}")
         table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
         Console().print(table)
         print(f"{result.path}: written; roundel.json has every layer's numbers")
+
+
+@app.command()
+def tune(
+    directory: Annotated[
+        Path, typer.Argument(help="A directory that quantize has written, in a format that keeps codes (not dense, not gguf).")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    method: TuneMethod = "end-to-end",
+    steps: TuneSteps = _DEFAULT.tune_steps,
+    step_tokens: TuneTokens = _DEFAULT.tune_tokens,
+    norms: TuneNorms = _DEFAULT.tune_norms,
+    calibration: Annotated[str | None, typer.Option(metavar="SPEC", help="Other text than it was quantized with.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Another number of sequences.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed of the choice and order of sequences.")] = None,
+    model: Annotated[str | None, typer.Option(help="The original, if it is not where roundel.json says.")] = None,
+    work: Work = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tune the codes and scales of a quantized model, and write it in the same format."""
+    others = {"calibration": calibration, "sequences": sequences, "seed": seed}
+    result = run_tune(
+        directory,
+        output=output,
+        model=model,
+        work=work,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+        tune=method,
+        tune_steps=steps,
+        tune_tokens=step_tokens,
+        tune_norms=norms,
+        **{name: value for name, value in others.items() if value is not None},
+    )
+    _show_quantized(result, str(directory), json_file, quiet=quiet)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The stages, from artifact to artifact: `quantize`, `collect_factors`, `export_imatrix` and `evaluate`.
+"""The stages, from artifact to artifact: `quantize`, `tune`, `export`, `collect_factors`, `export_imatrix` and `evaluate`.
 
     model, text -> tokens -> factors of every linear -> rounded weights -> staged checkpoint -> measured KL -> report,
     and only then the output directory
@@ -10,6 +10,7 @@ checkpoint is written one shard at a time.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -35,7 +36,7 @@ from roundel.calibration import (
     split_tokens,
     windows,
 )
-from roundel.checkpoints import Frame, load_written, read, write
+from roundel.checkpoints import Frame, Stored, load_written, read, write
 from roundel.curvature import Sketch, collect, parse_curvature, predicted_kl
 from roundel.curvature.collect import Collection, passes, pilot_first, safe_batch_size
 from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError, in_layer
@@ -43,17 +44,20 @@ from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
 from roundel.factors import Header
 from roundel.formats import FORMATS, gguf, imatrix
-from roundel.grids import Grid, parse_scheme
+from roundel.grids import Grid, TileGrid, parse_scheme
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import model_type, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
-from roundel.recipes import WRITTEN, Recipe, check_format
+from roundel.recipes import TUNINGS, WRITTEN, Recipe, check_format
+from roundel.rotation import Rotation
 from roundel.round_model import round_all, round_allocated
 from roundel.rounding.round import dequantized
 from roundel.source import Notes, Source, device_of, load_source
 from roundel.store import check_output, staged_directory, staged_file, storage, write_json, write_text
-from roundel.tune import tune_end_to_end
-from roundel.types import Factors, TokenBatch
+from roundel.tuning import Tuned, tune_blocks, tune_end_to_end
+from roundel.tuning.blocks import layers_of
+from roundel.tuning.saved import Saved, packed, unpacked
+from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = [
     "Evaluation",
@@ -69,6 +73,7 @@ __all__ = [
     "quantize",
     "sequence_length",
     "split_text",
+    "tune",
     "versions",
     "with_block_type",
 ]
@@ -101,6 +106,7 @@ def quantize(
     *,
     output: str | Path,
     factors: str | Path | None = None,
+    work: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -114,6 +120,8 @@ def quantize(
         output: Directory to make; must not exist, or be empty.
         factors: A directory that `collect_factors` made of the same model: nothing is collected then, and its curvature, labels, text,
             sequences and seed take the place of the recipe's.
+        work: A directory for what is finished or half done: factors, rounded weights, the state of tuning. The same call goes on from there
+            after a crash, and ends with the same checkpoint. It may be removed afterwards.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
         batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
@@ -129,6 +137,20 @@ def quantize(
     recipe, notes, target = Recipe(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     progress = notes.progress
     check_output(target)
+    kept = None if work is None else Path(work)
+    if kept is not None and factors is None:
+        factors = kept / "factors"
+        shared = {name: getattr(recipe, name) for name in _COLLECTED} | {"rotate": "fused" if recipe.rotate == "fused" else "auto"}
+        collect_factors(
+            model,
+            output=factors,
+            resume=True,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            progress=progress,
+            **shared,
+        )
     stored = None
     if factors is not None:
         stored = factor_files.load(Path(factors))
@@ -143,11 +165,7 @@ def quantize(
     length = sequence_length(source.model, recipe)
     with notes.timed("text"):
         split = split_text(recipe, source, length, progress, known=frozenset(stored[0].sequence_ids) if stored else None)
-        fingerprint = Fingerprint.of(split.used)
-        overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
     check_vocabulary(source.model, split.used, split.heldout)
-    if overlap > OVERLAP_WARNING:
-        notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     with notes.timed("curvature"):
         wanted = batch_size or default_batch(length)
         estimator = parse_curvature(recipe.curvature)
@@ -167,10 +185,18 @@ def quantize(
                     labels=recipe.labels,
                     advance=advance,
                 ).sketches
+    before = Saved(path=kept and kept / "rounded.safetensors", digest=_rounding_digest(recipe, source, split))
     with notes.timed("rounding"):
         allocation = None
-        if recipe.bits is None:
-            rounded, layers = round_all(recipe, parse_scheme(recipe.scheme), source, sketches, split.choice, notes, batch_size=batch)
+        if (found := before.load()) is not None:
+            layers, allocation = found[1]["layers"], found[1]["allocation"]
+            rounded = unpacked(found[0], {name: (row["scheme"], tuple(row["shape"])) for name, row in layers.items()})
+            source.skipped.update(found[1]["skipped"])
+        elif recipe.bits is None:
+            correct_on = _apart(split) if recipe.error_aware else None
+            rounded, layers = round_all(
+                recipe, parse_scheme(recipe.scheme), source, sketches, split.choice, notes, batch_size=batch, correct_on=correct_on
+            )
         else:
             unseen = split.choice
             if not len(unseen):
@@ -179,16 +205,159 @@ def quantize(
                     "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
                 )
             rounded, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch)
-    tuning = None
-    if recipe.tune == "end-to-end":
-        with notes.timed("tuning"), progress.stage("tuning", recipe.tune_steps) as advance:
-            steps_on, judged_by = _apart(split)
-            tuned = tune_end_to_end(
-                source, rounded, steps_on, judged_by, steps=recipe.tune_steps, seed=recipe.seed, batch_size=batch, advance=advance
-            )
-        rounded, tuning = tuned.rounded, {"best_step": tuned.best_step, "sequences": len(steps_on), "history": tuned.history}
-        if tuned.best_step == 0:
-            notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
+        if found is None:
+            before.save(packed(rounded), {"layers": layers, "allocation": allocation, "skipped": source.skipped})
+    return _finish(target, source, recipe, split, rounded, layers, notes, batch_size=batch, work=kept, carried={"allocation": allocation})
+
+
+_COLLECTED = ("curvature", "labels", "calibration", "sequences", "seq_len", "eval_sequences", "seed")
+"""Settings of a recipe that factors depend on, fused rotations aside."""
+
+
+def _rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
+    """Of all that decides the codes before tuning."""
+    decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_"))}
+    given = [decisive, factor_files.model_fingerprint(source.checkpoint), data_hash(split.used), str(source.model.dtype)]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def tune(
+    directory: str | Path,
+    *,
+    output: str | Path,
+    model: str | Path | None = None,
+    work: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Quantized:
+    """Tunes the codes of a directory that `quantize` has written, and writes them in the same format.
+
+    Args:
+        directory: In a format that keeps codes: any but dense and gguf.
+        output: Directory to make; must not exist, or be empty.
+        model: The original, where it is not what roundel.json names.
+        work: As for `quantize`.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: As for `quantize`.
+        progress: As for `quantize`.
+        settings: Fields of `Recipe` that are to differ from those in roundel.json: of text, tuning and the seed.
+
+    Returns:
+        As `quantize`.
+
+    Raises:
+        RoundelError: see `roundel.errors`; no output is left then.
+    """
+    notes, target, path = Notes(progress or Silent()), Path(output), Path(directory)
+    check_output(target)
+    stored = read(path)
+    try:
+        old = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.report["recipe"].items()}
+        recipe = Recipe(**{**old, "tune": "end-to-end", "format": stored.form, **settings})
+        name = str(model or stored.report["model"]["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}/roundel.json does not say how it was made: {error!r}; it is damaged or of another version") from error
+    if recipe.tune == "none":
+        raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
+    with notes.timed("load"):
+        source = load_source(name, recipe, device, dtype)
+    if not _is_original(source, stored):
+        raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
+    length = sequence_length(source.model, recipe)
+    with notes.timed("text"):
+        split = split_text(recipe, source, length, notes.progress)
+    check_vocabulary(source.model, split.used, split.heldout)
+    batch = batch_size or default_batch(length)
+    carried = {"allocation": stored.report.get("allocation"), "tuned_from": str(path)}
+    layers = stored.report["layers"]
+    source.skipped.update(stored.report.get("skipped", {}))
+    kept = None if work is None else Path(work)
+    return _finish(target, source, recipe, split, stored.rounded, layers, notes, batch_size=batch, work=kept, carried=carried)
+
+
+def _is_original(source: Source, stored: Stored) -> bool:
+    """Whether linears have the same names and shapes, and the first matrix that is not quantized is the same."""
+    shapes = {name: tuple(linear.weight.shape) for name, linear in source.linears.items()}
+    if any(shapes.get(name) != weight.shape for name, weight in stored.rounded.items()):
+        return False
+    if stored.report["model"].get("parameters") != source.parameters:
+        return False
+    quantized = set(stored.frame.weights.values())
+    for name in stored.frame.sizes:
+        if name not in quantized and (tensor := stored.frame.reader(name)).ndim > 1:
+            return name in source.checkpoint.files and torch.equal(tensor, source.checkpoint.read(name))
+    return True
+
+
+def _small_parameters(source: Source) -> dict[str, torch.dtype]:
+    """Norms and biases, and the types in which they are stored."""
+    names = [name for name, parameter in source.model.named_parameters() if parameter.ndim == 1 and name in source.checkpoint.files]
+    return {name: source.checkpoint.read(name).dtype for name in names}
+
+
+def _tuned(
+    source: Source, recipe: Recipe, split: Split, rounded: Mapping[str, RoundedWeight], notes: Notes, *, batch_size: int, work: Path | None
+) -> Tuned:
+    """As the recipe says."""
+    steps_on, judged_by = _apart(split)
+    method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
+    turns = 1 if recipe.tune == "end-to-end" else sum(map(bool, layers_of(source.model, rounded).values()))
+    norms = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.values())
+    others = _small_parameters(source) if recipe.tune_norms or (recipe.tune_norms is None and norms) else {}
+    with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.tune_steps) as advance:
+        tuned = method(
+            source,
+            rounded,
+            steps_on,
+            judged_by,
+            steps=recipe.tune_steps,
+            step_tokens=recipe.tune_tokens,
+            others=others,
+            seed=recipe.seed,
+            batch_size=batch_size,
+            work=work,
+            advance=advance,
+        )
+    if tuned.best_step == 0:
+        notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
+    return tuned
+
+
+def _finish(
+    target: Path,
+    source: Source,
+    recipe: Recipe,
+    split: Split,
+    rounded: Mapping[str, RoundedWeight],
+    layers: Mapping[str, dict[str, Any]],
+    notes: Notes,
+    *,
+    batch_size: int,
+    work: Path | None,
+    carried: Mapping[str, Any],
+) -> Quantized:
+    """From rounded weights to the checkpoint and its report: tuning, prediction, writing, evaluation."""
+    progress, length = notes.progress, split.heldout.ids.shape[1]
+    fingerprint = Fingerprint.of(split.used)
+    overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
+    if overlap > OVERLAP_WARNING:
+        notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
+    tuning, others = None, dict[str, Tensor]()
+    if recipe.tune != "none":
+        tuned = _tuned(source, recipe, split, rounded, notes, batch_size=batch_size, work=work)
+        rounded, others = tuned.rounded, tuned.parameters
+        tuning = {
+            "method": recipe.tune,
+            "best_step": tuned.best_step,
+            "held_out_kl": {"before": tuned.held_out_kl[0], "after": tuned.held_out_kl[1]},
+            "other_parameters": len(others),
+            "history": tuned.history,
+        }
+        layers = {name: {**row, **_bits_with_vectors(rounded[name], recipe)} for name, row in layers.items()}
     chosen = {name: source.linears[name] for name in rounded}
     with notes.timed("prediction"), progress.stage("prediction", len(split.heldout)) as advance:
         prediction = predicted_kl(
@@ -197,19 +366,19 @@ def quantize(
             lambda name: chosen[name].weight.float().cpu() - dequantized(rounded[name]),
             split.heldout,
             seed=recipe.seed,
-            batch_size=batch,
+            batch_size=batch_size,
             labels=recipe.labels,
             advance=advance,
         )
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
-            frame = _frame(source, {name: row["dtype"] for name, row in layers.items()})
+            frame = _frame(source, {name: row["dtype"] for name, row in layers.items()}, others)
             written = write(staging, frame, rounded, recipe.written_format(), name=Path(source.name).name, advance=advance)
         with notes.timed("evaluation"), progress.stage("evaluation", len(split.heldout)) as advance:
             known = {"format": recipe.written_format(), "layers": layers}
-            packed = load_written(staging, device=device_of(source.model), dtype=source.model.dtype, report=known)
-            divergence = compare_models(packed, source.model, split.heldout, batch_size=wanted, advance=advance)
-            del packed
+            engine = load_written(staging, device=device_of(source.model), dtype=source.model.dtype, report=known)
+            divergence = compare_models(engine, source.model, split.heldout, batch_size=batch_size, advance=advance)
+            del engine
         weights = sum(linear.weight.numel() for linear in chosen.values())
         details: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -217,8 +386,8 @@ def quantize(
             "versions": versions(),
             "model": {"name": source.name, "revision": _revision(source.path), "parameters": source.parameters},
             "fused_rotation": source.fusion,
-            "scheme": recipe.scheme if allocation is None else f"{recipe.bits:g} bits",
-            "allocation": allocation,
+            "scheme": recipe.scheme if carried.get("allocation") is None else f"{recipe.bits:g} bits",
+            **carried,
             "tuning": tuning,
             "format": recipe.written_format(),
             "curvature": recipe.curvature,
@@ -708,9 +877,17 @@ def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
         raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
 
 
-def _frame(source: Source, dtypes: Mapping[str, str]) -> Frame:
-    """The original without the weights of its quantized linears, given by their types; experts stored one by one become the parameters
-    that the model has."""
+def _bits_with_vectors(weight: RoundedWeight, recipe: Recipe) -> dict[str, float]:
+    """Bits per weight where tuning has put vectors in place of signs, which may take more."""
+    form = FORMATS.get(recipe.written_format())
+    if form is None or not (isinstance(weight.rotation, Rotation) and weight.rotation.has_vectors):
+        return {}
+    return {"bits_per_weight": 8 * sum(tensor.nbytes for tensor in form.pack(weight).values()) / math.prod(weight.shape)}
+
+
+def _frame(source: Source, dtypes: Mapping[str, str], others: Mapping[str, Tensor]) -> Frame:
+    """The original without the weights of its quantized linears, given by their types, and with `others` for parameters that were tuned;
+    experts stored one by one become the parameters that the model has."""
     checkpoint = source.checkpoint
     fused = checkpoint.fused_in(source.model)
     pieces = {piece for stored in fused.values() for piece in stored}
@@ -718,6 +895,8 @@ def _frame(source: Source, dtypes: Mapping[str, str]) -> Frame:
     weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
 
     def read(tensor: str) -> Tensor:
+        if tensor in others:
+            return others[tensor]
         if tensor not in fused:
             return checkpoint.read(tensor)
         return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()

@@ -13,13 +13,12 @@ from roundel.curvature import parse_curvature
 from roundel.curvature.fisher import LABEL_KINDS
 from roundel.errors import SchemeError
 from roundel.formats import FORMATS, gguf
-from roundel.grids import Grid, Uniform, parse_scheme
-from roundel.grids.asymmetric import Asymmetric
+from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
 
-__all__ = ["BEST", "GPTQ", "NEAREST", "WRITTEN", "Recipe", "check_format"]
+__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format"]
 
-TUNINGS = ("none", "end-to-end")
+TUNINGS = ("none", "end-to-end", "blocks")
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 WRITTEN = (*FORMATS, "gguf", "dense")
 
@@ -46,8 +45,11 @@ class Recipe:
     eval_sequences: int = 64
     sweeps: int = 4
     damping: float = 0.1
+    error_aware: bool = False
     tune: str = "none"
     tune_steps: int = 200
+    tune_tokens: int = 4096
+    tune_norms: bool | None = None
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -65,15 +67,14 @@ class Recipe:
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
         for scheme in self.used_schemes:
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
+        if self.error_aware and self.bits is not None:
+            raise SchemeError("error-aware rounding needs one scheme for all linears: leave out --bits or --error-aware")
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
-        if self.tune != "none":
-            for scheme in self.used_schemes:
-                check_tunable(parse_scheme(scheme))
         parse_curvature(self.curvature)
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
-        lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0, "tune_steps": 1}
+        lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0, "tune_steps": 1, "tune_tokens": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise SchemeError(f"{name} is {getattr(self, name)}: expected {least} or more")
@@ -149,16 +150,6 @@ def check_format(form: str, grid: Grid, rotation: str | None) -> None:
         gguf.check(grid, rotation)
     elif form in FORMATS:
         FORMATS[form].check(grid, rotation)
-
-
-def check_tunable(grid: Grid) -> None:
-    """Refuses a grid that cannot be tuned.
-
-    Raises:
-        SchemeError: it is no grid of integers.
-    """
-    if not isinstance(grid, Uniform | Asymmetric):
-        raise SchemeError(f"tuning moves the codes of integers, and {grid.name} has others; use --tune none, or a scheme like int3-g64")
 
 
 def _holds(form: str, grid: Grid, rotation: str | None) -> bool:

@@ -10,6 +10,9 @@ weight becomes entries of at most `2 / sqrt(m n)`, half of that where both are H
 Cost: two transforms of the weight and of each factor; `m + n` bits are stored, or the seed.
 Reference: QuIP# (Tseng et al., arXiv 2402.04396).
 
+Signs may be vectors of other numbers than +-1, in float16: recovery tuning trains them (`tuning.trained`). Then `rotate_weight` divides by
+what `restore_weight` multiplies with, and a rotated weight is applied by the same `rotate_input` and `restore_output`.
+
 `GroupedFactors` are not rotated as one: an output side that mixes rows of different groups has no Kronecker form. Each group is a weight
 with a rotation of its own; those of one seed and width share `signs_in`, so that inputs are rotated once for all.
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Float16, Int8
 from torch import Tensor
 
 from roundel.errors import SchemeError
@@ -38,19 +41,24 @@ class Rotation:
     """A fixed rotation of both sides of a weight; everything is computed in the type (float32, float64) and place of what is given."""
 
     kind: str
-    signs_out: Int8[Tensor, " d_out"]
-    signs_in: Int8[Tensor, " d_in"]
+    signs_out: Int8[Tensor, " d_out"] | Float16[Tensor, " d_out"]
+    signs_in: Int8[Tensor, " d_in"] | Float16[Tensor, " d_in"]
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SchemeError(f"rotation {self.kind!r}: expected one of {', '.join(KINDS)}")
         for side, signs in (("output", self.signs_out), ("input", self.signs_in)):
-            if signs.dtype != torch.int8 or signs.ndim != 1 or not (signs.abs() == 1).all():
-                raise ValueError(
-                    f"signs of the {side} side: expected a vector of +-1 in int8, got {signs.dtype} of shape {tuple(signs.shape)}"
-                )
+            usable = (signs.abs() == 1) if signs.dtype == torch.int8 else torch.isfinite(signs) & (signs != 0)
+            if signs.dtype not in (torch.int8, torch.float16) or signs.ndim != 1 or not usable.all():
+                given = f"{signs.dtype} of shape {tuple(signs.shape)}"
+                raise ValueError(f"signs of the {side} side: expected a vector of +-1 in int8, or of float16 without zeros, got {given}")
             if self.kind == "hadamard128" and len(signs) % BLOCK:
                 raise SchemeError(f"hadamard128: blocks of {BLOCK} do not divide the {side} width {len(signs)}; try hadamard")
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether its signs are vectors of other numbers."""
+        return torch.float16 in (self.signs_out.dtype, self.signs_in.dtype)
 
     @classmethod
     def draw(cls, d_out: int, d_in: int, kind: str, seed: int) -> Rotation:
@@ -65,7 +73,8 @@ class Rotation:
 
     def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """`W~ = H_m S_out W S_in H_n^T`; also for errors of a weight."""
-        return self._forward(self.rotate_input(W).T, self.signs_out).T.contiguous()
+        into, out = (1 / signs.to(W.device, W.dtype) for signs in (self.signs_in, self.signs_out))
+        return self._forward(self._forward(W, into).T, out).T.contiguous()
 
     def restore_weight(self, rotated: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """`W = S_out H_m^T W~ H_n S_in`, the inverse of `rotate_weight`."""

@@ -33,6 +33,7 @@ from torch import Tensor
 from roundel.curvature import Sketch, choose, inner_products, parse_curvature
 from roundel.curvature.collect import safe_batch_size
 from roundel.curvature.sketches.base import Candidate
+from roundel.error_aware import Targets
 from roundel.errors import NumericalError, SchemeError, in_layer
 from roundel.evaluate import compare_models
 from roundel.formats import FORMATS
@@ -53,26 +54,48 @@ Rows = dict[str, dict[str, Any]]
 
 
 def round_all(
-    recipe: Recipe, grid: Grid, source: Source, sketches: dict[str, Sketch], unseen: TokenBatch, notes: Notes, *, batch_size: int
+    recipe: Recipe,
+    grid: Grid,
+    source: Source,
+    sketches: dict[str, Sketch],
+    unseen: TokenBatch,
+    notes: Notes,
+    *,
+    batch_size: int,
+    correct_on: tuple[TokenBatch, TokenBatch] | None = None,
 ) -> tuple[dict[str, RoundedWeight], Rows]:
     """Rounds every linear and empties `sketches`; a linear that no gradient reached is moved to `source.skipped`.
 
-    With sequences in `unseen`, each linear's factors are chosen by them, and then they are added to the sums (`choose_factors`).
+    With sequences in `unseen`, each linear's factors are chosen by them, and then they are added to the sums (`choose_factors`). With text
+    to `correct_on`, and to judge that by, later linears make up for the errors of earlier ones (`error_aware`): the rows of each decoder
+    layer then tell what that has brought after it.
     """
     labels, predicted = choose_factors(recipe, grid, source, sketches, unseen, notes, batch_size=batch_size)
     rounded: dict[str, RoundedWeight] = {}
     rows: Rows = {}
+    targets = None
+    if correct_on is not None:
+        factors = {name: parse_curvature(recipe.curvature).candidates(sketches[name])[label].factors for name, label in labels.items()}
+        targets = Targets(source.model, factors, *correct_on, seed=recipe.seed, batch_size=batch_size)
+        del factors
     with notes.progress.stage("rounding", len(labels)) as advance:
         for names in decoder_layers(labels):
             chosen = {name: parse_curvature(recipe.curvature).candidates(sketches.pop(name))[labels[name]] for name in names}
-            for name, (weight, row) in zip(names, _round_candidates(recipe, grid, source, list(chosen.items())), strict=True):
+            found = _round_candidates(recipe, grid, source, list(chosen.items()), targets.values if targets else {})
+            for name, (weight, row) in zip(names, found, strict=True):
                 rounded[name], rows[name] = weight, row
                 if name in predicted:
                     row |= {"candidate": labels[name], "candidates_predicted_kl": predicted[name]}
                 if row.pop("damping_raised"):
                     notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
+            rounded |= _fitted(recipe, {name: rounded[name] for name in names})
+            if targets and (moved := targets.follow({name: rounded[name] for name in names})):
+                for name in names:
+                    rows[name]["error_aware"] = moved
+                if not moved["taken"]:
+                    notes.warn(f"what follows {names[-1]} does not make up for its errors: that raised the KL on held-out calibration text")
             advance(len(names))
-    return _fitted(recipe, rounded), rows
+    return rounded, rows
 
 
 def choose_factors(
@@ -206,15 +229,16 @@ def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, Roun
 
 
 def _round_candidates(
-    recipe: Recipe, grid: Grid, source: Source, candidates: Sequence[tuple[str, Candidate]]
+    recipe: Recipe, grid: Grid, source: Source, candidates: Sequence[tuple[str, Candidate]], targets: Mapping[str, Tensor] | None = None
 ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
-    """Linears by name, each with factors to be rounded with, all at once."""
+    """Linears by name, each with factors to be rounded with, all at once; to `targets`, where they are not the weights themselves."""
     asked = []
     for name, candidate in candidates:
         stored = source.checkpoint.weight_of(name)
         assert stored is not None
         damping = min(10.0, recipe.damping * candidate.damping)
-        asked.append(Linear(name=name, stored=source.checkpoint.read(stored), factors=candidate.factors, damping=damping))
+        target = (targets or {}).get(name)
+        asked.append(Linear(name=name, stored=source.checkpoint.read(stored), target=target, factors=candidate.factors, damping=damping))
     results = round_linears(recipe, grid, asked, device_of(source.model))
     for linear, (_, row) in zip(asked, results, strict=True):
         row["damping_raised"] = row["damping"] > linear.damping
@@ -291,6 +315,8 @@ class Linear:
     stored: Tensor
     factors: Factors
     damping: float
+    target: Tensor | None = None
+    """What it is rounded to, if not to what is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +324,7 @@ class _Part:
     """Rows of a linear with factors of their own: one problem."""
 
     W: Tensor
+    """As stored: errors are relative to it, even where the problem has another target."""
     factors: KroneckerFactors
     rotation: Rotation | None
     problem: RoundingProblem
@@ -344,7 +371,8 @@ def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> 
             digest = hashlib.sha256(f"{recipe.seed} {linear.name}".encode()).digest()
             rotation = Rotation.draw(W.shape[0], W.shape[1], kind=kind, seed=int.from_bytes(digest[:6], "big"))
             basis = rotation.rotate_factors(factors)
-        problem = make_problem(rotation.rotate_weight(W) if rotation else W, basis, damping=linear.damping)
+        target = W if linear.target is None else linear.target[rows].to(device)
+        problem = make_problem(rotation.rotate_weight(target) if rotation else target, basis, damping=linear.damping)
         parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem))
     return parts
 

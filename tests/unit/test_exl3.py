@@ -425,7 +425,7 @@ BAD = {
         torch.zeros(16, 8, 32, dtype=torch.int16),
         torch.zeros(8, 16, 48, dtype=torch.int16),
     ],
-    "suh": [torch.ones(128), torch.ones(256, dtype=torch.float16), torch.arange(1, 129).half(), torch.full((128,), torch.nan).half()],
+    "suh": [torch.ones(128), torch.ones(256, dtype=torch.float16), torch.arange(128).half(), torch.full((128,), torch.nan).half()],
     "svh": [torch.ones(256, 1).half(), torch.full((256,), torch.inf).half(), torch.cat([torch.ones(255), torch.zeros(1)]).half()],
     "mul1": [torch.tensor(7, dtype=torch.int32), torch.tensor([MARKERS["mul1"]], dtype=torch.int32), torch.tensor(MARKERS["mul1"])],
     "mcg": [torch.tensor(MARKERS["mcg"], dtype=torch.int32)],
@@ -450,3 +450,18 @@ def test_missing_tensors_are_refused(name: str) -> None:
 def test_more_tiles_than_are_expanded_at_a_time() -> None:
     symbols = torch.randint(8, (70, 60, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     assert torch.equal(unpack_tiles(pack_tiles(symbols, 3), 3), symbols)
+
+
+@pytest.mark.parametrize("exponent", [-20, -5, 3])
+def test_tuned_vectors_in_place_of_signs_are_exact(exponent: int) -> None:
+    """With a scale that is a power of two, as tuning leaves it; what is read back is the same weight and packs to the same bytes."""
+    plain = rounded(grid_of(2), scale=2.0**exponent)
+    assert isinstance(plain.rotation, Rotation)
+    out, into = ((signs * torch.linspace(0.7, 1.3, len(signs))).half() for signs in (plain.rotation.signs_out, plain.rotation.signs_in))
+    tuned = dataclasses.replace(plain, rotation=dataclasses.replace(plain.rotation, signs_out=out, signs_in=into))
+    tensors = FORMAT.pack(tuned)
+    W = out.double()[:, None] * dequantized(plain).double() * plain.rotation.signs_out[:, None] * plain.rotation.signs_in * into.double()
+    torch.testing.assert_close(dequantized(tuned).double(), W, rtol=1e-5, atol=1e-6 * 2.0**exponent)
+    again = FORMAT.unpack(tensors, grid_of(2), tuned.shape)
+    assert torch.equal(dequantized(again), dequantized(tuned))
+    assert all(torch.equal(value, tensors[name]) for name, value in FORMAT.pack(again).items())

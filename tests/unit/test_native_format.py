@@ -424,6 +424,37 @@ def test_a_stored_table_is_the_one_that_is_used() -> None:
 # --- version 1, byte for byte
 
 
+@pytest.mark.parametrize("scheme", ["trellis2", "lattice2", "int3-channel"])
+def test_vectors_in_place_of_signs(scheme: str) -> None:
+    """As tuning leaves them: kept to the last bit, named in the header, and what the layer computes with."""
+    plain = random_weight(scheme, shape_for(scheme, "hadamard"), rotation="hadamard")
+    assert isinstance(plain.rotation, Rotation)
+    out, into = ((signs * torch.linspace(0.7, 1.3, len(signs))).half() for signs in (plain.rotation.signs_out, plain.rotation.signs_in))
+    tuned = replace(plain, rotation=replace(plain.rotation, signs_out=out, signs_in=into))
+    packed = FORMAT.pack(tuned)
+    again = FORMAT.unpack(packed, parse_scheme(scheme), tuned.shape)
+    assert isinstance(again.rotation, Rotation)
+    assert torch.equal(again.rotation.signs_out, out)
+    assert torch.equal(dequantized(again), dequantized(tuned))
+    W = dequantized(plain) * (out / plain.rotation.signs_out)[:, None] * (into / plain.rotation.signs_in)
+    torch.testing.assert_close(dequantized(tuned), W, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(plain.rotation.restore_weight(plain.rotation.rotate_weight(W)), W, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tuned.rotation.restore_weight(tuned.rotation.rotate_weight(W)), W, rtol=1e-4, atol=1e-5)
+    config = FORMAT.config({"a": plain, "b": tuned}, [])
+    assert [group.get("vectors") for group in config["groups"]] == [None, True]
+    layout = parse_config(config)["b"]
+    assert layout == layout_of(tuned)
+    x = torch.randn(3, tuned.shape[1])
+    layer = QuantizedLinear(layout, tensors=packed)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, dequantized(tuned)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="zeros, NaN"):
+        check_tensors({**packed, "hadamard_in": torch.zeros_like(packed["hadamard_in"])}, layout)
+    with pytest.raises(ModelError, match="neither true nor false"):
+        parse_config({**config, "groups": [{**config["groups"][1], "vectors": 1}]})
+    with pytest.raises(ModelError, match="vectors without a rotation"):
+        parse_config({**config, "groups": [{**config["groups"][1], "rotation": None}]})
+
+
 def golden_weights() -> dict[str, RoundedWeight]:
     """Every scheme, and every rotation once; float16 scales."""
     weights = {scheme: random_weight(scheme, shape_for(scheme), dtype=torch.float16) for scheme in SCHEMES}

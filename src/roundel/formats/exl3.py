@@ -10,7 +10,8 @@ For a linear of `(N, K) = (d_out, d_in)`, both multiples of 128, with `B` bits a
     W = diag(svh) H T^T H diag(suh),     H = I kron H_128 orthonormal,     T[a, b] the decoded tiles
 
 This is `Rotation.restore_weight(scale * T^T)` with `svh = signs_out * 2^e`, `suh = signs_in * scale / 2^e`: exact, since a tile grid's
-scale has 11 significant bits. Engines compute `H (x * suh)` and `y / svh` in float16, so `e = 0` unless `suh` would leave its normal range.
+scale has 11 significant bits, and is a power of two where tuned vectors stand in place of the signs. Engines compute `H (x * suh)` and
+`y / svh` in float16, so `e = 0` unless `suh` would leave its normal range.
 A weight whose scale is below `2^-38` is written as zeros, which is what engines make of it: no entry reaches half of the least float16.
 
 exllamav3 looks at the tensors alone. Other readers want `quantization_config` with a `tensor_storage`, which names every quantized module
@@ -54,6 +55,9 @@ FUSED = ("qkv_proj", "gate_up_proj", "query_key_value")
 
 INPUT_EXPONENTS = (-13, 16)
 """Of normal float16 numbers, as `frexp` counts them."""
+
+MARGIN = 3
+"""Powers of two that tuned vectors may be away from 1 and still be normal float16 numbers."""
 
 OUTPUT_EXPONENTS = (-24, 15)
 """Of powers of two in float16."""
@@ -103,7 +107,7 @@ class Exl3(CheckpointFormat):
         self.check_shape(grid, *rounded.shape)
         assert isinstance(grid, Trellis)
         assert isinstance(rotation, Rotation)
-        scale_in, scale_out = _split(rounded.scales["scale"].item())
+        scale_in, scale_out = _split(rounded.scales["scale"].item(), margin=MARGIN if rotation.has_vectors else 0)
         symbols = rounded.codes.to(torch.uint8).transpose(0, 1)
         tensors = {
             "trellis": pack_tiles(symbols, grid.width),
@@ -121,8 +125,7 @@ class Exl3(CheckpointFormat):
         marker = MARKERS[grid.code]
         if marker is not None and tensors[grid.code].item() != _signed(marker):
             raise ModelError(f"{grid.code} is {tensors[grid.code].item()}: expected {_signed(marker)}")
-        scale_in, signs_in = _signs("suh", tensors["suh"])
-        scale_out, signs_out = _signs("svh", tensors["svh"])
+        (scale_in, signs_in), (scale_out, signs_out) = (_signs(name, tensors[name]) for name in ("suh", "svh"))
         return RoundedWeight(
             scheme=grid.name,
             codes=unpack_tiles(tensors["trellis"], grid.width).transpose(0, 1).contiguous(),
@@ -202,7 +205,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def _split(scale: float) -> tuple[float, float]:
+def _split(scale: float, margin: int = 0) -> tuple[float, float]:
     """Factors of the scale for the input and the output side, both in float16; the latter is a power of two, 1 if possible, or zero.
 
     Raises:
@@ -211,7 +214,7 @@ def _split(scale: float) -> tuple[float, float]:
     mantissa, exponent = math.frexp(scale)
     if (mantissa * 2**11) % 1:
         raise SchemeError(f"exl3: the scale {scale!r} has more than the 11 significant bits of float16; round the weight again")
-    kept = min(max(exponent, INPUT_EXPONENTS[0]), INPUT_EXPONENTS[1])
+    kept = min(max(exponent, INPUT_EXPONENTS[0] + margin), INPUT_EXPONENTS[1] - margin)
     if exponent - kept > OUTPUT_EXPONENTS[1]:
         raise SchemeError(f"exl3: a weight of size {abs(scale):.1e} is beyond float16, in which exllamav3 computes; leave it as it is")
     if exponent - kept < OUTPUT_EXPONENTS[0] or scale == 0:
@@ -220,12 +223,16 @@ def _split(scale: float) -> tuple[float, float]:
 
 
 def _signs(name: str, values: Tensor) -> tuple[float, Tensor]:
-    """The one magnitude of a vector, and its signs.
+    """The one magnitude of a vector, and its signs; 1 and the vector, if it has several.
 
     Raises:
-        ModelError: there are several magnitudes, or one that is no number.
+        ModelError: a number is not finite, or zero among others that are not.
     """
     size = values[0].abs().item()
-    if not math.isfinite(size) or not (values.abs() == size).all():
-        raise ModelError(f"{name} has different magnitudes, or some that are not finite: weights of Roundel have one scale and signs")
+    if not torch.isfinite(values).all():
+        raise ModelError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+    if not (values.abs() == size).all():
+        if not values.all():
+            raise ModelError(f"{name} holds zeros among other numbers: no tuned weight of Roundel has any")
+        return 1.0, values
     return size, torch.where(torch.signbit(values), -1, 1).to(torch.int8)

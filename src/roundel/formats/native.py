@@ -5,7 +5,8 @@ Tensors of a linear `M` of shape `(d_out, d_in)`, all little-endian:
     M.weight                 int32, one dimension: rows of codes, each a dense bit stream (`formats.bits`) filled up to whole words
     M.NAME                   each of the grid's scales as the grid has it, but small integers (zero points, `sc`, `m`) as one
                              bit stream over all of them, counted from the least possible, int32 of one dimension
-    M.KIND_in, M.KIND_out    with a rotation of that KIND: signs as bits, the first in the lowest, 1 for -1, uint8
+    M.KIND_in, M.KIND_out    with a rotation of that KIND: signs as bits, the first in the lowest, 1 for -1, uint8; or vectors in place
+                             of signs, float16
     M.table                  with the code `hyb`: its table, float16 (512, 2)
 
 Rows of codes are, counted from the lowest code: for scalar grids the weight's rows; for `lattice2` its rows of 16-bit codes; for trellises
@@ -96,6 +97,8 @@ class Layout:
     shape: tuple[int, int]
     """Of the weight, `(d_out, d_in)`."""
     rotation: str | None = None
+    vectors: bool = False
+    """Whether the rotation has vectors in place of signs."""
     scale_dtype: torch.dtype | None = None
     """Of scales of free type; None where the grid says of which type they are."""
 
@@ -109,6 +112,8 @@ class Layout:
             raise SchemeError(f"rotation {self.rotation!r}: expected one of {', '.join(KINDS)}, or none")
         if self.rotation == "hadamard128" and any(side % BLOCK for side in self.shape):
             raise SchemeError(f"hadamard128: blocks of {BLOCK} do not divide the shape {self.shape}; try hadamard")
+        if self.vectors and self.rotation is None:
+            raise SchemeError("vectors without a rotation: expected one of the rotations that they belong to")
         free = any(field.dtype is None for field in self.fields.values())
         if self.scale_dtype not in (SCALE_DTYPES.values() if free else (None,)):
             expected = f"one of {', '.join(SCALE_DTYPES)}" if free else "none, as this scheme has its own"
@@ -156,7 +161,7 @@ class Layout:
                 found[name] = field.shape, dtype
         if self.rotation is not None:
             for side, width in zip(("out", "in"), self.shape, strict=True):
-                found[f"{self.rotation}_{side}"] = (-(-width // 8),), torch.uint8
+                found[f"{self.rotation}_{side}"] = ((width,), torch.float16) if self.vectors else ((-(-width // 8),), torch.uint8)
         if isinstance(self.grid, Trellis) and self.grid.code == "hyb":
             found["table"] = TABLE_SHAPE, torch.float16
         return found
@@ -167,7 +172,8 @@ class Layout:
         rotation = next((kind for kind in KINDS if f"{kind}_in" in tensors), None)
         free = [name for name, field in _fields(grid, shape).items() if field.dtype is None]
         dtype = tensors[free[0]].dtype if free and free[0] in tensors else SCALE_DTYPES["float32"] if free else None
-        return cls(scheme=grid.name, shape=shape, rotation=rotation, scale_dtype=dtype)
+        vectors = rotation is not None and tensors[f"{rotation}_in"].dtype == torch.float16
+        return cls(scheme=grid.name, shape=shape, rotation=rotation, vectors=vectors, scale_dtype=dtype)
 
 
 class Native(CheckpointFormat):
@@ -204,8 +210,8 @@ class Native(CheckpointFormat):
                 tensors[name] = scale.contiguous()
         if layout.rotation is not None:
             assert isinstance(rounded.rotation, Rotation)
-            tensors[f"{layout.rotation}_out"] = _pack_signs(rounded.rotation.signs_out)
-            tensors[f"{layout.rotation}_in"] = _pack_signs(rounded.rotation.signs_in)
+            for side, signs in (("out", rounded.rotation.signs_out), ("in", rounded.rotation.signs_in)):
+                tensors[f"{layout.rotation}_{side}"] = signs.cpu().half().contiguous() if layout.vectors else _pack_signs(signs)
         if "table" in layout.tensors():
             tensors["table"] = _package_table()
         return tensors
@@ -232,14 +238,21 @@ class Native(CheckpointFormat):
         return sum(math.prod(size) * dtype.itemsize for size, dtype in layout.tensors().values())
 
     def config(self, rounded: Mapping[str, RoundedWeight], ignore: Sequence[str]) -> dict[str, Any]:
-        members: dict[tuple[str, str, str, tuple[int, int]], list[str]] = {}
+        members: dict[tuple[str, str, bool, str, tuple[int, int]], list[str]] = {}
         for name, weight in rounded.items():
             layout = _layout(weight)
             dtype = _dtype_name(layout.scale_dtype) or ""
-            members.setdefault((layout.scheme, layout.rotation or "", dtype, layout.shape), []).append(name)
+            members.setdefault((layout.scheme, layout.rotation or "", layout.vectors, dtype, layout.shape), []).append(name)
         groups = [
-            {"scheme": scheme, "rotation": rotation or None, "scale_dtype": dtype or None, "shape": list(shape), "modules": sorted(names)}
-            for (scheme, rotation, dtype, shape), names in sorted(members.items())
+            {
+                "scheme": scheme,
+                "rotation": rotation or None,
+                **({"vectors": True} if vectors else {}),
+                "scale_dtype": dtype or None,
+                "shape": list(shape),
+                "modules": sorted(names),
+            }
+            for (scheme, rotation, vectors, dtype, shape), names in sorted(members.items())
         ]
         return {"quant_method": METHOD, "version": VERSION, "groups": groups, "ignore": sorted(ignore)}
 
@@ -249,6 +262,8 @@ def parse_config(config: Mapping[str, Any]) -> dict[str, Layout]:
 
         {"quant_method": "roundel", "version": 1, "ignore": [names of linears that are not quantized],
          "groups": [{"scheme": name, "rotation": kind or null, "scale_dtype": name or null, "shape": [d_out, d_in], "modules": [names]}]}
+
+    A group whose rotation has vectors in place of signs says so by `"vectors": true`; others leave that out.
 
     Raises:
         ModelError: it is another method's or another version's, or anything in it is not as above.
@@ -265,7 +280,7 @@ def parse_config(config: Mapping[str, Any]) -> dict[str, Layout]:
     for index, group in enumerate(groups):
         where = f"group {index}"
         _expect(isinstance(group, Mapping), f"{where} is no object")
-        _expect_keys(group, {"scheme", "rotation", "scale_dtype", "shape", "modules"}, where)
+        _expect_keys({"vectors": False, **group}, {"scheme", "rotation", "vectors", "scale_dtype", "shape", "modules"}, where)
         layout = _parse_layout(group, where)
         _expect(_is_names(group["modules"]) and len(group["modules"]) > 0, f"{where}: modules are no list of names")
         for name in group["modules"]:
@@ -281,10 +296,13 @@ def _parse_layout(group: Mapping[str, Any], where: str) -> Layout:
     _expect(
         dtype is None or (isinstance(dtype, str) and dtype in SCALE_DTYPES), f"{where}: scale_dtype {str(dtype)[:64]!r} is none of ours"
     )
+    vectors = group.get("vectors", False)
+    _expect(type(vectors) is bool, f"{where}: vectors is {str(vectors)[:64]!r}, neither true nor false")
     well = isinstance(shape, list) and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
     _expect(well, f"{where}: shape {str(shape)[:64]} is not [d_out, d_in]")
     try:
-        return Layout(scheme=scheme, shape=(shape[0], shape[1]), rotation=rotation, scale_dtype=SCALE_DTYPES[dtype] if dtype else None)
+        free = SCALE_DTYPES[dtype] if dtype else None
+        return Layout(scheme=scheme, shape=(shape[0], shape[1]), rotation=rotation, vectors=vectors, scale_dtype=free)
     except SchemeError as error:
         raise ModelError(f"quantization_config in config.json: {where}: {error}") from error
 
@@ -299,6 +317,12 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout) -> None:
     for name in layout.fields | {"table": None}:
         if name in tensors and tensors[name].is_floating_point() and not torch.isfinite(tensors[name].float()).all():
             raise ModelError(f"{layout.scheme}: {name} holds NaN or infinite values; the checkpoint is damaged")
+    if layout.vectors:
+        for vector in (tensors[f"{layout.rotation}_{side}"] for side in ("out", "in")):
+            if not (torch.isfinite(vector) & (vector != 0)).all():
+                raise ModelError(
+                    f"{layout.scheme}: a vector in place of signs holds zeros, NaN or infinite values; the checkpoint is damaged"
+                )
     grid = layout.grid
     if isinstance(grid, MxFp4) and (tensors["scale"] > LARGEST_EXPONENT).any():
         raise ModelError(f"mxfp4: exponents above {LARGEST_EXPONENT - 127} make weights infinite; the checkpoint is damaged")
@@ -344,9 +368,8 @@ def rotation_of(tensors: Mapping[str, Tensor], layout: Layout) -> Rotation | Non
     """The rotation that was stored."""
     if layout.rotation is None:
         return None
-    signs_out, signs_in = (
-        _unpack_signs(tensors[f"{layout.rotation}_{side}"], width) for side, width in zip(("out", "in"), layout.shape, strict=True)
-    )
+    stored = (tensors[f"{layout.rotation}_{side}"] for side in ("out", "in"))
+    signs_out, signs_in = (each if layout.vectors else _unpack_signs(each, width) for each, width in zip(stored, layout.shape, strict=True))
     return Rotation(kind=layout.rotation, signs_out=signs_out, signs_in=signs_in)
 
 
@@ -379,6 +402,7 @@ def _layout(rounded: RoundedWeight) -> Layout:
         scheme=grid.name,
         shape=rounded.shape,
         rotation=rotation.kind if rotation is not None else None,
+        vectors=rotation is not None and rotation.has_vectors,
         scale_dtype=rounded.scales[free[0]].dtype if free else None,
     )
 

@@ -28,7 +28,8 @@ Scales = Mapping[str, Tensor]
 def spread(values: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "d_out d_in"]:
     """Each entry over its block of the weight."""
     rows, columns = shape[0] // values.shape[0], shape[1] // values.shape[1]
-    return values.repeat_interleave(columns, dim=1).repeat_interleave(rows, dim=0)
+    wide: Tensor = values[:, None, :, None].expand(-1, rows, -1, columns).reshape(shape)  # views until here: gradients are plain sums
+    return wide
 
 
 def gather(matrix: Float[Tensor, "d_out d_in"], rows: int, columns: int) -> Float[Tensor, "rows columns"]:

@@ -1,0 +1,106 @@
+"""What long work keeps on disk, so that a killed run goes on where it was and ends in the same place.
+
+One safetensors file, replaced as a whole: tensors, and in its metadata JSON with the numbers beside them and a digest of the job. A file of
+another job - other codes to start from, other text, other settings - is refused, never taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from roundel.errors import StorageError
+from roundel.formats import FORMATS
+from roundel.grids import parse_scheme
+from roundel.store import staged_file, storage
+from roundel.types import RoundedWeight, TokenBatch
+
+__all__ = ["Saved", "kinds_of", "packed", "unpacked"]
+
+FILE = "tuning.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The file of one job; with None for the path nothing is kept."""
+
+    path: Path | None
+    digest: str
+
+    @classmethod
+    def of(
+        cls, work: Path | None, rounded: Mapping[str, RoundedWeight], texts: tuple[TokenBatch, ...], settings: Mapping[str, Any]
+    ) -> Saved:
+        """That of a tuning in the directory `work`: of these codes, texts and settings."""
+        if work is None:
+            return cls(path=None, digest="")
+        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
+        for name, tensor in sorted(packed(rounded).items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for text in texts:
+            digest.update(text.ids.contiguous().numpy().tobytes())
+        return cls(path=work / FILE, digest=digest.hexdigest())
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and numbers, if there are any.
+
+        Raises:
+            StorageError: the file is of another job, or damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as handle:
+                notes = json.loads((handle.metadata() or {}).get("roundel", "{}"))
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise StorageError(f"{self.path} cannot be read: {error}; remove it to start again") from error
+        if notes.get("digest") != self.digest:
+            raise StorageError(f"{self.path} is of another run: another model, text or setting; choose another --work, or remove it")
+        return tensors, notes
+
+    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Replaces the file.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if self.path is None:
+            return
+        with storage(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(self.path) as temporary:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, temporary, metadata={"roundel": json.dumps({**notes, "digest": self.digest})})
+
+
+def packed(rounded: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
+    """Weights as the tensors of the native format, by module."""
+    return {f"{name}/{part}": tensor for name, weight in rounded.items() for part, tensor in FORMATS["native"].pack(weight).items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[str, tuple[int, int]]]) -> dict[str, RoundedWeight]:
+    """Inverse of `packed`, for weights of given schemes and shapes; those that are not there are left out."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, slash, part = name.rpartition("/")
+        if slash and module in kinds:
+            found.setdefault(module, {})[part] = tensor
+    return {
+        name: FORMATS["native"].unpack(found[name], parse_scheme(scheme), shape) for name, (scheme, shape) in kinds.items() if name in found
+    }
+
+
+def kinds_of(rounded: Mapping[str, RoundedWeight]) -> dict[str, tuple[str, tuple[int, int]]]:
+    """The scheme and shape of each."""
+    return {name: (weight.scheme, weight.shape) for name, weight in rounded.items()}
