@@ -87,7 +87,7 @@ def one_variant(args: argparse.Namespace, seed: int, variant: str, work: Path) -
     for scheme in args.schemes:
         began = time.monotonic()
         output = work / f"{variant}-{seed}-{scheme}"
-        result = roundel.quantize(model, output=output, factors=factors, scheme=scheme, **settings)
+        result = roundel.quantize(model, output=output, factors=factors, scheme=scheme, error_aware=False, **settings)
         report = evaluate(output, reference=source, **length).report
         rows.append(
             {

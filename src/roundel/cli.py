@@ -149,7 +149,12 @@ def quantize(
     sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = _DEFAULT.sweeps,
     damping: Annotated[float, typer.Option(help="Added to each factor's diagonal, relative to its mean.")] = _DEFAULT.damping,
     error_aware: Annotated[
-        bool, typer.Option(help="Let later layers make up for the errors of those rounded before: less loss for some minutes more.")
+        bool | None,
+        typer.Option(
+            "--error-aware/--no-error-aware",
+            help="Later layers make up for the errors of those rounded before: less loss for some minutes more; default: with 16384 tokens "
+            "of calibration text or more, unless tuned or with --bits.",
+        ),
     ] = _DEFAULT.error_aware,
     tune: TuneMethod = _DEFAULT.tune,
     tune_steps: TuneSteps = _DEFAULT.tune_steps,

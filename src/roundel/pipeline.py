@@ -193,7 +193,7 @@ def quantize(
             rounded = unpacked(found[0], {name: (row["scheme"], tuple(row["shape"])) for name, row in layers.items()})
             source.skipped.update(found[1]["skipped"])
         elif recipe.bits is None:
-            correct_on = _apart(split) if recipe.error_aware else None
+            correct_on = _apart(split) if recipe.corrects(split.used.ids.numel()) else None
             rounded, layers = round_all(
                 recipe, parse_scheme(recipe.scheme), source, sketches, split.choice, notes, batch_size=batch, correct_on=correct_on
             )
@@ -217,6 +217,7 @@ _COLLECTED = ("curvature", "labels", "calibration", "sequences", "seq_len", "eva
 def _rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
     """Of all that decides the codes before tuning."""
     decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_"))}
+    decisive["error_aware"] = recipe.corrects(split.used.ids.numel())
     given = [decisive, factor_files.model_fingerprint(source.checkpoint), data_hash(split.used), str(source.model.dtype)]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 

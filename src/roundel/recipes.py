@@ -19,6 +19,9 @@ from roundel.linalg.hadamard import BLOCK
 __all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format"]
 
 TUNINGS = ("none", "end-to-end", "blocks")
+ENOUGH_TOKENS = 16384
+"""Of calibration text, from which on rounding is error-aware: four steps without repetition (`error_aware.TOKENS`)."""
+
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 WRITTEN = (*FORMATS, "gguf", "dense")
 
@@ -45,7 +48,7 @@ class Recipe:
     eval_sequences: int = 64
     sweeps: int = 4
     damping: float = 0.1
-    error_aware: bool = False
+    error_aware: bool | None = None
     tune: str = "none"
     tune_steps: int = 200
     tune_tokens: int = 4096
@@ -80,6 +83,15 @@ class Recipe:
                 raise SchemeError(f"{name} is {getattr(self, name)}: expected {least} or more")
         if not 0 < self.damping <= 10:
             raise SchemeError(f"damping is {self.damping}: expected more than 0 and at most 10, relative to the mean diagonal")
+
+    def corrects(self, tokens: int) -> bool:
+        """Whether later layers make up for earlier ones, given so many tokens of calibration text.
+
+        If it is not said: where nothing follows that does it better (tuning) or rules it out (`bits`), and there is text for it.
+        """
+        if self.error_aware is not None:
+            return self.error_aware
+        return self.bits is None and self.tune == "none" and tokens >= ENOUGH_TOKENS
 
     def rotation_of(self, grid: Grid) -> Literal["hadamard", "hadamard128"] | None:
         """The kind of rotation that weights go through before they are rounded to this grid and that is undone at run time, if any."""
@@ -168,10 +180,10 @@ def _known(scheme: str) -> bool:
     return True
 
 
-NEAREST: dict[str, Any] = {"curvature": "identity", "sweeps": 0}
+NEAREST: dict[str, Any] = {"curvature": "identity", "sweeps": 0, "error_aware": False}
 """Nearest rounding with searched, signed scales."""
 
-GPTQ: dict[str, Any] = {"curvature": "activation", "sweeps": 0}
+GPTQ: dict[str, Any] = {"curvature": "activation", "sweeps": 0, "error_aware": False}
 """LDLQ: one-sided feedback under the input's second moment."""
 
 BEST: dict[str, Any] = {}

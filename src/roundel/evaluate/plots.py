@@ -150,8 +150,10 @@ def intervals(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title
     return _png(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], *, title: str, xlabel: str, ylabel: str) -> bytes:
-    """A panel for each entry; in each a curve of `(x, y, standard error)` for each name, both axes logarithmic."""
+def curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]]]], *, title: str, xlabel: str, ylabel: str, doubling: bool = True
+) -> bytes:
+    """A panel for each entry; in each a curve of `(x, y, standard error)` for each name; `y` is logarithmic, and `x` where it doubles."""
     figure = Figure(figsize=(2.6 + 4.2 * len(panels), 4.2), dpi=DPI, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(label for named in panels.values() for label in named))
@@ -168,9 +170,12 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float]
                 label=label,
                 **_style(names.index(label)),
             )
-        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({point[0] for points in named.values() for point in points})
+        if doubling:
+            axes.set_xscale("log", base=2)
+        elif len(ticks) > 5:
+            ticks = ticks[::2]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         _few_ticks(axes)

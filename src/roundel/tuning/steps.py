@@ -1,7 +1,7 @@
 """Steps down a loss that both kinds of tuning take: Adam, sizes that fall to zero, and a state that can be written and read.
 
-Latent codes and scales have steps of their own size, `step (1 - t / T)^2`: with gradients that pass `round` unseen, codes near a boundary
-flip back and forth as long as steps are large, and the loss falls when these get small; a square leaves more of the time for that than a
+Latent codes and scales have steps of their own size, `step (1 - t / T)^3`: with gradients that pass `round` unseen, codes near a boundary
+flip back and forth as long as steps are large, and the loss falls when these get small; a cube leaves more of the time for that than a
 line. Adam divides by the size of each gradient, so a step moves every code by the same distance whatever its weight in the loss.
 
 Memory: two moments, 8 bytes for each parameter, beside the parameter and its gradient. Reference: Adam (Kingma and Ba 2015, arXiv
@@ -19,7 +19,7 @@ from roundel.tuning.trained import Trained
 
 __all__ = ["CODE_STEP", "SCALE_STEP", "Steps", "shuffled"]
 
-CODE_STEP = 5e-3
+CODE_STEP = 1e-2
 """First step of latent codes, in units of the distance of two codes."""
 
 SCALE_STEP = 2e-3
@@ -43,7 +43,7 @@ class Steps:
         """One step along the gradients, which are then dropped."""
         left = 1 - self.taken / self.total
         for group in self.adam.param_groups:
-            group["lr"] = group["first"] * left**2
+            group["lr"] = group["first"] * left**3
         self.adam.step()
         self.adam.zero_grad()
         for linear in self.linears:
