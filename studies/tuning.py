@@ -124,7 +124,7 @@ def main() -> None:
                 settings = {**ARMS[arm], "scheme": scheme, "seed": seed, **text, "eval_data": given.eval_data, "tune_steps": given.steps}
                 output = work / "out"
                 shutil.rmtree(output, ignore_errors=True)
-                rows.append({"scheme": scheme, "arm": arm, "seed": seed, **alone(run, given.model, factors, settings)})
+                rows.append({"scheme": scheme, "arm": arm, "seed": seed, **alone(run, given.model, factors, output, settings)})
                 found |= {
                     "roundel": importlib.metadata.version("roundel"),
                     "versions": versions(),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from roundel.errors import SchemeError
-from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
+from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, Recipe
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,15 @@ def test_a_recipe_is_json_and_back() -> None:
     recipe = Recipe(scheme="int3-g64", include=("*.mlp.*",), damping=0.2)
     stored = json.loads(json.dumps(recipe.as_json()))
     assert Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}) == recipe
+
+
+def test_rounding_is_error_aware_where_it_pays() -> None:
+    """By default with enough text, unless something better follows or rules it out; what is said counts."""
+    assert Recipe().corrects(ENOUGH_TOKENS)
+    assert not Recipe().corrects(ENOUGH_TOKENS - 1)
+    assert not Recipe(tune="blocks").corrects(ENOUGH_TOKENS)
+    assert not Recipe(bits=3.5).corrects(ENOUGH_TOKENS)
+    assert not Recipe(**GPTQ).corrects(ENOUGH_TOKENS)
+    assert not Recipe(**NEAREST).corrects(ENOUGH_TOKENS)
+    assert Recipe(tune="end-to-end", error_aware=True).corrects(1)
+    assert not Recipe(error_aware=False).corrects(ENOUGH_TOKENS)
