@@ -3,12 +3,13 @@
 # make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
+# make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make docs    nothing to build yet: the pages in docs/ are plain Markdown; checks their links and commands
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-llama check bench docs install clean
+.PHONY: demo test test-llama check bench peers docs install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -31,6 +32,14 @@ bench: install
 	$(BIN)/python benchmarks/viterbi.py
 	$(BIN)/python benchmarks/hadamard.py
 
+peers: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py demo --calibration stdlib --eval-data stdlib-heldout --group 64 \
+		-o benchmarks/results/peers-demo.json
+ifdef MODELS
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py $(MODELS)/stories260K --calibration $(TEXT)/tinystories.txt --group 32 \
+		--eval-sequences 128 -o benchmarks/results/peers-stories260K.json
+endif
+
 docs: install
 	$(BIN)/python -m pytest tests/test_docs.py
 
@@ -48,4 +57,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-llama .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-llama .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
