@@ -307,8 +307,11 @@ def _tuned(
     steps_on, judged_by = _apart(split)
     method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
     turns = 1 if recipe.tune == "end-to-end" else sum(map(bool, layers_of(source.model, rounded).values()))
-    norms = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.values())
-    others = _small_parameters(source) if recipe.tune_norms or (recipe.tune_norms is None and norms) else {}
+    codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.values())
+    others = _small_parameters(source) if recipe.tune_norms or (recipe.tune_norms is None and codes_stay) else {}
+    if others and source.model.dtype != torch.float32:
+        notes.warn("norms and biases are not tuned: the steps are lost in 16 bits; use --dtype float32")
+        others = {}
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.tune_steps) as advance:
         tuned = method(
             source,
