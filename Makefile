@@ -4,7 +4,7 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
-# make docs    nothing to build yet: the pages in docs/ are plain Markdown; checks their links and commands
+# make docs    builds the documentation into site/, warnings are errors; site/index.html opens without a server or the network
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -40,8 +40,8 @@ ifdef MODELS
 		--eval-sequences 128 -o benchmarks/results/peers-stories260K.json
 endif
 
-docs: install
-	$(BIN)/python -m pytest tests/test_docs.py
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 install: .venv/installed
 
@@ -51,10 +51,18 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Only the tools: the reference is read from the source, which is not imported.
+.venv-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Roundel needs Python 3.11 or later; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
 .venv-llama/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
 	touch $@
 
 clean:
-	rm -rf .venv .venv-llama .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-llama .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

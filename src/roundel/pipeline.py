@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,8 @@ from roundel.curvature.collect import Collection, passes, pilot_first, safe_batc
 from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
+from roundel.evaluate.perplexity import WIKITEXT2, joined_windows, window_losses
+from roundel.evaluate.tasks import open_tasks, task_results
 from roundel.factors import Header
 from roundel.formats import FORMATS, gguf, imatrix
 from roundel.grids import Grid, TileGrid, parse_scheme
@@ -80,6 +83,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 4096
+TASK_BATCH = 8
 FINGERPRINT_MODULUS = 256
 OVERLAP_WARNING = 0.01
 
@@ -95,9 +99,9 @@ class Quantized:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `evaluate` returns."""
+    """What `evaluate` returns: everything in `details`; the `report` of the divergence where text was given for it."""
 
-    report: Divergence
+    report: Divergence | None
     details: dict[str, Any]
 
 
@@ -205,7 +209,7 @@ def quantize(
                     "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
                 )
             rounded, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch)
-        if found is None:
+        if found is None and kept is not None:
             before.save(packed(rounded), {"layers": layers, "allocation": allocation, "skipped": source.skipped})
     return _finish(target, source, recipe, split, rounded, layers, notes, batch_size=batch, work=kept, carried={"allocation": allocation})
 
@@ -374,6 +378,8 @@ def _finish(
             labels=recipe.labels,
             advance=advance,
         )
+    # errors that make up for each other do not add up
+    by = "joint" if tuning is not None or any("error_aware" in row for row in layers.values()) else "total"
     with staged_directory(target) as staging:
         with notes.timed("writing"), progress.stage("writing", len(source.checkpoint.files)) as advance:
             frame = _frame(source, {name: row["dtype"] for name, row in layers.items()}, others)
@@ -416,7 +422,8 @@ def _finish(
                 "total_stderr": _finite(prediction.total_stderr),
                 "joint": prediction.joint,
                 "joint_stderr": _finite(prediction.joint_stderr),
-                "predicted_over_measured": prediction.total / divergence.kl_mean if divergence.kl_mean > 0 else None,
+                "by": by,
+                "predicted_over_measured": getattr(prediction, by) / divergence.kl_mean if divergence.kl_mean > 0 else None,
             },
             "evaluation": {
                 "source": recipe.eval_data or f"{recipe.calibration} (held out)",
@@ -922,22 +929,34 @@ def evaluate(
     model: str | Path,
     *,
     reference: str | Path,
-    data: str,
+    data: str | None = None,
     sequences: int = 64,
     seq_len: int = 512,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    task_limit: int | None = None,
+    num_fewshot: int | None = None,
+    perplexity: str | None = None,
+    window: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures `KL(reference || model)` on text.
+    """Measures `KL(reference || model)` on text, accuracies on tasks, perplexities as papers state them, or all of these.
 
     Args:
         model: A directory that Roundel or compressed-tensors wrote, or any other causal language model.
         reference: The original model.
-        data: A calibration SPEC other than `self`.
+        data: For the KL: a calibration SPEC other than `self`.
         sequences: Use at most so many sequences of `seq_len` tokens.
         seq_len: At most the models' positions.
+        tasks: Names of lm-evaluation-harness, which must be installed.
+        task_data: A directory of local files with the tasks' documents, see `roundel.evaluate.tasks`; by default they come from the Hub.
+        task_limit: At most so many documents of each task.
+        num_fewshot: Examples before each question; by default each task's own number.
+        perplexity: `wikitext2`, or a SPEC of text, joined by blank lines.
+        window: Tokens of each window of that; by default 2048, and at most the models' positions.
         device: As for `quantize`.
         dtype: As for `quantize`.
         batch_size: Sequences per pass.
@@ -947,34 +966,72 @@ def evaluate(
         RoundelError: see `roundel.errors`.
     """
     progress = progress or Silent()
+    if data is None and not tasks and perplexity is None:
+        raise DataError("nothing to measure: give text for the KL (--data), --tasks or --perplexity")
     if sequences < 1 or seq_len < 2:
         raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
-    if data == "self":
+    if "self" in (data, perplexity):
         raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
+    if window is not None and window < 2:
+        raise DataError(f"a window of {window} tokens: expected at least 2")
+    opened = open_tasks(tasks, data=None if task_data is None else Path(task_data), limit=task_limit, shots=num_fewshot) if tasks else {}
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     path, original = locate(str(model)), locate(str(reference))
     theirs = load_model(original, device=place, dtype=kind)
-    length = min(seq_len, _positions(theirs))
-    tokens = _evaluation_tokens(data, load_tokenizer(original), length, sequences)
+    tokenizer = load_tokenizer(original)
+    positions = _positions(theirs)
+    length = min(seq_len, positions)
+    tokens = None if data is None else _evaluation_tokens(data, tokenizer, length, sequences)
+    joined, span = None, min(window or 2048, positions)
+    if perplexity is not None:
+        joined = joined_windows(read_documents(WIKITEXT2 if perplexity == "wikitext2" else perplexity), tokenizer, span)
     ours = load_written(path, device=place, dtype=kind)
-    for each in (theirs, ours):
-        check_vocabulary(each, tokens)
-    overlap = _recorded_overlap(path, tokens)
-    if overlap is not None and overlap > OVERLAP_WARNING:
-        progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
-    with progress.stage("evaluation", len(tokens)) as advance:
-        divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or default_batch(length), advance=advance)
-    details = {
-        **divergence.as_json(),
-        "model": str(model),
-        "reference": str(reference),
-        "data": data,
-        "sha256": data_hash(tokens),
-        "seq_len": length,
-        "overlap_with_calibration": overlap,
-    }
+    for each, text in itertools.product((theirs, ours), (tokens, joined)):
+        if text is not None:
+            check_vocabulary(each, text)
+    divergence = None
+    details: dict[str, Any] = {"model": str(model), "reference": str(reference)}
+    if tokens is not None:
+        overlap = _recorded_overlap(path, tokens)
+        if overlap is not None and overlap > OVERLAP_WARNING:
+            progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
+        with progress.stage("evaluation", len(tokens)) as advance:
+            divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or default_batch(length), advance=advance)
+        about = {"data": data, "sha256": data_hash(tokens), "seq_len": length, "overlap_with_calibration": overlap}
+        details = {**divergence.as_json(), **details, **about}
+    if joined is not None:
+        details["windowed_perplexity"] = {
+            "text": perplexity,
+            **_perplexities(ours, theirs, joined, batch_size or default_batch(span), progress),
+        }
+    if opened:
+        together = batch_size or TASK_BATCH
+        with progress.stage("tasks", len(opened)) as advance:
+            details["tasks"] = {}
+            for name, (task, examples) in opened.items():
+                found = task_results(task, (ours, theirs), tokenizer, limit=task_limit, batch_size=together)
+                details["tasks"][name] = {**found, "shots_from": examples}
+                advance(1)
+        details["task_data"] = None if task_data is None else str(task_data)
+        details["lm_eval"] = importlib.metadata.version("lm-eval")
     return Evaluation(report=divergence, details=details)
+
+
+def _perplexities(ours: nn.Module, theirs: nn.Module, tokens: TokenBatch, batch: int, progress: Progress) -> dict[str, Any]:
+    """Of both models, and the logarithm of their quotient with its standard error over windows."""
+    with progress.stage("perplexity", 2 * len(tokens)) as advance:
+        own, other = (window_losses(each, tokens, batch_size=batch, advance=advance) for each in (ours, theirs))
+    difference = own - other
+    return {
+        "model": own.mean().exp().item(),
+        "reference": other.mean().exp().item(),
+        "log_ratio": difference.mean().item(),
+        "log_ratio_stderr": difference.std().item() / math.sqrt(len(tokens)) if len(tokens) > 1 else None,
+        "window": tokens.ids.shape[1],
+        "windows": len(tokens),
+        "sha256": data_hash(tokens),
+    }
 
 
 def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:

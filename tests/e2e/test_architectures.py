@@ -50,7 +50,7 @@ REPORT = {
     },
     "calibration": {"source", "sequences", "sequences_to_choose_by", "seq_len", "tokens", "sha256", "fingerprint"},
     "bits_per_weight": {"quantized", "model", "quantized_fraction"},
-    "predicted_kl": {"total", "total_stderr", "joint", "joint_stderr", "predicted_over_measured"},
+    "predicted_kl": {"total", "total_stderr", "joint", "joint_stderr", "by", "predicted_over_measured"},
     "evaluation": {"source", "sha256", "overlap_with_calibration", "kl", "top1_agreement", "perplexity", "tokens", "sequences"},
     "layers": None,
     "skipped": None,

@@ -38,25 +38,26 @@ def test_curvature_beats_activations_beats_nearest(tmp_path: Path) -> None:
             sweeps=sweeps,
             calibration="stdlib",
             eval_data="stdlib-heldout",
-            sequences=64,
+            sequences=32,
             seq_len=128,
-            eval_sequences=24,
+            eval_sequences=12,
         )
         kl[curvature] = result.report.kl_mean
     assert kl["auto"] < 0.9 * kl["activation"]
     assert kl["activation"] < 0.9 * kl["identity"]
 
 
-@pytest.mark.parametrize("scheme", ["int4-g128"])
-def test_prediction_agrees_with_measurement(scheme: str, tmp_path: Path) -> None:
+def test_prediction_agrees_with_measurement(tmp_path: Path) -> None:
     result = roundel.quantize(
         "demo",
         output=tmp_path / "out",
-        scheme=scheme,
+        scheme="int4-g128",
+        curvature="kfac",
+        sweeps=1,
         calibration="stdlib",
         eval_data="stdlib-heldout",
-        sequences=48,
+        sequences=32,
         seq_len=128,
-        eval_sequences=48,
+        eval_sequences=32,
     )
     assert result.details["predicted_kl"]["predicted_over_measured"] == pytest.approx(1, abs=0.3)

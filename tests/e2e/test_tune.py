@@ -43,6 +43,8 @@ def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, meth
     found = tuned.details["tuning"]
     assert found["best_step"] > 0
     assert found["held_out_kl"]["after"] < found["held_out_kl"]["before"]
+    assert tuned.details["predicted_kl"]["by"] == "joint"
+    assert plain.details["predicted_kl"]["by"] == "total"
     assert found["other_parameters"] == (4 if method == "blocks" else 5)  # the last norm is in no layer
     if method == "end-to-end":
         assert [row["step"] for row in found["history"]] == list(range(0, few + 1, few // 8))
@@ -55,7 +57,8 @@ def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, meth
 
 
 def test_a_start_that_is_not_improved_is_kept(model, quantize, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(steps, "CODE_STEP", 5.0)  # throws everything about
+    monkeypatch.setattr(steps, "SMALLEST", 5.0)  # throws everything about
+    monkeypatch.setattr(steps, "LARGEST", 5.0)
     monkeypatch.setattr(steps, "SCALE_STEP", 5.0)
     plain = quantize(model(), tmp_path / "plain", scheme="int4-g16", **SETTINGS)
     for method in ("end-to-end", "blocks"):

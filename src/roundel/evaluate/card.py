@@ -59,7 +59,7 @@ weight above are what the codes and scales take.""",
 def model_card(report: dict[str, Any]) -> str:
     """README.md of the output directory, from the contents of roundel.json."""
     recipe, measured, bits = report["recipe"], report["evaluation"], report["bits_per_weight"]
-    kl, predicted = measured["kl"], report["predicted_kl"]
+    kl, predicted, by = measured["kl"], report["predicted_kl"], report["predicted_kl"].get("by", "total")
     skipped = "".join(f"- `{name}`: {reason}\n" for name, reason in report["skipped"].items())
     left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
     form = report["format"]
@@ -78,7 +78,7 @@ whole model's output distribution.
 |---|---|
 | KL(original, quantized), nats per token | **{with_error(kl["mean"], kl["stderr"])}** (standard error) |
 | KL, median and 99th percentile | {number(kl["median"])}, {number(kl["p99"])} |
-| KL predicted from the curvature | {with_error(predicted["total"], predicted["total_stderr"])} |
+| KL predicted from the curvature | {with_error(predicted[by], predicted[f"{by}_stderr"])} |
 | top-1 agreement | {100 * measured["top1_agreement"]:.1f} % |
 | perplexity, quantized and original | {number(measured["perplexity"]["model"])}, {number(measured["perplexity"]["reference"])} |
 | bits per weight: quantized linears, whole checkpoint | {bits["quantized"]:.3f}, {bits["model"]:.3f} |

@@ -272,7 +272,7 @@ def _tune_layer(
     for name, linear in linears.items():
         put(block, name.removeprefix(prefix), linear)
     small = {name: block.get_parameter(name.removeprefix(prefix)).requires_grad_(True) for name in others}
-    optimiser = Steps(linears.values(), list(small.values()), steps)
+    optimiser = Steps(linears.values(), list(small.values()), steps, tokens=task.train * task.hidden.shape[1])
     best, moved = dict(rounded), dict[str, Tensor]()
     row = {"layer": task.layer, "best_step": 0, "checks": [{"step": 0, "loss": task.unseen_loss(best, moved)}]}
     spent: list[float] = []

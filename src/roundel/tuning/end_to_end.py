@@ -117,7 +117,7 @@ def tune_end_to_end(
 
     rows = max(1, step_tokens // tokens.ids.shape[1])
     passes = max(1, TOKENS // tokens.ids.shape[1])
-    optimiser = Steps(linears.values(), list(small.values()), steps)
+    optimiser = Steps(linears.values(), list(small.values()), steps, tokens=tokens.ids.numel())
     settings = {"tune": "end-to-end", "steps": steps, "rows": rows, "others": list(others), "seed": seed, "dtype": str(source.model.dtype)}
     saved = Saved.of(work, rounded, (tokens, unseen), settings)
     if (found := saved.load()) is not None:
