@@ -1,5 +1,6 @@
 # make demo    install and quantize the embedded model, three ways, with the comparison printed
 # make test    install and run the tests
+# make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
@@ -9,13 +10,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-llama check bench peers docs install clean
+.PHONY: demo test test-tasks test-llama check bench peers docs install clean
 
 demo: install
 	$(BIN)/roundel demo
 
 test: install
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-tasks: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/e2e/test_tasks.py
 
 test-llama: .venv-llama/installed
 	OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -p no:xdist tests/llama

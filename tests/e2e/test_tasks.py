@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import roundel
 from e2e import tiny
 from roundel.errors import DataError
 from roundel.evaluate.tasks import TASKS, open_tasks
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: make test-tasks")
 
 WORDS = tiny.make_text(4000, seed=3).replace("\n", " ").split()
 
@@ -84,6 +87,7 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@needs_lm_eval
 @pytest.mark.usefixtures("offline")
 def test_accuracies_are_those_of_a_direct_run(command, model, quantized, data, monkeypatch) -> None:
     names = [*ROWS, "hellaswag"]
@@ -123,6 +127,7 @@ def test_accuracies_are_those_of_a_direct_run(command, model, quantized, data, m
         assert each["stderr"] == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5)
 
 
+@needs_lm_eval
 @pytest.mark.usefixtures("offline")
 def test_prompts_are_those_of_lm_eval(data) -> None:
     write_rows(data / "arc_easy_train.jsonl", ROWS["arc_easy"][:3])
@@ -157,6 +162,7 @@ def test_perplexity_is_that_of_plain_transformers(command, model, quantized, tex
         assert found[name] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-6)
 
 
+@needs_lm_eval
 def test_errors_say_what_is_missing(model, data, monkeypatch) -> None:
     def fails(**settings) -> str:
         with pytest.raises(DataError) as caught:
