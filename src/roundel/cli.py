@@ -73,6 +73,8 @@ Work = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Keep finished and half-done work there: the same command goes on from it after a crash."),
 ]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")]
+Written = Annotated[Path, typer.Argument(help="A directory that quantize has written, in a format that keeps codes (not dense, not gguf).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
@@ -88,7 +90,7 @@ def _root(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo for the embedded model.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    output: Output,
     scheme: Annotated[
         str,
         typer.Option(
@@ -231,10 +233,8 @@ def _show_quantized(result: Quantized, model: str, json_file: Path | None, *, qu
 
 @app.command()
 def tune(
-    directory: Annotated[
-        Path, typer.Argument(help="A directory that quantize has written, in a format that keeps codes (not dense, not gguf).")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    directory: Written,
+    output: Output,
     method: TuneMethod = "end-to-end",
     steps: TuneSteps = _DEFAULT.tune_steps,
     step_tokens: TuneTokens = _DEFAULT.tune_tokens,
@@ -272,11 +272,9 @@ def tune(
 
 @app.command()
 def export(
-    source: Annotated[
-        Path, typer.Argument(help="A directory that quantize has written, in a format that keeps codes (not dense, not gguf).")
-    ],
+    source: Written,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="compressed-tensors, gguf, gguf:TYPE, exl3, gptq, native or dense.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    output: Output,
     model: Annotated[str | None, typer.Option(help="A copy of the original to take the tokenizer from; default: that in SOURCE.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -340,7 +338,7 @@ def collect(
 @app.command()
 def merge(
     directories: Annotated[list[Path], typer.Argument(help="Complete factors directories of one model.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")],
+    output: Output,
     quiet: Quiet = False,
 ) -> None:
     """Add up factors of different sequences, or join those of different layers."""

@@ -57,7 +57,7 @@ from roundel.round_model import round_all, round_allocated
 from roundel.rounding.round import dequantized
 from roundel.source import Notes, Source, device_of, load_source
 from roundel.store import check_output, staged_directory, staged_file, storage, write_json, write_text
-from roundel.tuning import Tuned, tune_blocks, tune_end_to_end
+from roundel.tuning import Job, Tuned, tune_blocks, tune_end_to_end
 from roundel.tuning.blocks import layers_of
 from roundel.tuning.saved import Saved, packed, unpacked
 from roundel.types import Factors, RoundedWeight, TokenBatch
@@ -209,8 +209,8 @@ def quantize(
                     "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
                 )
             rounded, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch)
-        if found is None and kept is not None:
-            before.save(packed(rounded), {"layers": layers, "allocation": allocation, "skipped": source.skipped})
+        if found is None:
+            before.save(lambda: packed(rounded), {"layers": layers, "allocation": allocation, "skipped": source.skipped})
     return _finish(target, source, recipe, split, rounded, layers, notes, batch_size=batch, work=kept, carried={"allocation": allocation})
 
 
@@ -317,11 +317,11 @@ def _tuned(
         notes.warn("norms and biases are not tuned: the steps are lost in 16 bits; use --dtype float32")
         others = {}
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.tune_steps) as advance:
-        tuned = method(
-            source,
-            rounded,
-            steps_on,
-            judged_by,
+        job = Job(
+            source=source,
+            rounded=rounded,
+            tokens=steps_on,
+            unseen=judged_by,
             steps=recipe.tune_steps,
             step_tokens=recipe.tune_tokens,
             others=others,
@@ -330,6 +330,7 @@ def _tuned(
             work=work,
             advance=advance,
         )
+        tuned = method(job)
     if tuned.best_step == 0:
         notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
     return tuned

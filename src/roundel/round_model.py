@@ -15,7 +15,6 @@ linear and candidate, and two forward passes for the measured comparison. The co
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import itertools
@@ -35,14 +34,13 @@ from roundel.curvature.collect import safe_batch_size
 from roundel.curvature.sketches.base import Candidate
 from roundel.error_aware import Targets
 from roundel.errors import NumericalError, SchemeError, in_layer
-from roundel.evaluate import compare_models
 from roundel.formats import FORMATS
 from roundel.grids import Grid, TileGrid, parse_scheme
 from roundel.recipes import Recipe
 from roundel.rotation import Rotation
 from roundel.rounding import allocate, make_problem, round_weights
 from roundel.rounding.round import dequantized, stacked
-from roundel.source import Notes, Source, device_of
+from roundel.source import Notes, Source, device_of, measured_kl
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem, TokenBatch
 
 __all__ = ["Linear", "choose_factors", "decoder_layers", "round_all", "round_allocated", "round_linears"]
@@ -207,7 +205,9 @@ def round_allocated(
         report["uniform"] = {"scheme": uniform, "predicted_kl": sum(options[uniform].loss for options in choices.values())}
         with notes.progress.stage("mixed bits against uniform", 2 * len(unseen)) as advance:
             measured = [
-                _measured_kl(source, {name: rounded[name][of[name]] for name in rounded}, unseen, batch_size, advance)
+                measured_kl(
+                    source.model, {name: rounded[name][of[name]] for name in rounded}, {}, unseen, batch_size=batch_size, advance=advance
+                )
                 for of in (mixed, dict.fromkeys(rounded, uniform))
             ]
         report["held_out_kl"], report["uniform"]["held_out_kl"] = measured
@@ -292,18 +292,6 @@ def _smoothed(predicted: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, 
         name: {scheme: math.sqrt(value * scale * rows[name][scheme]["proxy_loss"]) for scheme, value in own.items()}
         for name, own in heldout.items()
     }
-
-
-def _measured_kl(
-    source: Source, weights: Mapping[str, RoundedWeight], text: TokenBatch, batch_size: int, advance: Callable[[int], None]
-) -> float:
-    """Of the whole model with these weights, in nats per token."""
-    twin = copy.deepcopy(source.model)
-    for name, weight in weights.items():
-        parameter = twin.get_submodule(name).weight
-        assert isinstance(parameter, Tensor)
-        parameter.data.copy_(dequantized(weight))
-    return compare_models(twin, source.model, text, batch_size=batch_size, advance=advance).kl_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundel.errors import ModelError
+from roundel.evaluate import compare_models
 from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress
 from roundel.recipes import Recipe
+from roundel.rounding.round import dequantized
+from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["Notes", "Source", "device_of", "load_source"]
+__all__ = ["Notes", "Source", "device_of", "load_dense", "load_source", "measured_kl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,30 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
         linears=found,
         skipped={**selection.skipped, **absent},
     )
+
+
+@torch.no_grad()
+def load_dense(model: nn.Module, rounded: Mapping[str, RoundedWeight], others: Mapping[str, Tensor]) -> None:
+    """Puts rounded weights, by module, and other parameters, by name, into a model of dense linears."""
+    for name, weight in rounded.items():
+        model.get_parameter(f"{name}.weight").copy_(dequantized(weight))
+    for name, value in others.items():
+        model.get_parameter(name).copy_(value)
+
+
+def measured_kl(
+    model: nn.Module,
+    rounded: Mapping[str, RoundedWeight],
+    others: Mapping[str, Tensor],
+    text: TokenBatch,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _n: None,
+) -> float:
+    """Of a copy of the whole model with these weights, in nats per token."""
+    twin = copy.deepcopy(model)
+    load_dense(twin, rounded, others)
+    return compare_models(twin, model, text, batch_size=batch_size, advance=advance).kl_mean
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from roundel.curvature.fisher import backward
 from roundel.curvature.tap import tapped
 from roundel.errors import SchemeError
-from roundel.evaluate import compare_models
-from roundel.source import Source
-from roundel.tuning.end_to_end import TOKENS, Tuned, load_dense, put, stored_values
-from roundel.tuning.saved import Saved, kinds_of, packed, unpacked
+from roundel.source import load_dense, measured_kl
+from roundel.tuning.end_to_end import TOKENS
+from roundel.tuning.job import Job, Tuned, stored_values
+from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, shuffled
-from roundel.tuning.trained import trained
+from roundel.tuning.trained import put, trained
 from roundel.types import LayerGrad, RoundedWeight, TokenBatch
 
 __all__ = ["layers_of", "tune_blocks"]
@@ -48,42 +48,28 @@ CHECKS = 4
 """How often a layer's loss on unseen sequences is measured."""
 
 
-def tune_blocks(
-    source: Source,
-    rounded: Mapping[str, RoundedWeight],
-    tokens: TokenBatch,
-    unseen: TokenBatch,
-    *,
-    steps: int,
-    step_tokens: int,
-    others: Mapping[str, torch.dtype],
-    seed: int,
-    batch_size: int,
-    work: Path | None = None,
-    advance: Callable[[int], None] = lambda _n: None,
-) -> Tuned:
+def tune_blocks(job: Job) -> Tuned:
     """Tunes decoder layer after decoder layer; linears outside of them stay as they are.
-
-    Arguments are those of `tune_end_to_end`; `steps` are taken for each layer.
 
     Raises:
         SchemeError: the model's layers cannot be run by themselves.
-        StorageError: `work` holds another job's state, or cannot be written to.
+        StorageError: `job.work` holds another job's state, or cannot be written to.
     """
+    source, rounded, tokens, unseen, steps = job.source, job.rounded, job.tokens, job.unseen, job.steps
     layers = layers_of(source.model, rounded)
     length = tokens.ids.shape[1]
-    passes = min(max(1, min(step_tokens, TOKENS) // length), len(tokens), len(unseen))
-    rows = max(1, step_tokens // length // passes) * passes
-    settings = {"tune": "blocks", "steps": steps, "rows": rows, "others": list(others), "seed": seed, "dtype": str(source.model.dtype)}
-    saved = Saved.of(work, rounded, (tokens, unseen), settings)
+    passes = min(max(1, min(job.step_tokens, TOKENS) // length), len(tokens), len(unseen))
+    rows = max(1, job.step_tokens // length // passes) * passes
+    saved = job.saved("blocks", rows)
     state, moved, history = dict(rounded), dict[str, Tensor](), list[dict[str, Any]]()
     if (found := saved.load()) is not None:
         tensors, notes = found
         state |= unpacked(tensors, kinds_of(rounded))
-        moved = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        moved = others_of(tensors)
         history = notes["history"]
     finished = {row["layer"] for row in history}
-    fishers = _fishers(source.model, [layer for layer in layers if layer not in finished], tokens, seed=seed, passes=passes)
+    left = [layer for layer, names in layers.items() if names and layer not in finished]
+    fishers = _fishers(source.model, left, tokens, seed=job.seed, passes=passes)
     everything = torch.cat([tokens.ids, unseen.ids])
     hidden, _ = _calls(source.model, next(iter(layers)), everything, passes)
     wanted = hidden.clone()
@@ -91,7 +77,7 @@ def tune_blocks(
         original = source.model.get_submodule(layer)
         _, call = _calls(source.model, layer, everything[: 2 * passes], passes)
         wanted = call.outputs(original, wanted)
-        if names and layer not in finished:
+        if layer in left:
             task = _Task(
                 layer=layer,
                 model=source.model,
@@ -101,21 +87,18 @@ def tune_blocks(
                 call=call,
                 train=len(tokens),
             )
-            weights, small = (
-                {name: state[name] for name in names},
-                {name: dtype for name, dtype in others.items() if name.startswith(f"{layer}.")},
-            )
-            best, values, row = _tune_layer(task, weights, small, steps=steps, rows=rows, seed=seed, advance=advance)
+            weights = {name: state[name] for name in names}
+            small = {name: dtype for name, dtype in job.others.items() if name.startswith(f"{layer}.")}
+            best, values, row = _tune_layer(task, weights, small, steps=steps, rows=rows, seed=job.seed, advance=job.advance)
             state |= best
             moved |= values
             history.append(row)
-            kept = {f"best.{name}": value for name, value in moved.items()}
-            saved.save({**packed({name: state[name] for own in layers.values() for name in own}), **kept}, {"history": history})
+            saved.save(partial(packed, state, moved), {"history": history})
         elif names:
-            advance(steps)
+            job.advance(steps)
         hidden = call.outputs(_quantized(source.model, layer, {name: state[name] for name in names}, moved), hidden)
-    before = _whole(source.model, rounded, {}, unseen, batch_size)
-    after = _whole(source.model, state, moved, unseen, batch_size)
+    before = measured_kl(source.model, rounded, {}, unseen, batch_size=job.batch_size)
+    after = measured_kl(source.model, state, moved, unseen, batch_size=job.batch_size)
     if after < before:
         return Tuned(rounded=state, parameters=moved, history=history, best_step=steps, held_out_kl=(before, after))
     return Tuned(rounded=dict(rounded), history=history, best_step=0, held_out_kl=(before, before))
@@ -301,12 +284,3 @@ def _quantized(model: nn.Module, layer: str, rounded: Mapping[str, RoundedWeight
     own = {name.removeprefix(prefix): value for name, value in others.items() if name.startswith(prefix)}
     load_dense(block, {name.removeprefix(prefix): weight for name, weight in rounded.items()}, own)
     return block
-
-
-def _whole(
-    model: nn.Module, rounded: Mapping[str, RoundedWeight], others: Mapping[str, Tensor], unseen: TokenBatch, batch_size: int
-) -> float:
-    """The KL of the whole model."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    load_dense(twin, rounded, others)
-    return compare_models(twin, model, unseen, batch_size=batch_size).kl_mean

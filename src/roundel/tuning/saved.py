@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from roundel.grids import parse_scheme
 from roundel.store import staged_file, storage
 from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["Saved", "kinds_of", "packed", "unpacked"]
+__all__ = ["Saved", "kinds_of", "others_of", "packed", "unpacked"]
 
 FILE = "tuning.safetensors"
+OTHER = "other."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ class Saved:
             raise StorageError(f"{self.path} is of another run: another model, text or setting; choose another --work, or remove it")
         return tensors, notes
 
-    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Replaces the file.
+    def save(self, tensors: Callable[[], Mapping[str, Tensor]], notes: Mapping[str, Any]) -> None:
+        """Replaces the file; `tensors` is only called if there is one.
 
         Raises:
             StorageError: the disk refuses.
@@ -80,13 +81,19 @@ class Saved:
         with storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(self.path) as temporary:
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors().items()}
             save_file(whole, temporary, metadata={"roundel": json.dumps({**notes, "digest": self.digest})})
 
 
-def packed(rounded: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
-    """Weights as the tensors of the native format, by module."""
-    return {f"{name}/{part}": tensor for name, weight in rounded.items() for part, tensor in FORMATS["native"].pack(weight).items()}
+def packed(rounded: Mapping[str, RoundedWeight], others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights as the tensors of the native format, by module, and other parameters by name."""
+    tensors = {f"{name}/{part}": tensor for name, weight in rounded.items() for part, tensor in FORMATS["native"].pack(weight).items()}
+    return tensors | {f"{OTHER}{name}": value for name, value in (others or {}).items()}
+
+
+def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other parameters that `packed` was given."""
+    return {name.removeprefix(OTHER): value for name, value in tensors.items() if name.startswith(OTHER)}
 
 
 def unpacked(tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[str, tuple[int, int]]]) -> dict[str, RoundedWeight]:
