@@ -19,7 +19,7 @@ test: install
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-tasks: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/e2e/test_tasks.py
 
 test-llama: .venv-llama/installed
@@ -53,20 +53,20 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Roundel needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # Only the tools: the reference is read from the source, which is not imported.
 .venv-docs/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Roundel needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	.venv-docs/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
 		$$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@
 
 .venv-llama/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
+	.venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
 	touch $@
 
 clean:

@@ -32,6 +32,7 @@ RANKS = [
     ("checkpoints", 8),
     ("tuning", 8),
     ("pipeline", 9),
+    ("measure", 10),
     ("bench", 10),
     ("compare", 10),
     ("inspect", 10),

@@ -4,7 +4,8 @@ import importlib.metadata
 
 from roundel.errors import RoundelError
 from roundel.hf import register
-from roundel.pipeline import Evaluation, Quantized, collect_factors, evaluate, export, export_imatrix, quantize, tune
+from roundel.measure import Evaluation, evaluate
+from roundel.pipeline import Quantized, collect_factors, export, export_imatrix, quantize, tune
 from roundel.recipes import Recipe
 
 register()  # from here on Transformers loads Roundel's own checkpoints

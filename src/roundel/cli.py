@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,21 +25,21 @@ from roundel.bench import bench as run_bench
 from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
-from roundel.evaluate import Divergence
 from roundel.evaluate.card import number, with_error
+from roundel.evaluate.report import evaluated_page
 from roundel.factors import merge as merge_factors
 from roundel.inspect import SHORT, table_rows
 from roundel.inspect import inspect as run_inspect
+from roundel.measure import evaluate as run_evaluate
 from roundel.pipeline import Quantized
 from roundel.pipeline import collect_factors as run_collect
-from roundel.pipeline import evaluate as run_evaluate
 from roundel.pipeline import export as run_export
 from roundel.pipeline import export_imatrix as run_imatrix
 from roundel.pipeline import quantize as run_quantize
 from roundel.pipeline import tune as run_tune
 from roundel.progress import make_progress
 from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
-from roundel.store import check_output, write_json
+from roundel.store import check_output, write_json, write_text
 
 __all__ = ["app", "main"]
 
@@ -219,7 +219,7 @@ def _show_quantized(result: Quantized, model: str, json_file: Path | None, *, qu
     _emit(result.details, json_file)
     if not quiet and str(json_file) != "-":
         stored, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
-        table = _divergence_table(f"{model} in {result.details['scheme']}", result.report)
+        table = _divergence_table(f"{model} in {result.details['scheme']}", result.details["evaluation"])
         if result.details["tuning"] is not None:
             kl = result.details["tuning"]["held_out_kl"]
             table.add_row("KL on other text before and after tuning", f"{number(kl['before'])}, {number(kl['after'])}")
@@ -228,7 +228,7 @@ def _show_quantized(result: Quantized, model: str, json_file: Path | None, *, qu
         table.add_row("bits per weight: whole checkpoint", f"{stored['model']:.3f}")
         table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
         Console().print(table)
-        print(f"{result.path}: written; roundel.json has every layer's numbers")
+        print(f"{result.path}: written; report.html shows what was measured, roundel.json has every layer's numbers")
 
 
 @app.command()
@@ -431,8 +431,10 @@ def inspect(
 def evaluate(
     model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
     reference: Annotated[str, typer.Option(help="The original: local directory, Hub id, or demo.")],
-    data: Annotated[str | None, typer.Option(metavar="SPEC", help="Text for the KL: file, directory, Hub dataset or stdlib.")] = None,
-    sequences: Annotated[int, typer.Option(help="At most so many sequences.")] = 64,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Text for the KL: file, directory, Hub dataset or stdlib; repeatable.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="At most so many sequences of each.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = 512,
     tasks: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Accuracies on tasks of lm-evaluation-harness, by its names: arc_easy,piqa,...")
@@ -444,9 +446,18 @@ def evaluate(
     task_limit: Annotated[int | None, typer.Option(help="At most so many documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question; default: each task's own number.")] = None,
     perplexity: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Perplexity as in papers: wikitext2 (from the Hub) or text, joined by blank lines.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Perplexity as in papers: wikitext2 or c4 (from the Hub), c4=SPEC for a copy, or text, joined by blank lines; repeatable.",
+        ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens in each of its windows; default 2048, at most the models' positions.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the original's logits there, for the next evaluation on the same text.")
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(min=0, help="What that directory may hold; what was used longest ago is removed.")] = 10.0,
+    html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report there as a page with plots.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: Batch = None,
@@ -466,28 +477,37 @@ def evaluate(
         num_fewshot=num_fewshot,
         perplexity=perplexity,
         window=window,
+        cache=cache,
+        cache_gib=cache_gib,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
         progress=make_progress(quiet=quiet),
     )
     _emit(result.details, json_file)
+    if html_file is not None:
+        write_text(html_file, evaluated_page(result.details))
     if not quiet and str(json_file) != "-":
         title = f"{model} against {reference}"
         if result.report is not None:
-            Console().print(_divergence_table(title, result.report))
-        if "windowed_perplexity" in result.details:
-            _print_perplexity(title, result.details["windowed_perplexity"])
+            several = len(result.details.get("texts", {})) > 1
+            texts = result.details.get("texts") or {result.details["data"]: result.details}
+            for spec, found in texts.items():
+                table = _divergence_table(f"{title}: {spec}" if several else title, found)
+                table.add_row("KL of the original against itself", number(found["duplicate"]["kl"]))
+                Console().print(table)
+        for named, found in result.details.get("windowed_perplexity", {}).items():
+            _print_perplexity(title, named, found)
         if "tasks" in result.details:
             _print_tasks(title, result.details["tasks"])
 
 
-def _print_perplexity(title: str, found: dict[str, Any]) -> None:
+def _print_perplexity(title: str, text: str, found: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     table.add_row("perplexity, quantized and original", f"{number(found['model'])}, {number(found['reference'])}")
     error = math.nan if found["log_ratio_stderr"] is None else found["log_ratio_stderr"]
     table.add_row("logarithm of their quotient", with_error(found["log_ratio"], error))
-    table.add_row("text, windows, tokens in each", f"{found['text']}, {found['windows']}, {found['window']}")
+    table.add_row("text, windows, tokens in each", f"{text}, {found['windows']}, {found['window']}")
     Console().print(table)
 
 
@@ -678,13 +698,16 @@ def demo(
             print(f"Kept: {output}")
 
 
-def _divergence_table(title: str, report: Divergence) -> Table:
+def _divergence_table(title: str, found: Mapping[str, Any]) -> Table:
+    kl, perplexity, interval = found["kl"], found["perplexity"], found["kl"]["interval95"]
     table = Table(title=title, show_header=False)
-    table.add_row("KL(original, quantized), nats per token", with_error(report.kl_mean, report.kl_stderr))
-    table.add_row("KL, median and 99th percentile", f"{number(report.kl_median)}, {number(report.kl_p99)}")
-    table.add_row("top-1 agreement", f"{100 * report.top1_agreement:.2f} %")
-    table.add_row("perplexity, quantized and original", f"{number(report.perplexity_model)}, {number(report.perplexity_reference)}")
-    table.add_row("tokens, sequences", f"{report.tokens}, {report.sequences}")
+    table.add_row("KL(original, quantized), nats per token", with_error(kl["mean"], kl["stderr"]))
+    if interval is not None:
+        table.add_row("95 % of it, by bootstrap", " to ".join(map(number, interval)))
+    table.add_row("KL, median and 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}")
+    table.add_row("top-1 agreement", f"{100 * found['top1_agreement']:.2f} %")
+    table.add_row("perplexity, quantized and original", f"{number(perplexity['model'])}, {number(perplexity['reference'])}")
+    table.add_row("tokens, sequences", f"{found['tokens']}, {found['sequences']}")
     return table
 
 

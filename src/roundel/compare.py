@@ -459,6 +459,24 @@ def _write(target: Path, details: dict[str, Any]) -> None:
             ),
             "Mean over seeds; bars are standard errors over held-out sequences.",
         )
+    agreed = {
+        scheme: [
+            (row["proxy_kl"], row["kl"])
+            for row in summary
+            if row["scheme"] == scheme and row["method"] != "nearest" and row["proxy_kl"] > 0
+        ]
+        for scheme in schemes
+    }
+    if any(agreed.values()):
+        pictures["predicted.png"] = (
+            plots.agreement(
+                {scheme: points for scheme, points in agreed.items() if points},
+                title=f"{model}: proxy loss and measured KL",
+                xlabel="sum of the proxy losses 1/2 tr(E^T H_out E H_in), nats per token",
+                ylabel="KL(original || quantized), nats per token",
+            ),
+            "Each point is a method with the curvature that it rounded with; in-sample on calibration text, so mostly below the KL.",
+        )
     for name, (png, _) in pictures.items():
         (target / name).write_bytes(png)
     body: list[Paragraph | Table | Picture] = [

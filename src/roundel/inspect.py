@@ -19,7 +19,6 @@ an LDL factor of every factor, about `2 d^3` flops in float64. Memory: all facto
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -351,19 +350,13 @@ def _percent(rank: Mapping[str, Mapping[str, float]], name: str) -> str:
 # The page
 
 
-def _place(name: str) -> tuple[str, int]:
-    """The kind of a linear and the index of its decoder layer: `self_attn.q_proj`, 3. Further numbers (experts) are not told apart."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", found[2]), int(found[1])) if found else (name, 0)
-
-
 def _series(
     layers: Mapping[str, Any], value: Callable[[Any], float], error: Callable[[Any], float | None] = lambda _row: None, *, add: bool = False
 ) -> plots.Series:
     """Points by kind of linear; where a decoder layer has several of a kind, their sum or their mean without an error."""
     found: dict[str, dict[int, list[plots.Point]]] = defaultdict(lambda: defaultdict(list))
     for name, row in layers.items():
-        kind, layer = _place(name)
+        kind, layer = plots.place(name)
         found[kind][layer].append(plots.Point(layer=layer, value=value(row), error=error(row)))
     return {
         kind: [

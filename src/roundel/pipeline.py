@@ -1,4 +1,4 @@
-"""The stages, from artifact to artifact: `quantize`, `tune`, `export`, `collect_factors`, `export_imatrix` and `evaluate`.
+"""The stages, from artifact to artifact: `quantize`, `tune`, `export`, `collect_factors` and `export_imatrix`.
 
     model, text -> tokens -> factors of every linear -> rounded weights -> staged checkpoint -> measured KL -> report,
     and only then the output directory
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import roundel.factors as factor_files
 from roundel.calibration import (
@@ -43,13 +42,12 @@ from roundel.curvature.collect import Collection, passes, pilot_first, safe_batc
 from roundel.errors import DataError, FactorsError, ModelError, OutputError, SchemeError, in_layer
 from roundel.evaluate import Divergence, compare_models
 from roundel.evaluate.card import model_card
-from roundel.evaluate.perplexity import WIKITEXT2, joined_windows, window_losses
-from roundel.evaluate.tasks import open_tasks, task_results
+from roundel.evaluate.report import quantized_page
 from roundel.factors import Header
 from roundel.formats import FORMATS, gguf, imatrix
 from roundel.grids import Grid, TileGrid, parse_scheme
-from roundel.models import load_model, load_tokenizer, locate
-from roundel.models.load import model_type, pick_device, pick_dtype
+from roundel.models import locate
+from roundel.models.load import model_type
 from roundel.progress import Progress, Silent
 from roundel.recipes import TUNINGS, WRITTEN, Recipe, check_format
 from roundel.rotation import Rotation
@@ -63,16 +61,16 @@ from roundel.tuning.saved import Saved, packed, unpacked
 from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = [
-    "Evaluation",
     "OpenFactors",
     "Quantized",
     "check_vocabulary",
     "collect_factors",
     "default_batch",
-    "evaluate",
+    "evaluation_tokens",
     "export",
     "export_imatrix",
     "open_factors",
+    "positions",
     "quantize",
     "sequence_length",
     "split_text",
@@ -83,7 +81,6 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 4096
-TASK_BATCH = 8
 FINGERPRINT_MODULUS = 256
 OVERLAP_WARNING = 0.01
 
@@ -94,14 +91,6 @@ class Quantized:
 
     path: Path
     report: Divergence
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What `evaluate` returns: everything in `details`; the `report` of the divergence where text was given for it."""
-
-    report: Divergence | None
     details: dict[str, Any]
 
 
@@ -439,6 +428,7 @@ def _finish(
         }
         write_json(staging / "roundel.json", details)
         write_text(staging / "README.md", model_card(details))
+        write_text(staging / "report.html", quantized_page(details))
     return Quantized(path=target, report=divergence, details=details)
 
 
@@ -504,6 +494,7 @@ def export(
         details["bits_per_weight"] = {**stored.report["bits_per_weight"], "model": 8 * written / parameters}
         write_json(staging / "roundel.json", details)
         write_text(staging / "README.md", model_card(details))
+        write_text(staging / "report.html", quantized_page(details))
     return details
 
 
@@ -526,9 +517,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "compressed-tensors", "numba")}
 
 
-def sequence_length(model: nn.Module, recipe: Recipe) -> int:
+def sequence_length(model: PreTrainedModel, recipe: Recipe) -> int:
     """Tokens in a sequence: as asked for, at most the model's positions."""
-    return min(recipe.seq_len, _positions(model))
+    return min(recipe.seq_len, positions(model.config))
 
 
 def default_batch(length: int) -> int:
@@ -536,8 +527,9 @@ def default_batch(length: int) -> int:
     return max(1, BATCH_TOKENS // length)
 
 
-def _positions(model: nn.Module) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)  # type: ignore[union-attr,operator]
+def positions(config: PretrainedConfig) -> int:
+    """How many tokens a model can take."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _revision(source: Path) -> str | None:
@@ -772,7 +764,7 @@ def open_factors(
     _check_model(header, source)
     known = frozenset(header.sequence_ids)
     if recipe.eval_data:
-        heldout = _evaluation_tokens(recipe.eval_data, source.tokenizer, header.seq_len, recipe.eval_sequences)
+        heldout = evaluation_tokens(recipe.eval_data, source.tokenizer, header.seq_len, recipe.eval_sequences)
         unseen = [row for row, sequence in enumerate(heldout.sequence_ids) if sequence not in known]
         heldout = TokenBatch(ids=heldout.ids[unseen], sequence_ids=tuple(heldout.sequence_ids[row] for row in unseen))
     else:
@@ -869,12 +861,12 @@ def split_text(recipe: Recipe, source: Source, length: int, progress: Progress, 
     )
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     if recipe.eval_data:
-        other = _evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
+        other = evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
         split = dataclasses.replace(split, heldout=other)
     return split
 
 
-def _evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
+def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
     """Up to `most` sequences, as many as the text has."""
     available = windows(read_documents(source), tokenizer, length, most=most)
     if not len(available):
@@ -924,123 +916,3 @@ def _frame(source: Source, dtypes: Mapping[str, str], others: Mapping[str, Tenso
         dtypes={name: getattr(torch, dtypes[name]) for name in weights},
         linears=frozenset(name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)),
     )
-
-
-def evaluate(
-    model: str | Path,
-    *,
-    reference: str | Path,
-    data: str | None = None,
-    sequences: int = 64,
-    seq_len: int = 512,
-    tasks: Sequence[str] = (),
-    task_data: str | Path | None = None,
-    task_limit: int | None = None,
-    num_fewshot: int | None = None,
-    perplexity: str | None = None,
-    window: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measures `KL(reference || model)` on text, accuracies on tasks, perplexities as papers state them, or all of these.
-
-    Args:
-        model: A directory that Roundel or compressed-tensors wrote, or any other causal language model.
-        reference: The original model.
-        data: For the KL: a calibration SPEC other than `self`.
-        sequences: Use at most so many sequences of `seq_len` tokens.
-        seq_len: At most the models' positions.
-        tasks: Names of lm-evaluation-harness, which must be installed.
-        task_data: A directory of local files with the tasks' documents, see `roundel.evaluate.tasks`; by default they come from the Hub.
-        task_limit: At most so many documents of each task.
-        num_fewshot: Examples before each question; by default each task's own number.
-        perplexity: `wikitext2`, or a SPEC of text, joined by blank lines.
-        window: Tokens of each window of that; by default 2048, and at most the models' positions.
-        device: As for `quantize`.
-        dtype: As for `quantize`.
-        batch_size: Sequences per pass.
-        progress: Where to report; silent by default.
-
-    Raises:
-        RoundelError: see `roundel.errors`.
-    """
-    progress = progress or Silent()
-    if data is None and not tasks and perplexity is None:
-        raise DataError("nothing to measure: give text for the KL (--data), --tasks or --perplexity")
-    if sequences < 1 or seq_len < 2:
-        raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
-    if "self" in (data, perplexity):
-        raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
-    if window is not None and window < 2:
-        raise DataError(f"a window of {window} tokens: expected at least 2")
-    opened = open_tasks(tasks, data=None if task_data is None else Path(task_data), limit=task_limit, shots=num_fewshot) if tasks else {}
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place)
-    path, original = locate(str(model)), locate(str(reference))
-    theirs = load_model(original, device=place, dtype=kind)
-    tokenizer = load_tokenizer(original)
-    positions = _positions(theirs)
-    length = min(seq_len, positions)
-    tokens = None if data is None else _evaluation_tokens(data, tokenizer, length, sequences)
-    joined, span = None, min(window or 2048, positions)
-    if perplexity is not None:
-        joined = joined_windows(read_documents(WIKITEXT2 if perplexity == "wikitext2" else perplexity), tokenizer, span)
-    ours = load_written(path, device=place, dtype=kind)
-    for each, text in itertools.product((theirs, ours), (tokens, joined)):
-        if text is not None:
-            check_vocabulary(each, text)
-    divergence = None
-    details: dict[str, Any] = {"model": str(model), "reference": str(reference)}
-    if tokens is not None:
-        overlap = _recorded_overlap(path, tokens)
-        if overlap is not None and overlap > OVERLAP_WARNING:
-            progress.warn(f"about {100 * overlap:.0f} % of this text was in the calibration text: its KL is too good")
-        with progress.stage("evaluation", len(tokens)) as advance:
-            divergence = compare_models(ours, theirs, tokens, batch_size=batch_size or default_batch(length), advance=advance)
-        about = {"data": data, "sha256": data_hash(tokens), "seq_len": length, "overlap_with_calibration": overlap}
-        details = {**divergence.as_json(), **details, **about}
-    if joined is not None:
-        details["windowed_perplexity"] = {
-            "text": perplexity,
-            **_perplexities(ours, theirs, joined, batch_size or default_batch(span), progress),
-        }
-    if opened:
-        together = batch_size or TASK_BATCH
-        with progress.stage("tasks", len(opened)) as advance:
-            details["tasks"] = {}
-            for name, (task, examples) in opened.items():
-                found = task_results(task, (ours, theirs), tokenizer, limit=task_limit, batch_size=together)
-                details["tasks"][name] = {**found, "shots_from": examples}
-                advance(1)
-        details["task_data"] = None if task_data is None else str(task_data)
-        details["lm_eval"] = importlib.metadata.version("lm-eval")
-    return Evaluation(report=divergence, details=details)
-
-
-def _perplexities(ours: nn.Module, theirs: nn.Module, tokens: TokenBatch, batch: int, progress: Progress) -> dict[str, Any]:
-    """Of both models, and the logarithm of their quotient with its standard error over windows."""
-    with progress.stage("perplexity", 2 * len(tokens)) as advance:
-        own, other = (window_losses(each, tokens, batch_size=batch, advance=advance) for each in (ours, theirs))
-    difference = own - other
-    return {
-        "model": own.mean().exp().item(),
-        "reference": other.mean().exp().item(),
-        "log_ratio": difference.mean().item(),
-        "log_ratio_stderr": difference.std().item() / math.sqrt(len(tokens)) if len(tokens) > 1 else None,
-        "window": tokens.ids.shape[1],
-        "windows": len(tokens),
-        "sha256": data_hash(tokens),
-    }
-
-
-def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:
-    """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where it cannot be told."""
-    try:
-        stored = json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"]["fingerprint"]
-        fingerprint = Fingerprint.from_json(stored)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    own = Fingerprint.of(tokens, fingerprint.modulus)
-    return own.overlap(fingerprint) if own.hashes else None

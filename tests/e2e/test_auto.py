@@ -138,7 +138,7 @@ def offering(monkeypatch: pytest.MonkeyPatch, candidates: Callable[[Sketch], dic
     monkeypatch.setattr(Auto, "candidates", offered)
 
 
-def test_where_the_first_factors_mislead_the_better_ones_are_taken(model, quantize, tmp_path, monkeypatch) -> None:
+def test_where_the_first_factors_mislead_the_better_ones_are_taken(model, text, quantize, tmp_path, monkeypatch) -> None:
     """Only those of `down_proj`, whose width is 96. They are also indefinite, of which whoever does not take them hears nothing."""
 
     def misleading(sketch: Sketch) -> dict[str, KroneckerFactors]:
@@ -146,8 +146,10 @@ def test_where_the_first_factors_mislead_the_better_ones_are_taken(model, quanti
         bad = KroneckerFactors(H_out=scrambled(sketch.d_out, least=1e-4), H_in=scrambled(sketch.d_in, least=-0.05), scale=good.scale)
         return {"first": bad if sketch.d_in == 96 else good, "second": good}
 
+    roundel.collect_factors(model(), output=tmp_path / "factors", calibration=str(text), **MANY)
+    known = {"scheme": SCHEME, "factors": tmp_path / "factors"}
     offering(monkeypatch, misleading)
-    result = quantize(model(), tmp_path / "misled", scheme=SCHEME, **MANY)
+    result = quantize(model(), tmp_path / "misled", **known, **MANY)
     for name, (candidate, predicted) in choices(result).items():
         if name.endswith("down_proj"):
             assert candidate == "second"
@@ -157,9 +159,9 @@ def test_where_the_first_factors_mislead_the_better_ones_are_taken(model, quanti
             assert predicted["second"] == predicted["first"]
     assert result.details["warnings"] == []
     offering(monkeypatch, lambda sketch: {"second": sketch.factors()})
-    assert weights(quantize(model(), tmp_path / "second", scheme=SCHEME, **MANY)) == weights(result)
+    assert weights(quantize(model(), tmp_path / "second", **known, **MANY)) == weights(result)
     offering(monkeypatch, lambda sketch: {"first": misleading(sketch)["first"]})
-    misled = quantize(model(), tmp_path / "first", scheme=SCHEME, **MANY)
+    misled = quantize(model(), tmp_path / "first", **known, **MANY)
     assert weights(misled) != weights(result)
     assert {warning.split(":")[0] for warning in misled.details["warnings"]} == {n for n in choices(result) if n.endswith("down_proj")}
 

@@ -19,7 +19,7 @@ from roundel.cli import app
 SHORT = ("--sequences", 8, "--seq-len", 32, "--eval-sequences", 4)
 EVALUATION = {
     *("kl", "top1_agreement", "perplexity", "tokens", "sequences"),
-    *("model", "reference", "data", "sha256", "seq_len", "overlap_with_calibration"),
+    *("model", "reference", "data", "sha256", "seq_len", "overlap_with_calibration", "duplicate", "reference_logits", "versions"),
 }
 
 
@@ -67,7 +67,7 @@ def test_evaluate_writes_json(command, model, text, quantized, tmp_path) -> None
     assert "KL(original, quantized)" in stdout
     details = json.loads(report.read_text())
     assert set(details) == EVALUATION
-    assert set(details["kl"]) == {"mean", "stderr", "median", "p99"}
+    assert set(details["kl"]) == {"mean", "stderr", "interval95", "median", "p99", "by_position"}
     assert set(details["perplexity"]) == {"model", "reference"}
     assert 0 < details["kl"]["median"] < details["kl"]["p99"] < 1
     assert 0 < details["kl"]["stderr"] < details["kl"]["mean"] < 1
@@ -93,7 +93,9 @@ def test_a_model_against_itself_has_no_divergence(command, model, text) -> None:
     code, stdout, _ = command("evaluate", model(), "--reference", model(), "--data", text, "--sequences", 4, "--seq-len", 32, "--json", "-")
     assert code == 0
     details = json.loads(stdout)
-    assert details["kl"] == {"mean": 0.0, "stderr": 0.0, "median": 0.0, "p99": 0.0}
+    assert {key: details["kl"][key] for key in ("mean", "stderr", "median", "p99")} == {"mean": 0, "stderr": 0, "median": 0, "p99": 0}
+    assert details["kl"]["interval95"] == [0, 0]
+    assert all(span["mean"] == span["stderr"] == 0 for span in details["kl"]["by_position"])
     assert details["top1_agreement"] == 1
     assert details["perplexity"]["model"] == details["perplexity"]["reference"]
     assert details["overlap_with_calibration"] is None
@@ -141,7 +143,8 @@ def test_one_sequence_has_no_standard_error(command, model, text, quantized) -> 
     arguments = ("--data", text, "--sequences", 1, "--seq-len", 32)
     code, stdout, _ = command("evaluate", quantized.path, "--reference", model(), *arguments, "--json", "-")
     assert code == 0
-    assert json.loads(stdout)["kl"]["stderr"] is None
+    kl = json.loads(stdout)["kl"]
+    assert kl["stderr"] is kl["interval95"] is kl["by_position"][0]["stderr"] is None
     assert command("evaluate", quantized.path, "--reference", model(), *arguments).code == 0
 
 
@@ -169,7 +172,7 @@ def test_evaluate_warns_of_the_calibration_text(command, model, tmp_path) -> Non
     assert command("quantize", model(), "-o", out, "--calibration", text, *long, "--eval-sequences", 4, *cheap).code == 0
     code, _, stderr = command("evaluate", out, "--reference", model(), "--data", text, *long)
     assert code == 0
-    assert "of this text was in the calibration text" in stderr
+    assert "was in the calibration text" in stderr
     code, _, stderr = command("evaluate", out, "--reference", model(), "--data", other, *long)
     assert code == 0
     assert "warning" not in stderr

@@ -123,11 +123,11 @@ def test_a_choice_is_that_of_quantize(model, text, quantize, tmp_path, monkeypat
         calibration=str(text),
         curvatures=["identity", "auto"],
         schemes=["int3-g32"],
-        sequences=[192],
+        sequences=[96],
         seeds=1,
         **sizes,
     )
-    result = quantize(model(), tmp_path / "quantized", scheme="int3-g32", sequences=192, **sizes)
+    result = quantize(model(), tmp_path / "quantized", scheme="int3-g32", sequences=96, **sizes)
     taken = [layer["candidate"] for layer in result.details["layers"].values()]
     assert 0 < taken.count("mean") < len(taken)
     nearest, chosen = details["rows"]
@@ -397,6 +397,7 @@ def test_the_files_hold_what_is_returned(compared) -> None:
         "summary.md",
         "index.html",
         "kl.png",
+        "predicted.png",
         "ranking.png",
         "sequences.png",
     }

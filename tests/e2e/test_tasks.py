@@ -149,7 +149,7 @@ def test_perplexity_is_that_of_plain_transformers(command, model, quantized, tex
         "evaluate", quantized.path, "--reference", model(), "--perplexity", text, "--window", 64, "--json", tmp_path / "report.json"
     )
     assert code == 0
-    found = json.loads((tmp_path / "report.json").read_text())["windowed_perplexity"]
+    found = json.loads((tmp_path / "report.json").read_text())["windowed_perplexity"][str(text)]
     ids = AutoTokenizer.from_pretrained(model())(text.read_text(), return_tensors="pt", verbose=False).input_ids
     assert (found["window"], found["windows"]) == (64, ids.shape[1] // 64)
     for name, place in (("model", quantized.path), ("reference", model())):

@@ -55,6 +55,36 @@ def test_every_number_equals_plain_torch(batch_size: int, chunk: int, monkeypatc
     assert sum(done) == 5
 
 
+def test_the_interval_holds_the_mean_of_most_other_draws() -> None:
+    """Of skewed values: the mean is in the interval of 95 of 100 samples, and less often in one without regard to the skew's side."""
+    random = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        values = torch.empty(40, dtype=torch.float64).exponential_(generator=random)
+        low, high = divergence._interval(values)
+        assert low < values.mean() < high
+        hits += low < 1 < high
+    assert 0.88 <= hits / 200 <= 0.98
+    symmetric = torch.randn(4000, dtype=torch.float64, generator=random)
+    low, high = divergence._interval(symmetric)
+    error = symmetric.std().item() / 4000**0.5
+    assert (high - low) / error == pytest.approx(2 * 1.96, rel=0.06)
+
+
+@pytest.mark.parametrize("length", [3, 16, 40])
+def test_spans_are_means_over_their_positions(length: int) -> None:
+    model, reference, tokens = tiny_llama(1), tiny_llama(2), random_tokens(5, length)
+    kl = plain(model, reference, tokens.ids)[0]
+    found = compare_models(model, reference, tokens, batch_size=2).spans
+    assert [span.first for span in found] == [0, *(span.last + 1 for span in found[:-1])]
+    assert found[-1].last == length - 1
+    assert len(found) <= divergence.SPANS
+    for span in found:
+        part = kl[:, span.first : span.last + 1].mean(1)
+        assert span.kl == pytest.approx(part.mean().item(), rel=1e-4)
+        assert span.stderr == pytest.approx(part.std().item() / math.sqrt(5), rel=1e-3)
+
+
 def test_p99_leaves_one_token_in_a_hundred_above() -> None:
     model, reference = Table(torch.diag(torch.linspace(0, 3, 200))), Table(torch.zeros(200, 200))
     tokens = TokenBatch(ids=torch.arange(200).reshape(2, 100), sequence_ids=(0, 1))

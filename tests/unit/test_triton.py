@@ -16,13 +16,13 @@ import torch
 
 ROUNDING = {
     # scheme, rows, columns, rows are coupled
-    "feedback-int4": ("int4-g8", 33, 24, True),
+    "feedback-int4": ("int4-g8", 21, 24, True),
     "feedback-asymmetric": ("int2-g4-asym", 19, 40, True),
     "feedback-levels": ("mxfp4", 20, 32, True),
     "feedback-row": ("int3-channel", 1, 24, True),
-    "sweep-int4": ("int4-g8", 21, 72, True),
+    "sweep-int4": ("int4-g8", 12, 72, True),
     "sweep-asymmetric": ("int2-g4-asym", 9, 40, True),
-    "sweep-levels": ("mxfp4", 12, 64, True),
+    "sweep-levels": ("mxfp4", 9, 64, True),
     "sweep-uncoupled": ("int3-channel", 6, 40, False),
 }
 VITERBI = {
@@ -30,7 +30,7 @@ VITERBI = {
     "viterbi-k1": (6, 1, 1, False, 1),
     "viterbi-k2": (8, 2, 1, True, 2),
     "viterbi-k3": (7, 3, 2, True, 1),
-    "viterbi-k4": (6, 4, 2, False, 2),
+    "viterbi-k4": (6, 4, 1, False, 1),
     "viterbi-one-edge": (3, 3, 1, True, 1),
 }
 ZERO_STEP = "feedback-zero-step"

@@ -2,7 +2,9 @@
 
 At each position of each held-out sequence, both models see the same tokens and `KL = sum_v p_v (log p_v - log q_v)` in nats, from float32
 log-softmaxes of the full vocabulary. The standard error is over *sequences*, because tokens of one sequence are not
-independent. Perplexities are of the next token, `exp` of the mean negative log-likelihood.
+independent, and so is the interval: the middle 95 % of the means of sequences drawn with repetition, as many as there are (Efron 1979).
+With few or skewed sequences it is not symmetric, and wider than the error suggests. Perplexities are of the next token, `exp` of the mean
+negative log-likelihood.
 
 Cost: one forward pass of each model, and a few passes over `(tokens, vocabulary)` in chunks.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,34 @@ from torch import Tensor, nn
 from roundel.errors import ModelError
 from roundel.types import TokenBatch
 
-__all__ = ["Divergence", "compare_models"]
+__all__ = ["Divergence", "Logits", "Span", "compare_models"]
 
 CHUNK = 1 << 24
 """Logits of each model turned into float32 log-probabilities at a time."""
+
+SPANS = 16
+"""Parts of a sequence that the KL is told of."""
+
+DRAWS = 2000
+"""Of the bootstrap: the ends of the interval are then known to some hundredths of its width."""
+
+
+class Logits(Protocol):
+    """What can stand for a reference model: its logits from somewhere else."""
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """`(sequences, tokens, vocabulary)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Positions `first` to `last` of all sequences, counted from 0."""
+
+    first: int
+    last: int
+    kl: float
+    stderr: float
+    """Over sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +58,8 @@ class Divergence:
 
     kl_mean: float
     kl_stderr: float
+    kl_interval: tuple[float, float]
+    """95 %, by bootstrap over sequences; two NaN for a single sequence."""
     kl_median: float
     kl_p99: float
     top1_agreement: float
@@ -39,17 +67,25 @@ class Divergence:
     perplexity_reference: float
     tokens: int
     sequences: int
+    spans: tuple[Span, ...] = ()
+    """How the KL goes along a sequence."""
     sequence_kl: tuple[float, ...] = ()
     """Of each sequence, for paired comparisons; not in the report."""
 
     def as_json(self) -> dict[str, Any]:
-        """The nested form that reports have; a standard error of a single sequence is null."""
+        """The nested form that reports have; errors of a single sequence are null."""
+        single = math.isnan(self.kl_stderr)
         return {
             "kl": {
                 "mean": self.kl_mean,
-                "stderr": None if math.isnan(self.kl_stderr) else self.kl_stderr,
+                "stderr": None if single else self.kl_stderr,
+                "interval95": None if single else list(self.kl_interval),
                 "median": self.kl_median,
                 "p99": self.kl_p99,
+                "by_position": [
+                    {"first": each.first, "last": each.last, "mean": each.kl, "stderr": None if single else each.stderr}
+                    for each in self.spans
+                ],
             },
             "top1_agreement": self.top1_agreement,
             "perplexity": {"model": self.perplexity_model, "reference": self.perplexity_reference},
@@ -61,7 +97,7 @@ class Divergence:
 @torch.no_grad()
 def compare_models(
     model: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | Logits,
     tokens: TokenBatch,
     *,
     batch_size: int,
@@ -75,7 +111,7 @@ def compare_models(
     kl, agreement, nll = [], [], []
     for batch in tokens.split(batch_size):
         ours = _logits(model, batch)
-        theirs = _logits(reference, batch)
+        theirs = _logits(reference, batch) if isinstance(reference, nn.Module) else reference.logits(batch).to(ours.device)
         if ours.shape != theirs.shape:
             raise ModelError(f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens and cannot be compared")
         for row in range(len(batch)):
@@ -93,7 +129,8 @@ def compare_models(
     count = len(sequence_means)
     return Divergence(
         kl_mean=flat.mean().item(),
-        kl_stderr=sequence_means.std().item() / math.sqrt(count) if count > 1 else math.nan,
+        kl_stderr=_stderr(sequence_means),
+        kl_interval=_interval(sequence_means),
         kl_median=flat.median().item(),
         kl_p99=flat.kthvalue(max(1, math.ceil(0.99 * len(flat)))).values.item(),
         top1_agreement=torch.cat(agreement).double().mean().item(),
@@ -101,8 +138,33 @@ def compare_models(
         perplexity_reference=perplexities[1].item(),
         tokens=len(flat),
         sequences=count,
+        spans=_spans(divergence),
         sequence_kl=tuple(sequence_means.tolist()),
     )
+
+
+def _stderr(values: Tensor) -> float:
+    """Of the mean; NaN for a single value."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    """Of the mean, 95 %, by bootstrap with fixed draws."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    draws = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def _spans(divergence: Tensor) -> tuple[Span, ...]:
+    """Of the KL at each position, `(sequences, tokens)`: about `SPANS` parts of equal length."""
+    found, length = [], -(-divergence.shape[1] // SPANS)
+    for number, part in enumerate(divergence.split(length, dim=1)):
+        means = part.mean(1)
+        first = number * length
+        found.append(Span(first=first, last=first + part.shape[1] - 1, kl=means.mean().item(), stderr=_stderr(means)))
+    return tuple(found)
 
 
 def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:

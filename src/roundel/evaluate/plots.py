@@ -7,18 +7,33 @@ and one marker for each kind of linear or method, the same in every panel; after
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-__all__ = ["Point", "Series", "curves", "histogram", "intervals", "lines", "rates", "scatter", "stacked_bars"]
+__all__ = [
+    "Point",
+    "Series",
+    "agreement",
+    "curves",
+    "heat_map",
+    "histogram",
+    "intervals",
+    "lines",
+    "place",
+    "rates",
+    "scatter",
+    "stacked_bars",
+]
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb7733", "#777777", "#000000", "#99cc33")
 MARKERS = "osD^vPX*<>"
@@ -36,6 +51,12 @@ class Point:
 
 Series = Mapping[str, Sequence[Point]]
 """Points by the kind of linear that they belong to."""
+
+
+def place(name: str) -> tuple[str, int]:
+    """The kind of a linear and the index of its decoder layer: `self_attn.q_proj`, 3. Further numbers (experts) are not told apart."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", found[2]), int(found[1])) if found else (name, 0)
 
 
 def lines(panels: Mapping[str, Series], *, title: str, ylabel: str, percent: bool = False, reference: float | None = None) -> bytes:
@@ -116,6 +137,63 @@ def histogram(values: Sequence[float], *, title: str, xlabel: str, ylabel: str) 
     return _png(figure)
 
 
+def heat_map(cells: Mapping[str, Mapping[int, float]], *, title: str, label: str, logarithmic: bool = True) -> bytes:
+    """A row for each kind of linear, a column for each decoder layer; what is not there is left white, numbers stand in few cells."""
+    columns = sorted({layer for row in cells.values() for layer in row})
+    figure = Figure(figsize=(min(16.0, 3.4 + max(4, len(columns)) * 0.55), 1.5 + 0.42 * len(cells)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    values = [[row.get(layer, float("nan")) for layer in columns] for row in cells.values()]
+    known = [value for row in cells.values() for value in row.values()]
+    positive = [value for value in known if value > 0]
+    logarithmic = logarithmic and len(positive) > 0 and max(positive) > min(positive)
+    norm = LogNorm(min(positive), max(positive)) if logarithmic else Normalize(min(known), max(known))
+    shown = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
+    axes.set_yticks(range(len(cells)), list(cells))
+    step = -(-len(columns) // 24)
+    axes.set_xticks(range(0, len(columns), step), [str(layer) for layer in columns[::step]])
+    axes.set_xlabel("decoder layer")
+    if len(columns) <= 12:
+        for across, layer in enumerate(columns):
+            for down, row in enumerate(cells.values()):
+                if layer in row:
+                    dark = norm(row[layer]) < 0.6 if row[layer] > 0 or not logarithmic else True
+                    axes.text(
+                        across,
+                        down,
+                        f"{row[layer]:.1e}" if logarithmic else f"{row[layer]:.2f}",
+                        fontsize=6.5,
+                        ha="center",
+                        va="center",
+                        color="white" if dark else "black",
+                    )
+    figure.colorbar(shown, ax=axes, label=label)
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
+def agreement(series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, xlabel: str, ylabel: str) -> bytes:
+    """`(x, y)` of each name, both logarithmic, beside the line on which they are equal."""
+    figure = Figure(figsize=(7.4, 5.0), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(series.items()):
+        style = {**_style(index), "linestyle": ""}
+        axes.plot([x for x, _ in points], [y for _, y in points], markersize=6, label=name, **style)
+    every = [value for points in series.values() for pair in points for value in pair]
+    ends = (min(every) / 1.5, max(every) * 1.5)
+    axes.plot(ends, ends, color="0.5", linewidth=1, linestyle="--", label="equal")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(ends)
+    axes.set_ylim(ends)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    _legend(figure)
+    figure.suptitle(title, fontsize=11)
+    return _png(figure)
+
+
 def intervals(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: str, xlabel: str) -> bytes:
     """A panel for each entry; in each a row for each `(name, value, standard error)`, the first one emphasised by a line."""
     longest = max(len(rows) for rows in panels.values())
@@ -171,12 +249,12 @@ def curves(
                 **_style(names.index(label)),
             )
         axes.set_yscale("log")
-        ticks = sorted({point[0] for points in named.values() for point in points})
         if doubling:
             axes.set_xscale("log", base=2)
-        elif len(ticks) > 5:
-            ticks = ticks[::2]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            ticks = sorted({point[0] for points in named.values() for point in points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_minor_locator(NullLocator())
         _few_ticks(axes)
         axes.set_title(name, fontsize=10)

@@ -20,9 +20,9 @@ from roundel.errors import ModelError
 from roundel.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
@@ -133,6 +133,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(path: Path) -> PretrainedConfig:
+    """config.json, read by Transformers.
+
+    Raises:
+        ModelError: it cannot be read, or the architecture is unknown.
+    """
+    config: PretrainedConfig = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    return config
+
+
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal language model in a directory, in evaluation mode, with the weights that its users' engines find in it.
 
@@ -148,7 +158,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_fil
     Raises:
         ModelError: unknown architecture, not a causal language model, weights missing, unreadable or not finite.
     """
-    config = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    config = load_config(path)
     if gguf_file is None and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
     options: dict[str, Any] = {

@@ -1,0 +1,233 @@
+"""What was measured as a page to look at: of a quantized checkpoint (`report.html`), and of an evaluation.
+
+Everything on the page is in the report's JSON; the page is made of that alone. References to the numbers: `docs/reading-a-report.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from roundel.evaluate import plots
+from roundel.evaluate.card import number, with_error
+from roundel.evaluate.html import Paragraph, Picture, Table, page
+
+__all__ = ["evaluated_page", "quantized_page"]
+
+KL = "KL(original || quantized), nats per token"
+ERRORS = "Bars are standard errors over sequences."
+
+Part = Paragraph | Table | Picture
+
+
+def quantized_page(details: Mapping[str, Any]) -> str:
+    """Of roundel.json."""
+    measured, predicted, bits = details["evaluation"], details["predicted_kl"], details["bits_per_weight"]
+    name, layers = details["model"]["name"], details["layers"]
+    rows = [
+        *_divergence_rows(measured),
+        ["KL predicted", with_error(predicted[predicted["by"]], predicted[f"{predicted['by']}_stderr"])],
+        ["bits per weight: quantized linears", f"{bits['quantized']:.3f}"],
+        ["bits per weight: whole checkpoint", f"{bits['model']:.3f}"],
+        ["linears quantized, left as they were", f"{len(layers)}, {len(details['skipped'])}"],
+        ["scheme, format", f"{details['scheme']}, {details['format']}"],
+        ["curvature, seed", f"{details['curvature']}, {details['seed']}"],
+        ["calibrated on", "{source}: {sequences} sequences of {seq_len} tokens".format(**details["calibration"])],
+        ["evaluated on", f"{measured['source']}: overlap with the calibration text {100 * measured['overlap_with_calibration']:.1f} %"],
+        ["seconds", ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in details["seconds"].items())],
+    ]
+    parts: list[Part] = [Table(columns=["", ""], rows=rows)]
+    if details["warnings"]:
+        parts.append(
+            Table(heading="Warnings", columns=["done in another way than asked for"], rows=[[line] for line in details["warnings"]])
+        )
+    parts += [
+        _predicted_and_measured(predicted, measured),
+        _heat_map(layers),
+        *_positions({"": measured}),
+        *_tuning(details["tuning"]),
+        *_error_aware(layers),
+        *_bits(layers),
+        Table(
+            heading="All linears",
+            columns=["linear", "d_out x d_in", "scheme", "bits per weight", "KL predicted", "proxy loss", "damping"],
+            rows=[
+                [
+                    linear,
+                    " x ".join(map(str, row["shape"])),
+                    row["scheme"],
+                    f"{row['bits_per_weight']:.3f}",
+                    number(row["predicted_kl"]),
+                    number(row["proxy_loss"]),
+                    number(row["damping"]),
+                ]
+                for linear, row in layers.items()
+            ],
+        ),
+    ]
+    if details["skipped"]:
+        parts.append(
+            Table(heading="Left as they were", columns=["linear", "reason"], rows=[list(row) for row in details["skipped"].items()])
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in details["versions"].items())
+    parts.append(Paragraph(text=f"Made by Roundel {details['roundel']} with {versions}. roundel.json has every number of this page."))
+    return page(f"{name} in {details['scheme']}", parts)
+
+
+def evaluated_page(details: Mapping[str, Any]) -> str:
+    """Of what `evaluate` has found."""
+    texts = details.get("texts") or ({details["data"]: details} if "data" in details else {})
+    parts: list[Part] = []
+    for spec, found in texts.items():
+        duplicate = found["duplicate"]
+        rows = [
+            *_divergence_rows(found),
+            [f"KL of the original against itself, in batches of {duplicate['batch_sizes'][1]}", number(duplicate["kl"])],
+        ]
+        parts.append(Table(heading=spec, columns=["", ""], rows=rows))
+    if len(texts) > 1:
+        compared = [(_short(spec), found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
+        png = plots.intervals({"": compared}, title="KL on each text", xlabel=KL)
+        parts.append(Picture(heading="KL on each text", png=png, caption=ERRORS))
+    parts += _positions(texts)
+    for named, found in details.get("windowed_perplexity", {}).items():
+        rows = [
+            ["perplexity, quantized and original", f"{number(found['model'])}, {number(found['reference'])}"],
+            ["logarithm of their quotient", with_error(found["log_ratio"], found["log_ratio_stderr"])],
+            ["windows, tokens in each", f"{found['windows']}, {found['window']}"],
+        ]
+        parts.append(Table(heading=f"Perplexity, {named}", columns=["", ""], rows=rows))
+    if tasks := details.get("tasks"):
+        parts.append(_tasks(tasks))
+    return page(f"{details['model']} against {details['reference']}", parts)
+
+
+def _short(spec: str) -> str:
+    """The end of a path, which tells texts apart in a plot."""
+    return spec.rpartition("/")[2] or spec
+
+
+def _divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    kl, perplexity = found["kl"], found["perplexity"]
+    low_high = kl["interval95"]
+    return [
+        [KL, with_error(kl["mean"], kl["stderr"])],
+        ["95 % of it, by bootstrap over sequences", "-" if low_high is None else " to ".join(map(number, low_high))],
+        ["median, 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}"],
+        ["top-1 flips", f"{100 * (1 - found['top1_agreement']):.2f} %"],
+        ["perplexity, quantized and original", f"{number(perplexity['model'])}, {number(perplexity['reference'])}"],
+        ["tokens, sequences", f"{found['tokens']}, {found['sequences']}"],
+    ]
+
+
+def _predicted_and_measured(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> Picture:
+    rows = [
+        ("measured", measured["kl"]["mean"], measured["kl"]["stderr"] or 0.0),
+        ("predicted, linears together", predicted["joint"], predicted["joint_stderr"] or 0.0),
+        ("predicted, sum of linears", predicted["total"], predicted["total_stderr"] or 0.0),
+    ]
+    return Picture(
+        heading="Predicted and measured",
+        png=plots.intervals({"": rows}, title="KL, predicted by gradients and measured", xlabel=KL),
+        caption=f"1/2 E<G, E>^2 of the rounding errors on the evaluation text. Together far below the sum: errors make up for each other; "
+        f"measured far above both: errors are too large for a quadratic. {ERRORS}",
+    )
+
+
+def _heat_map(layers: Mapping[str, Any]) -> Picture:
+    cells: dict[str, dict[int, float]] = {}
+    for linear, row in layers.items():
+        kind, layer = plots.place(linear)
+        own = cells.setdefault(kind, {})
+        own[layer] = own.get(layer, 0.0) + row["predicted_kl"]
+    return Picture(
+        heading="Where it is lost",
+        png=plots.heat_map(cells, title="KL predicted for each linear", label="nats per token"),
+        caption="1/2 E<G, E>^2 of each linear by itself, on the evaluation text; several of a kind in a decoder layer are added up.",
+    )
+
+
+def _positions(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
+    found = {
+        _short(spec) or "KL": [
+            ((each["first"] + each["last"]) / 2, each["mean"], each["stderr"] or 0.0) for each in text["kl"]["by_position"]
+        ]
+        for spec, text in texts.items()
+    }
+    if not found:
+        return []
+    return [
+        Picture(
+            heading="Along a sequence",
+            png=plots.curves(
+                {"": found}, title="KL by position", xlabel="position in the sequence, tokens", ylabel="nats per token", doubling=False
+            ),
+            caption=f"Means over parts of equal length of all sequences. {ERRORS}",
+        )
+    ]
+
+
+def _tuning(tuning: Mapping[str, Any] | None) -> list[Part]:
+    if tuning is None or not all("held_out_kl" in row and "step" in row for row in tuning["history"]):
+        return []
+    history = tuning["history"]
+    lines = {"text not seen": [(row["step"], row["held_out_kl"], 0.0) for row in history]}
+    if seen := [(row["step"], row["calibration_kl"], 0.0) for row in history if "calibration_kl" in row]:
+        lines["calibration text"] = seen
+    return [
+        Picture(
+            heading="Tuning",
+            png=plots.curves({tuning["method"]: lines}, title="KL against steps", xlabel="step", ylabel="nats per token", doubling=False),
+            caption=f"The state of step {tuning['best_step']} was taken. Calibration text: the mean over the steps since the point before.",
+        )
+    ]
+
+
+def _error_aware(layers: Mapping[str, Any]) -> list[Part]:
+    moves: dict[int, Mapping[str, Any]] = {}
+    for linear, row in layers.items():
+        if row.get("error_aware"):
+            moves[plots.place(linear)[1]] = row["error_aware"]
+    if not moves:
+        return []
+    lines = {
+        which: [(layer, move["held_out_kl"][index], 0.0) for layer, move in sorted(moves.items())]
+        for index, which in enumerate(("rounded so far", "after the rest has moved"))
+    }
+    return [
+        Picture(
+            heading="Error-aware rounding",
+            png=plots.curves(
+                {"": lines}, title="KL while decoder layers are rounded", xlabel="decoder layer", ylabel="nats per token", doubling=False
+            ),
+            caption="On calibration text that the steps have not seen: with all linears up to this decoder layer rounded and the others "
+            "real numbers, before and after those have moved to make up for it.",
+        )
+    ]
+
+
+def _bits(layers: Mapping[str, Any]) -> list[Part]:
+    if len({row["scheme"] for row in layers.values()}) < 2:
+        return []
+    cells: dict[str, dict[int, float]] = {}
+    for linear, row in layers.items():
+        kind, layer = plots.place(linear)
+        cells.setdefault(kind, {})[layer] = row["bits_per_weight"]
+    png = plots.heat_map(cells, title="Bits of each linear", label="bits per weight", logarithmic=False)
+    return [Picture(heading="Bits", png=png, caption="Everything stored for a linear; of several of a kind in a decoder layer, the last.")]
+
+
+def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    def percent(value: float, error: float | None) -> str:
+        return f"{100 * value:.2f}" + ("" if error is None or math.isnan(error) else f" ± {100 * error:.2f}")
+
+    pairs: Sequence[tuple[str, str]] = (("value", "stderr"), ("reference", "reference_stderr"), ("difference", "difference_stderr"))
+    return Table(
+        heading="Tasks, in %",
+        columns=["task", "metric", "quantized", "original", "difference", "of"],
+        rows=[
+            [name, found["metric"], *(percent(found[value], found[error]) for value, error in pairs), str(found["n"])]
+            for name, found in tasks.items()
+        ],
+    )

@@ -1,0 +1,263 @@
+"""A written checkpoint beside its original: `evaluate`.
+
+KL on text, accuracies on tasks, perplexities as papers state them. Where a directory for logits is given and holds those of the original
+for this text, the original is not even loaded for the KL.
+
+Beside the KL stands that of the original against itself, with batches of another size: what the order of sums alone makes of it. A KL that
+is not far above that says nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from roundel.calibration import Fingerprint, data_hash
+from roundel.checkpoints import load_written
+from roundel.errors import DataError
+from roundel.evaluate import Divergence, Logits, compare_models
+from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
+from roundel.evaluate.perplexity import perplexity_text, window_losses
+from roundel.evaluate.tasks import open_tasks, task_results
+from roundel.models import load_model, load_tokenizer, locate
+from roundel.models.load import load_config, pick_device, pick_dtype
+from roundel.pipeline import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens, positions, versions
+from roundel.progress import Progress, Silent
+from roundel.types import TokenBatch
+
+__all__ = ["Evaluation", "evaluate"]
+
+TASK_BATCH = 8
+
+DUPLICATED = 8
+"""Sequences of the original against itself."""
+
+WINDOW = 2048
+"""Tokens of a window for perplexities, unless something else is asked for."""
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` returns: everything in `details`; the `report` of the divergence, of the first text, where text was given for it."""
+
+    report: Divergence | None
+    details: dict[str, Any]
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path,
+    data: str | Sequence[str] | None = None,
+    sequences: int = 64,
+    seq_len: int = 512,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    task_limit: int | None = None,
+    num_fewshot: int | None = None,
+    perplexity: str | Sequence[str] | None = None,
+    window: int | None = None,
+    cache: str | Path | None = None,
+    cache_gib: float = 10.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures `KL(reference || model)` on text, accuracies on tasks, perplexities as papers state them, or all of these.
+
+    Args:
+        model: A directory that Roundel or compressed-tensors wrote, or any other causal language model.
+        reference: The original model.
+        data: For the KL: a calibration SPEC other than `self`, or several, each measured by itself.
+        sequences: Use at most so many sequences of `seq_len` tokens of each.
+        seq_len: At most the models' positions.
+        tasks: Names of lm-evaluation-harness, which must be installed.
+        task_data: A directory of local files with the tasks' documents, see `roundel.evaluate.tasks`; by default they come from the Hub.
+        task_limit: At most so many documents of each task.
+        num_fewshot: Examples before each question; by default each task's own number.
+        perplexity: `wikitext2`, `c4`, a copy of either (`c4=SPEC`), or a SPEC of text, joined by blank lines; or several of these.
+        window: Tokens of each window of that; by default 2048, and at most the models' positions.
+        cache: A directory for the original's logits on `data`: made, filled, and read the next time.
+        cache_gib: What it may hold; the entries used longest ago are removed.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: Sequences per pass.
+        progress: Where to report; silent by default.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    progress = progress or Silent()
+    specs, streams = _several(data), _several(perplexity)
+    if not specs and not tasks and not streams:
+        raise DataError("nothing to measure: give text for the KL (--data), --tasks or --perplexity")
+    if sequences < 1 or seq_len < 2:
+        raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
+    if "self" in (*specs, *streams):
+        raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
+    if window is not None and window < 2:
+        raise DataError(f"a window of {window} tokens: expected at least 2")
+    opened = open_tasks(tasks, data=None if task_data is None else Path(task_data), limit=task_limit, shots=num_fewshot) if tasks else {}
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    path, theirs = locate(str(model)), _Reference(path=locate(str(reference)), device=place, dtype=kind)
+    tokenizer = load_tokenizer(theirs.path)
+    longest = positions(load_config(theirs.path))
+    length, span = min(seq_len, longest), min(window or WINDOW, longest)
+    texts = {spec: evaluation_tokens(spec, tokenizer, length, sequences) for spec in specs}
+    joined = {named: perplexity_text(named, tokenizer, span) for named in streams}
+    ours = load_written(path, device=place, dtype=kind)
+    check_vocabulary(ours, *texts.values(), *joined.values())
+    kept = None if cache is None else LogitCache(path=Path(cache), cap=int(cache_gib * GIB))
+    reports: dict[str, Divergence] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for spec, tokens in texts.items():
+        overlap = _recorded_overlap(path, tokens)
+        if overlap is not None and overlap > OVERLAP_WARNING:
+            progress.warn(f"about {100 * overlap:.0f} % of {spec} was in the calibration text: its KL is too good")
+        batch = batch_size or default_batch(length)
+        with theirs.logits_of(tokens, kept, batch, progress) as (logits, about), progress.stage("evaluation", len(tokens)) as advance:
+            reports[spec] = compare_models(ours, logits, tokens, batch_size=batch, advance=advance)
+        found[spec] = {
+            **reports[spec].as_json(),
+            **about,
+            "data": spec,
+            "sha256": data_hash(tokens),
+            "seq_len": length,
+            "overlap_with_calibration": overlap,
+        }
+    details: dict[str, Any] = {**next(iter(found.values()), {}), "model": str(model), "reference": str(reference), "versions": versions()}
+    if len(found) > 1:
+        details["texts"] = found
+    if joined:
+        batch = batch_size or default_batch(span)
+        details["windowed_perplexity"] = {
+            named: _perplexities(ours, theirs.model, tokens, batch, progress) for named, tokens in joined.items()
+        }
+    if opened:
+        together = batch_size or TASK_BATCH
+        with progress.stage("tasks", len(opened)) as advance:
+            details["tasks"] = {}
+            for name, (task, examples) in opened.items():
+                results = task_results(task, (ours, theirs.model), tokenizer, limit=task_limit, batch_size=together)
+                details["tasks"][name] = {**results, "shots_from": examples}
+                advance(1)
+        details["task_data"] = None if task_data is None else str(task_data)
+        details["lm_eval"] = importlib.metadata.version("lm-eval")
+    return Evaluation(report=next(iter(reports.values()), None), details=details)
+
+
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One, several or none, each once."""
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """The original, loaded when it is needed."""
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded at the first use."""
+        return load_model(self.path, device=self.device, dtype=self.dtype)
+
+    @contextmanager
+    def logits_of(
+        self, tokens: TokenBatch, cache: LogitCache | None, batch_size: int, progress: Progress
+    ) -> Iterator[tuple[nn.Module | Logits, Mapping[str, Any]]]:
+        """Where its logits come from, and what the report says of them."""
+        if cache is None:
+            check_vocabulary(self.model, tokens)
+            yield self.model, {"duplicate": self._duplicate(tokens, batch_size), "reference_logits": "run"}
+            return
+        about = {
+            "tokens": data_hash(tokens),
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "batch_size": batch_size,
+            "versions": versions(),
+        }
+        key = reference_key(self.path, about)
+        if (stored := cache.find(key)) is not None:
+            yield stored, {"duplicate": stored.about["duplicate"], "reference_logits": "cached"}
+            return
+        check_vocabulary(self.model, tokens)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        size = tokens.ids.numel() * int(vocabulary) * self.dtype.itemsize  # type: ignore[arg-type]
+        duplicate = self._duplicate(tokens, batch_size)
+        if size > cache.cap:
+            progress.warn(
+                f"the original's logits take {size / GIB:.1f} GiB and are not kept: the cache may hold {cache.cap / GIB:.1f} (--cache-gib)"
+            )
+            yield self.model, {"duplicate": duplicate, "reference_logits": "run"}
+            return
+        with cache.entry(key, size, {**about, "model": str(self.path), "duplicate": duplicate}) as keep:
+            yield RunLogits(model=self.model, keep=keep), {"duplicate": duplicate, "reference_logits": "run"}
+
+    def _duplicate(self, tokens: TokenBatch, batch_size: int) -> dict[str, Any]:
+        """The KL of the original against itself, one sequence at a time against several."""
+        some = tokens[:DUPLICATED]
+        together = min(len(some), batch_size) if batch_size > 1 else min(len(some), 2)
+        single = compare_models(_OneByOne(self.model), self.model, some, batch_size=together)
+        return {"kl": single.kl_mean, "batch_sizes": [1, together], "sequences": len(some)}
+
+
+class _OneByOne(nn.Module):
+    """A model that looks at one sequence at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        parts = [self.inner(input_ids=row[None], use_cache=use_cache) for row in input_ids]
+        parts[0].logits = torch.cat([part.logits for part in parts])
+        return parts[0]
+
+
+def _perplexities(ours: nn.Module, theirs: PreTrainedModel, tokens: TokenBatch, batch: int, progress: Progress) -> dict[str, Any]:
+    """Of both models, and the logarithm of their quotient with its standard error over windows."""
+    check_vocabulary(theirs, tokens)
+    with progress.stage("perplexity", 2 * len(tokens)) as advance:
+        own, other = (window_losses(each, tokens, batch_size=batch, advance=advance) for each in (ours, theirs))
+    difference = own - other
+    return {
+        "model": own.mean().exp().item(),
+        "reference": other.mean().exp().item(),
+        "log_ratio": difference.mean().item(),
+        "log_ratio_stderr": difference.std().item() / math.sqrt(len(tokens)) if len(tokens) > 1 else None,
+        "window": tokens.ids.shape[1],
+        "windows": len(tokens),
+        "sha256": data_hash(tokens),
+    }
+
+
+def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:
+    """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where it cannot be told."""
+    try:
+        stored = json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"]["fingerprint"]
+        fingerprint = Fingerprint.from_json(stored)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    own = Fingerprint.of(tokens, fingerprint.modulus)
+    return own.overlap(fingerprint) if own.hashes else None

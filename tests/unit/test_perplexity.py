@@ -1,0 +1,50 @@
+"""Windows as papers cut them."""
+
+import random
+
+import pytest
+
+from e2e.tiny import make_tokenizer
+from roundel.errors import DataError
+from roundel.evaluate.perplexity import drawn_windows, perplexity_text
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def words(start: int, count: int) -> str:
+    return " ".join(LETTERS[(start + k) % 26] for k in range(count))
+
+
+DOCUMENTS = [words(k, 3 + 5 * k) for k in range(9)]
+
+
+def test_drawn_windows_are_those_of_the_protocol() -> None:
+    tokenizer = make_tokenizer(starts=False)
+    found = drawn_windows(iter(DOCUMENTS), tokenizer, 12, count=20).ids
+    draw, expected = random.Random(0), []
+    while len(expected) < 20:
+        ids = tokenizer(DOCUMENTS[draw.randint(0, len(DOCUMENTS) - 1)])["input_ids"]
+        if len(ids) > 12:
+            start = draw.randint(0, len(ids) - 13)
+            expected.append(ids[start : start + 12])
+    assert found.tolist() == expected
+    assert len({tuple(row) for row in expected}) > 5
+
+
+def test_documents_that_are_too_short_are_one_clear_error() -> None:
+    tokenizer = make_tokenizer(starts=False)
+    for documents in ([], ["a b c", "d e"]):
+        with pytest.raises(DataError, match=f"of {len(documents)} documents .* more than 50 tokens"):
+            drawn_windows(documents, tokenizer, 50)
+
+
+def test_a_name_a_copy_of_it_and_other_text(tmp_path) -> None:
+    tokenizer = make_tokenizer(starts=False)
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(f'{{"text": "{document}"}}\n' for document in DOCUMENTS), encoding="utf-8")
+    drawn = perplexity_text(f"c4={path}", tokenizer, 12)
+    assert drawn.ids.shape == (256, 12)
+    joined = tokenizer("\n\n".join(DOCUMENTS))["input_ids"]
+    for named in (str(path), f"wikitext2={path}"):
+        found = perplexity_text(named, tokenizer, 12)
+        assert found.ids.flatten().tolist() == joined[: len(joined) // 12 * 12]
