@@ -5,12 +5,14 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
+# make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers
+# make doc-commands   runs the commands of README and docs on a small model (some minutes)
 # make docs    builds the documentation into site/, warnings are errors; site/index.html opens without a server or the network
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tasks test-llama check bench peers docs install clean
+.PHONY: demo test test-tasks test-llama check bench peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -44,6 +46,12 @@ ifdef MODELS
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py $(MODELS)/stories260K --calibration $(TEXT)/tinystories.txt --group 32 \
 		--eval-sequences 128 -o benchmarks/results/peers-stories260K.json
 endif
+
+studies: install
+	$(BIN)/python studies/run_all.py $(if $(MODELS),--models $(MODELS) --text $(TEXT))
+
+doc-commands: install
+	$(BIN)/python scripts/run_documented_commands.py
 
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict

@@ -1,6 +1,8 @@
 """A module imports only from lower ranks: the one-way flow of docs/conventions.md, checked on the syntax tree."""
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,17 @@ def test_imports_only_from_lower_ranks(path: Path) -> None:
 def test_every_module_has_a_rank() -> None:
     tops = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in ROOT.rglob("*.py")}
     assert tops == {name for name, _ in RANKS}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in ("studies", "benchmarks", "scripts") for path in (ROOT.parent.parent / folder).rglob("*.py")),
+    ids=lambda p: p.name,
+)
+def test_scripts_import_what_exists(path: Path) -> None:
+    """Scripts are run by hand, and rarely."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "roundel":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (path.name, alias.name)

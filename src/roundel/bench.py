@@ -47,7 +47,7 @@ def bench(
     Args:
         model: A directory that Roundel wrote, or any other causal language model.
         reference: The original; None: the model alone.
-        lengths: Tokens of the prefilled sequences; those beyond the model's positions are left out.
+        lengths: Tokens of the prefilled sequences, cut to what the model's positions leave.
         batches: Sequences at once.
         tokens: How many are decoded after each prefill.
         device: `auto`, `cpu`, `cuda`, ...
@@ -72,11 +72,11 @@ def bench(
         paths["original"] = locate(str(reference))
         models["original"] = load_model(paths["original"], device=place, dtype=kind)
     positions = min(getattr(each.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for each in models.values())
-    usable = [length for length in lengths if length + tokens <= positions]
-    if len(usable) < len(lengths):
-        progress.warn(f"lengths above {positions - tokens} tokens are left out: the model has {positions} positions")
-    if not usable:
-        raise SchemeError(f"no length fits the model's {positions} positions with {tokens} tokens more; give smaller --lengths")
+    if positions <= tokens:
+        raise SchemeError(f"{tokens} decoded tokens do not fit the model's {positions} positions; give fewer --tokens")
+    usable = list(dict.fromkeys(min(length, positions - tokens) for length in lengths))
+    if max(lengths) + tokens > positions:
+        progress.warn(f"lengths are cut to {positions - tokens} tokens: the model has {positions} positions")
     rows = []
     with progress.stage("speed", len(usable) * len(batches) * (ROUNDS + 1) * len(models)) as advance:
         for length in usable:

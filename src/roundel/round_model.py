@@ -126,7 +126,8 @@ def choose_factors(
             else:
                 labels[name] = next(iter(candidates))
                 if len(unseen):
-                    tried = _round_candidates(draft, grid.draft(), source, [(name, candidate) for candidate in candidates.values()])
+                    labelled = [(name, candidate) for candidate in candidates.values()]
+                    tried = _round_candidates(draft, grid.draft(), source, labelled, kept=False)
                     drafts[name] = {label: weight for label, (weight, _) in zip(candidates, tried, strict=True)}
             advance(1)
     if not labels:
@@ -229,7 +230,13 @@ def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, Roun
 
 
 def _round_candidates(
-    recipe: Recipe, grid: Grid, source: Source, candidates: Sequence[tuple[str, Candidate]], targets: Mapping[str, Tensor] | None = None
+    recipe: Recipe,
+    grid: Grid,
+    source: Source,
+    candidates: Sequence[tuple[str, Candidate]],
+    targets: Mapping[str, Tensor] | None = None,
+    *,
+    kept: bool = True,
 ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
     """Linears by name, each with factors to be rounded with, all at once; to `targets`, where they are not the weights themselves."""
     asked = []
@@ -239,7 +246,7 @@ def _round_candidates(
         damping = min(10.0, recipe.damping * candidate.damping)
         target = (targets or {}).get(name)
         asked.append(Linear(name=name, stored=source.checkpoint.read(stored), target=target, factors=candidate.factors, damping=damping))
-    results = round_linears(recipe, grid, asked, device_of(source.model))
+    results = round_linears(recipe, grid, asked, device_of(source.model), kept=kept)
     for linear, (_, row) in zip(asked, results, strict=True):
         row["damping_raised"] = row["damping"] > linear.damping
     return results
@@ -319,15 +326,16 @@ class _Part:
 
 
 def round_linears(
-    recipe: Recipe, grid: Grid, linears: Sequence[Linear], device: torch.device
+    recipe: Recipe, grid: Grid, linears: Sequence[Linear], device: torch.device, *, kept: bool = True
 ) -> list[tuple[RoundedWeight, dict[str, Any]]]:
     """The codes of each, in main memory, and its row of the report; `device` does the work.
 
     With grids of tiles all are rounded at the same time (`rounding.round_weights`), and the seconds are shared out by size; with grids of
     scalars that would only take memory.
+    Where they are not `kept`, as drafts, the recipe's format need not hold them, and the row has no bits.
     """
     if len(linears) > 1 and not isinstance(grid, TileGrid):
-        return [round_linears(recipe, grid, [linear], device)[0] for linear in linears]
+        return [round_linears(recipe, grid, [linear], device, kept=kept)[0] for linear in linears]
     began = time.monotonic()
     parts: list[list[_Part]] = []
     for linear in linears:
@@ -339,7 +347,10 @@ def round_linears(
     results = []
     for linear, own in zip(linears, parts, strict=True):
         with in_layer(linear.name):
-            results.append(_result(recipe, grid, linear, own, [next(found) for _ in own]))
+            weight, row = _result(grid, linear, own, [next(found) for _ in own])
+            if kept:
+                row["bits_per_weight"] = _stored_bits(recipe, grid, linear.stored) / linear.stored.numel()
+            results.append((weight, row))
     seconds = time.monotonic() - began
     for linear, (_, row) in zip(linears, results, strict=True):
         row["seconds"] = round(seconds * linear.stored.numel() / sum(other.stored.numel() for other in linears), 3)
@@ -365,9 +376,7 @@ def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> 
     return parts
 
 
-def _result(
-    recipe: Recipe, grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]
-) -> tuple[RoundedWeight, dict[str, Any]]:
+def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
     weights, proxy_loss = [], 0.0
     for part, weight in zip(parts, found, strict=True):
         E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
@@ -381,7 +390,6 @@ def _result(
         "bits": grid.bits,
         "scheme": grid.name,
         "dtype": str(linear.stored.dtype).removeprefix("torch."),
-        "bits_per_weight": _stored_bits(recipe, grid, linear.stored) / linear.stored.numel(),
         "damping": max(part.problem.damping for part in parts),
         "proxy_loss": proxy_loss,
         "sweeps": len(result.trace) - 1,

@@ -68,12 +68,13 @@ def test_codes_are_carried_over(form, integers, tmp_path) -> None:
         ("lattice2", {}, "native"),
         ("int8-g32", {"format": "gptq"}, "gptq"),
         ("int4-g32", {"rotate": "fused"}, "compressed-tensors"),
-        ("trellis2", {"format": "exl3", "include": ("*.q_proj", "*.k_proj")}, "exl3"),
+        ("trellis2", {"format": "exl3", "include": ("*.q_proj", "*.k_proj"), "curvature": "auto", "sequences": 64}, "exl3"),
     ],
     ids=str,
 )
 def test_the_reported_kl_is_that_of_the_file(scheme, settings, form, wide, quantize, text, tmp_path) -> None:
-    result = quantize(wide, tmp_path / "out", scheme=scheme, curvature="kfac", sweeps=0, eval_data=str(text), **settings)
+    given = {"curvature": "kfac", "sweeps": 0, "eval_data": str(text), **settings}
+    result = quantize(wide, tmp_path / "out", scheme=scheme, **given)
     assert result.details["format"] == form
     measured = roundel.evaluate(result.path, reference=wide, data=str(text), sequences=4, seq_len=32)
     assert measured.report.kl_mean == pytest.approx(result.report.kl_mean, rel=0.01)

@@ -24,7 +24,7 @@ __all__ = ["SCALE_STEP", "Steps", "shuffled"]
 SMALLEST, LARGEST = 3e-4, 1e-2
 """First step of latent codes, in units of the distance of two codes."""
 
-PER_TOKEN = 0.02
+PER_TOKEN = 0.03
 """First step of latent codes for each token of text per weight."""
 
 SCALE_STEP = 2e-3

@@ -1,0 +1,253 @@
+"""The tables of docs/results.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`, below the command that made its numbers, and is not written by hand. With
+`--check` nothing is written, and the exit code says whether anything would change; a test does the same.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+
+PEERS = {
+    ("llm_compressor", "rtn"): "nearest (llm-compressor)",
+    ("llm_compressor", "awq"): "AWQ (llm-compressor)",
+    ("gptq_model", "gptq"): "GPTQ (GPTQModel)",
+    ("llm_compressor", "gptq"): "GPTQ (llm-compressor)",
+    ("gptq_model", "gptaq"): "GPTAQ (GPTQModel)",
+    ("llm_compressor", "gptq-mse"): "GPTQ, MSE scales (llm-compressor)",
+    ("autoround", "iters-200"): "AutoRound, 200 iterations",
+    ("autoround", "iters-1000"): "AutoRound, 1000 iterations",
+}
+ARMS = {
+    "untuned": "**Roundel, `--no-error-aware`**",
+    "error-aware": "**Roundel, the default**",
+    "blocks": "**Roundel, `--tune blocks`**",
+    "end-to-end": "**Roundel, `--tune end-to-end`**",
+}
+Rows = list[dict[str, Any]]
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def with_error(value: float, error: float) -> str:
+    """Two digits of the error."""
+    places = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 5
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+# --- comparisons
+
+
+def estimators(name: str) -> str:
+    """KL and perplexity of each method and scheme; errors over sequences for KL, over seeds for both in a column of its own."""
+    found = load(name)
+    schemes, summary, rows = found["schemes"], found["summary"], found["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in summary))
+    by = {(row["method"], row["scheme"]): row for row in summary}
+
+    def over_seeds(method: str, scheme: str, key: str) -> list[float]:
+        return [row[key] for row in rows if (row["method"], row["scheme"]) == (method, scheme)]
+
+    kl, perplexity = [], []
+    for method in methods:
+        first = by[method, schemes[0]]
+        relative = max(spread(over_seeds(method, scheme, "kl")) / by[method, scheme]["kl"] for scheme in schemes)
+        kl.append(
+            [
+                method,
+                *(with_error(by[method, scheme]["kl"], by[method, scheme]["kl_stderr"]) for scheme in schemes),
+                f"{100 * relative:.1f} %",
+                f"{first['j_ratio']:.3f}",
+                f"{first['cosine']:.2f}",
+                str(first["passes"]),
+                f"{first['collect_seconds']:.0f}" if "collect_seconds" in first else "",
+            ]
+        )
+        cells = [(by[method, scheme]["perplexity"], spread(over_seeds(method, scheme, "perplexity"))) for scheme in schemes]
+        perplexity.append([method, *(with_error(value, error) for value, error in cells)])
+    original, tokens = rows[0]["perplexity_reference"], summary[0]["tokens"]
+    head = ["method", *schemes]
+    return (
+        f"KL, nats per token ({summary[0]['seeds']} seeds, {tokens} calibration tokens; ± over sequences; seeds: the largest "
+        "standard error over seeds, relative; seconds: of collection, as if alone):\n\n"
+        + markdown([*head, "seeds", "J ratio", "cosine", "passes", "seconds"], kl)
+        + f"\n\nPerplexity, ± over seeds; the original has {original:.4g}:\n\n"
+        + markdown(head, perplexity)
+    )
+
+
+def sequences(name: str) -> str:
+    found = load(name)
+    parts = []
+    for scheme in found["schemes"]:
+        rows = []
+        for method in found["methods"]:
+            own = {row["sequences"]: row for row in found["summary"] if (row["scheme"], row["method"]) == (scheme, method)}
+            rows.append([method, *(with_error(own[count]["kl"], own[count]["kl_stderr"]) for count in found["sequences"])])
+        parts.append(markdown([scheme, *map(str, found["sequences"])], rows))
+    return "\n\n".join(parts)
+
+
+def schemes(name: str, rotated: str) -> str:
+    rows = []
+    for source, note in ((name, ""), (rotated, ", rotated")):
+        for row in load(source)["summary"]:
+            rows.append((row["bits_per_weight"], row["kl"], row["scheme"] + note, row))
+    cells = [
+        [
+            scheme,
+            f"{bits:.3f}",
+            f"{row['kl']:.4g} ± {row['kl_stderr']:.2g}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['perplexity']:.4g}",
+            f"{row['rounding_seconds']:.0f}",
+        ]
+        for bits, _, scheme, row in sorted(rows, key=lambda row: (round(row[0], 2), row[1]))
+    ]
+    return markdown(["scheme", "bits per weight", "KL", "top-1", "perplexity", "rounding, s"], cells)
+
+
+# --- other studies
+
+
+def allocation() -> str:
+    stories, demo = (load(f"allocation-{name}") for name in ("stories260K", "demo"))
+    titles = {
+        "3 bits everywhere": lambda found: found["settings"]["scheme"],
+        "a quarter of the weights in 4 bits, at random: mean of 5 draws": lambda _found: "random",
+        "the best of the 5 draws": lambda _found: "random, best draw",
+        "`--bits`": lambda _found: "allocated",
+        "4 bits everywhere, a whole bit more": lambda found: found["settings"]["scheme"].replace("int3", "int4"),
+    }
+    rows = []
+    for title, key in titles.items():
+        pairs = [([row[key(found)] for row in found["rows"]], found["mean"][key(found)]) for found in (stories, demo)]
+        rows.append([title, *(f"{mean:.4f} ± {spread(values):.2g}" for values, mean in pairs)])
+    return markdown(["KL, ± over seeds", "stories260K", "demo"], rows)
+
+
+def fused() -> str:
+    rows = []
+    for scheme, found in load("fused-demo")["mean"].items():
+        ratio = f"{found['fused']['ratio']:.3f} ± {found['fused']['ratio_stderr_over_seeds']:.3f}"
+        kls = [f"{found[key]['kl']:.4g} ± {found[key]['stderr']:.2g}" for key in ("none", "fused")]
+        rows.append([scheme, *kls, ratio])
+    return markdown(["", "`none`", "`fused`", "fused / none, ± over seeds"], rows)
+
+
+def peers(name: str, group: int) -> str:
+    """Other quantizers and our stages; a number in brackets is that of seeds where it is not 3."""
+    theirs, ours = load(f"peers-{name}")["rows"], load(f"tuning-{name}")["rows"]
+    wanted = [f"int{bits}-g{group}" for bits in (2, 3, 4)]
+    table = []
+
+    def add(title: str, own: Callable[[str], Rows]) -> None:
+        cells, seconds, memory = [], list[float](), list[float]()
+        for scheme in wanted:
+            rows = own(scheme)
+            values, errors = [row["kl"] for row in rows], [row["kl_stderr"] for row in rows]
+            cells.append("–")
+            if values:
+                mean, error = statistics.mean(values), math.hypot(statistics.mean(errors), spread(values))
+                cells[-1] = f"{mean:.4g} ± {error:.2g}" + (f" ({len(values)})" if len(values) != 3 else "")
+            seconds += [row.get("quantize_cpu_seconds", row["cpu_seconds"]) for row in rows]
+            memory += [row["peak_mib"] for row in rows]
+        if seconds:
+            table.append([title, *cells, f"{statistics.mean(seconds):.0f}", f"{statistics.mean(memory):.0f}"])
+
+    for (peer, method), title in PEERS.items():
+        add(
+            title,
+            lambda scheme, key=(peer, method): [  # type: ignore[misc]
+                row for row in theirs if (row["peer"], row["method"], row["bits"]) == (*key, int(scheme[3])) and row.get("kl") is not None
+            ],
+        )
+    for arm, title in ARMS.items():
+        add(title, lambda scheme, arm=arm: [row for row in ours if (row["scheme"], row["arm"]) == (scheme, arm)])  # type: ignore[misc]
+    blocks: dict[str, Rows] = {}
+    for row in theirs:
+        if row["peer"] == "llamacpp" and row.get("kl") is not None:
+            blocks.setdefault(row["method"], []).append(row)
+    found = sorted(((own[0]["bits_per_weight"], statistics.mean(row["kl"] for row in own), method) for method, own in blocks.items()))
+    text = ", ".join(f"`{method}` ({bits:.2f}) {kl:.4g}" for bits, kl, method in found)
+    failed = sorted({(row["peer"], row["method"], row["error"]) for row in theirs if row["error"] is not None})
+    return (
+        markdown(["", *wanted, "CPU s", "peak MiB"], table)
+        + f"\n\nllama.cpp with its importance matrix, bits per weight in brackets: {text}."
+        + "".join(f"\n\n{peer} {method} did not run: {error}." for peer, method, error in failed)
+    )
+
+
+def distortion() -> str:
+    found = load("distortion")
+    cells: dict[str, dict[float, str]] = {}
+    for row in found:
+        known = f" ({row['known']:.4f})" if row.get("known") else ""
+        cells.setdefault(f"{row['code']}, {row['bits']}", {})[row["headroom"]] = f"{row['mse']:.4f}{known}"
+    return markdown(["code, bits", "0.8", "0.9", "1.0"], [[name, *(own[h] for h in (0.8, 0.9, 1.0))] for name, own in cells.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
+    "curvatures-demo": lambda: estimators("curvatures-demo"),
+    "trellises-stories260K": lambda: estimators("trellises-stories260K"),
+    "trellises-demo": lambda: estimators("trellises-demo"),
+    "sequences-stories260K": lambda: sequences("sequences-stories260K"),
+    "sequences-demo": lambda: sequences("sequences-demo"),
+    "schemes-stories260K": lambda: schemes("schemes-stories260K", "schemes-rotated-stories260K"),
+    "schemes-demo": lambda: schemes("schemes-demo", "schemes-rotated-demo"),
+    "allocation": allocation,
+    "fused": fused,
+    "peers-stories260K": lambda: peers("stories260K", 32),
+    "peers-demo": lambda: peers("demo", 64),
+    "distortion": distortion,
+}
+
+
+def rendered(page: str) -> str:
+    """The page with all its tables made anew."""
+
+    def section(found: re.Match[str]) -> str:
+        try:
+            text = TABLES[found[1]]()
+        except FileNotFoundError:
+            text = "Not measured yet."
+        return f"<!-- {found[1]} -->\n\n{text}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", section, page, flags=re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args(arguments).check
+    old = PAGE.read_text(encoding="utf-8")
+    new = rendered(old)
+    if check:
+        sys.exit(old != new)
+    PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
