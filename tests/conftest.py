@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_pool] = "1"  # the tests' models are tiny: threads would only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,3 +18,8 @@ if os.environ.get("CI"):
 
 CHECKED = ("types", "linalg", "grids", "rotation", "rounding", "formats.bits", "formats.native", "models.fuse", "nn")
 install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long and are one unit for xdist come first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: "triton" not in item.path.name)

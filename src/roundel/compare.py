@@ -149,7 +149,8 @@ def compare(
     base = Recipe(**{**settings, "scheme": schemes[0], "curvature": "auto", "sequences": min(sequences)})
     recipes = {label: dataclasses.replace(base, **NAMED.get(label, {"curvature": label})) for label in curvatures}
     for scheme in schemes:
-        parse_scheme(scheme)
+        for recipe in recipes.values():
+            dataclasses.replace(recipe, scheme=scheme)  # refused here rather than after the first collection
     notes, target = Notes(progress or Silent()), Path(output)
     details: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

@@ -121,7 +121,8 @@ def evaluate(
     texts = {spec: evaluation_tokens(spec, tokenizer, length, sequences) for spec in specs}
     joined = {named: perplexity_text(named, tokenizer, span) for named in streams}
     ours = load_written(path, device=place, dtype=kind)
-    check_vocabulary(ours, *texts.values(), *joined.values())
+    if texts or joined:
+        check_vocabulary(ours, *texts.values(), *joined.values())
     kept = None if cache is None else LogitCache(path=Path(cache), cap=int(cache_gib * GIB))
     reports: dict[str, Divergence] = {}
     found: dict[str, dict[str, Any]] = {}

@@ -81,6 +81,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 BATCH_TOKENS = 4096
+BATCH_SEQUENCES = 16
 FINGERPRINT_MODULUS = 256
 OVERLAP_WARNING = 0.01
 
@@ -523,8 +524,8 @@ def sequence_length(model: PreTrainedModel, recipe: Recipe) -> int:
 
 
 def default_batch(length: int) -> int:
-    """Sequences per pass that make about `BATCH_TOKENS` tokens."""
-    return max(1, BATCH_TOKENS // length)
+    """Sequences per pass that make about `BATCH_TOKENS` tokens, but not many: the first batch is also run one by one, to compare."""
+    return max(1, min(BATCH_TOKENS // length, BATCH_SEQUENCES))
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -74,7 +74,13 @@ class Recipe:
             raise SchemeError("error-aware rounding needs one scheme for all linears: leave out --bits or --error-aware")
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
-        parse_curvature(self.curvature)
+        splits_rows = parse_curvature(self.curvature).splits_rows
+        for scheme in self.used_schemes:
+            if splits_rows and self.rotation_of(parse_scheme(scheme)):
+                raise SchemeError(
+                    f"{self.curvature} has curvature of their own for groups of rows, which cannot be rotated together as for {scheme}; "
+                    "use --rotate none or another curvature"
+                )
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
         lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0, "tune_steps": 1, "tune_tokens": 1}

@@ -68,7 +68,11 @@ def test_codes_are_carried_over(form, integers, tmp_path) -> None:
         ("lattice2", {}, "native"),
         ("int8-g32", {"format": "gptq"}, "gptq"),
         ("int4-g32", {"rotate": "fused"}, "compressed-tensors"),
-        ("trellis2", {"format": "exl3", "include": ("*.q_proj", "*.k_proj"), "curvature": "auto", "sequences": 64}, "exl3"),
+        (
+            "trellis2",
+            {"format": "exl3", "include": ("*.0.self_attn.q_proj", "*.0.self_attn.k_proj"), "curvature": "auto", "sequences": 64},
+            "exl3",
+        ),
     ],
     ids=str,
 )
@@ -79,6 +83,16 @@ def test_the_reported_kl_is_that_of_the_file(scheme, settings, form, wide, quant
     measured = roundel.evaluate(result.path, reference=wide, data=str(text), sequences=4, seq_len=32)
     assert measured.report.kl_mean == pytest.approx(result.report.kl_mean, rel=0.01)
     assert result.report.kl_mean > 1e-6
+
+
+def test_a_tuned_trellis_is_read_from_exl3(wide, quantize, text, tmp_path) -> None:
+    given = {"scheme": "trellis2", "format": "exl3", "include": ("*.0.self_attn.q_proj",), "curvature": "kfac", "sweeps": 0}
+    result = quantize(wide, tmp_path / "out", **given, tune="end-to-end", tune_steps=8, eval_data=str(text))
+    assert result.details["tuning"]["best_step"] > 0
+    (weight,) = read(result.path).rounded.values()
+    assert weight.rotation.has_vectors
+    measured = roundel.evaluate(result.path, reference=wide, data=str(text), sequences=4, seq_len=32)
+    assert measured.report.kl_mean == pytest.approx(result.report.kl_mean, rel=0.01)
 
 
 def test_a_trellis_is_exported_to_exl3(wide, quantize, tmp_path) -> None:

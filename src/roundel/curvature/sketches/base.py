@@ -102,6 +102,11 @@ class Estimator(ABC):
         """So many consecutive sequences belong together: they are never split over processes."""
         return 1
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether groups of rows get factors of their own."""
+        return False
+
     def pilot(self, sequences: int) -> int:
         """How many of the first of so many sequences make pass 0, and no later pass; 0: every pass goes over all sequences."""
         return 0

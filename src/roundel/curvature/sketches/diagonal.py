@@ -74,6 +74,10 @@ class Diagonal(Estimator):
     def passes(self) -> int:
         return self.full().passes
 
+    @property
+    def splits_rows(self) -> bool:
+        return self.full().splits_rows
+
     def pilot(self, sequences: int) -> int:
         return self.full().pilot(sequences)
 

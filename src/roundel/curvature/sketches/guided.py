@@ -62,5 +62,9 @@ class Guided(Estimator):
         if self.groups < 1:
             raise SchemeError(f"guided: groups={self.groups}, expected 1 or more")
 
+    @property
+    def splits_rows(self) -> bool:
+        return self.groups > 1
+
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         return _Sums(d_out, d_in, device, self.groups)
