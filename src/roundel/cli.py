@@ -63,7 +63,9 @@ TuneMethod = Annotated[
         "some minutes more; or blocks: one decoder layer at a time, in the memory of one. Trellises and lattices keep their codes.",
     ),
 ]
-TuneSteps = Annotated[int, typer.Option("--tune-steps", help="Steps; of each decoder layer with blocks.")]
+TuneSteps = Annotated[
+    int | None, typer.Option("--tune-steps", min=1, help="Default: 400 end to end, 200 for each decoder layer with blocks.")
+]
 TuneTokens = Annotated[int, typer.Option("--tune-tokens", help="Tokens of one step; more than 4096 are accumulated.")]
 TuneNorms = Annotated[
     bool | None,

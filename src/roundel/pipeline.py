@@ -306,13 +306,13 @@ def _tuned(
     if others and source.model.dtype != torch.float32:
         notes.warn("norms and biases are not tuned: the steps are lost in 16 bits; use --dtype float32")
         others = {}
-    with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.tune_steps) as advance:
+    with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
         job = Job(
             source=source,
             rounded=rounded,
             tokens=steps_on,
             unseen=judged_by,
-            steps=recipe.tune_steps,
+            steps=recipe.steps,
             step_tokens=recipe.tune_tokens,
             others=others,
             seed=recipe.seed,

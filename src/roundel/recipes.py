@@ -50,7 +50,7 @@ class Recipe:
     damping: float = 0.1
     error_aware: bool | None = None
     tune: str = "none"
-    tune_steps: int = 200
+    tune_steps: int | None = None
     tune_tokens: int = 4096
     tune_norms: bool | None = None
     seed: int = 0
@@ -85,7 +85,7 @@ class Recipe:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
         lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0, "tune_steps": 1, "tune_tokens": 1}
         for name, least in lowest.items():
-            if getattr(self, name) < least:
+            if (given := getattr(self, name)) is not None and given < least:
                 raise SchemeError(f"{name} is {getattr(self, name)}: expected {least} or more")
         if not 0 < self.damping <= 10:
             raise SchemeError(f"damping is {self.damping}: expected more than 0 and at most 10, relative to the mean diagonal")
@@ -98,6 +98,11 @@ class Recipe:
         if self.error_aware is not None:
             return self.error_aware
         return self.bits is None and self.tune == "none" and tokens >= ENOUGH_TOKENS
+
+    @property
+    def steps(self) -> int:
+        """Of tuning: as many as still lower the KL on text that they have not seen; of each decoder layer with `blocks`."""
+        return self.tune_steps or {"none": 0, "end-to-end": 400, "blocks": 200}[self.tune]
 
     def rotation_of(self, grid: Grid) -> Literal["hadamard", "hadamard128"] | None:
         """The kind of rotation that weights go through before they are rounded to this grid and that is undone at run time, if any."""
