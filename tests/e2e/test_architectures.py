@@ -122,7 +122,13 @@ def test_config_and_tokenizer_are_copied(run) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= copied
     for file in copied:
         assert (source / file).read_bytes() == (result.path / file).read_bytes(), file
-    assert {p.name for p in result.path.iterdir()} == copied | {"config.json", "model.safetensors", "roundel.json", "README.md"}
+    assert {p.name for p in result.path.iterdir()} == copied | {
+        "config.json",
+        "model.safetensors",
+        "report.html",
+        "roundel.json",
+        "README.md",
+    }
     before, after = (json.loads((path / "config.json").read_text()) for path in (source, result.path))
     quantization = after.pop("quantization_config")
     assert after == before

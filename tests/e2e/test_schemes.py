@@ -26,8 +26,8 @@ def seen(monkeypatch):
     kept = {}
     original = round_model.round_linears
 
-    def spy(recipe, grid, linears, device):
-        results = original(recipe, grid, linears, device)
+    def spy(recipe, grid, linears, device, **options):
+        results = original(recipe, grid, linears, device, **options)
         kept.update({(linear.name, rounded.scheme): rounded for linear, (rounded, _) in zip(linears, results, strict=True)})
         return results
 
