@@ -3,8 +3,8 @@
 Latent codes and scales have steps of their own size, `step (1 - t / T)^3`: with gradients that pass `round` unseen, codes near a boundary
 flip back and forth as long as steps are large, and the loss falls when these get small; a cube leaves more of the time for that than a
 line. Large steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 1e-3 on one of 3.4M
-(`docs/log.md`, 12 and 13), and `code_step` goes through both. Adam divides by the size of each gradient, so a step moves every code by the same
-distance whatever its weight in the loss.
+(`docs/log.md`, 12, 13), and `code_step` goes through both. Adam divides by the size of each gradient, so a step moves every code by the
+same distance whatever its weight in the loss.
 
 Memory: two moments, 8 bytes for each parameter, beside the parameter and its gradient. Reference: Adam (Kingma and Ba 2015, arXiv
 1412.6980), in torch's implementation.
