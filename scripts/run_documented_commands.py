@@ -90,20 +90,8 @@ def run_page(page: Path, model: Path) -> tuple[int, list[str]]:
         directory = Path(place)
         prepare(directory, model)
         if page.name == "reading-a-report.md":  # is about what another page has made
-            made = [
-                "roundel",
-                "quantize",
-                "MODEL",
-                "-o",
-                "out",
-                "--calibration",
-                "my-text.txt",
-                "--scheme",
-                "int3-g64",
-                "--sequences",
-                "32",
-            ]
-            subprocess.run([sys.executable, "-m", *made, "--quiet"], cwd=directory, check=True)
+            made = shlex.split("roundel quantize MODEL -o out --calibration my-text.txt --scheme int3-g64 --sequences 32 --quiet")
+            subprocess.run([sys.executable, "-m", *made], cwd=directory, check=True)
             (directory / "OUT").symlink_to("out")
         for line in command_lines(page):
             if (reason := reason_to_skip(line)) is not None:

@@ -23,6 +23,7 @@ from roundel.checkpoints import load_written
 from roundel.errors import SchemeError
 from roundel.models import load_model, locate
 from roundel.models.load import pick_device, pick_dtype
+from roundel.pipeline import positions as positions_of
 from roundel.pipeline import versions
 from roundel.progress import Progress, Silent
 
@@ -71,7 +72,7 @@ def bench(
     if reference is not None:
         paths["original"] = locate(str(reference))
         models["original"] = load_model(paths["original"], device=place, dtype=kind)
-    positions = min(getattr(each.config.get_text_config(), "max_position_embeddings", None) or 1 << 30 for each in models.values())
+    positions = min(positions_of(each.config) for each in models.values())
     if positions <= tokens:
         raise SchemeError(f"{tokens} decoded tokens do not fit the model's {positions} positions; give fewer --tokens")
     usable = list(dict.fromkeys(min(length, positions - tokens) for length in lengths))

@@ -26,7 +26,7 @@ from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate.card import number, with_error
-from roundel.evaluate.report import evaluated_page
+from roundel.evaluate.report import TASK_COLUMNS, evaluated_page, task_rows
 from roundel.factors import merge as merge_factors
 from roundel.inspect import SHORT, table_rows
 from roundel.inspect import inspect as run_inspect
@@ -515,12 +515,10 @@ def _print_perplexity(title: str, text: str, found: dict[str, Any]) -> None:
 
 def _print_tasks(title: str, tasks: dict[str, dict[str, Any]]) -> None:
     table = Table(title=f"{title}, in %")
-    for column in ("task", "metric", "quantized", "original", "difference", "of"):
+    for column in TASK_COLUMNS:
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=column != "metric")
-    for name, found in tasks.items():
-        pairs = (("value", "stderr"), ("reference", "reference_stderr"), ("difference", "difference_stderr"))
-        values = [f"{100 * found[value]:.2f}" + ("" if found[error] is None else f" ± {100 * found[error]:.2f}") for value, error in pairs]
-        table.add_row(name, found["metric"], *values, str(found["n"]))
+    for cells in task_rows(tasks):
+        table.add_row(*cells)
     Console().print(table)
 
 

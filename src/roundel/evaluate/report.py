@@ -5,15 +5,14 @@ Everything on the page is in the report's JSON; the page is made of that alone. 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from roundel.evaluate import plots
 from roundel.evaluate.card import number, with_error
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 
-__all__ = ["evaluated_page", "quantized_page"]
+__all__ = ["TASK_COLUMNS", "evaluated_page", "quantized_page", "task_rows"]
 
 KL = "KL(original || quantized), nats per token"
 ERRORS = "Bars are standard errors over sequences."
@@ -99,7 +98,7 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
         ]
         parts.append(Table(heading=f"Perplexity, {named}", columns=["", ""], rows=rows))
     if tasks := details.get("tasks"):
-        parts.append(_tasks(tasks))
+        parts.append(Table(heading="Tasks, in %", columns=TASK_COLUMNS, rows=task_rows(tasks)))
     return page(f"{details['model']} against {details['reference']}", parts)
 
 
@@ -218,16 +217,14 @@ def _bits(layers: Mapping[str, Any]) -> list[Part]:
     return [Picture(heading="Bits", png=png, caption="Everything stored for a linear; of several of a kind in a decoder layer, the last.")]
 
 
-def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    def percent(value: float, error: float | None) -> str:
-        return f"{100 * value:.2f}" + ("" if error is None or math.isnan(error) else f" ± {100 * error:.2f}")
+TASK_COLUMNS = ("task", "metric", "quantized", "original", "difference", "of")
 
-    pairs: Sequence[tuple[str, str]] = (("value", "stderr"), ("reference", "reference_stderr"), ("difference", "difference_stderr"))
-    return Table(
-        heading="Tasks, in %",
-        columns=["task", "metric", "quantized", "original", "difference", "of"],
-        rows=[
-            [name, found["metric"], *(percent(found[value], found[error]) for value, error in pairs), str(found["n"])]
-            for name, found in tasks.items()
-        ],
-    )
+
+def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of `TASK_COLUMNS`, values in per cent."""
+    pairs = (("value", "stderr"), ("reference", "reference_stderr"), ("difference", "difference_stderr"))
+    rows = []
+    for name, found in tasks.items():
+        values = [f"{100 * found[value]:.2f}" + ("" if found[error] is None else f" ± {100 * found[error]:.2f}") for value, error in pairs]
+        rows.append([name, found["metric"], *values, str(found["n"])])
+    return rows
