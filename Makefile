@@ -5,12 +5,15 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
-# make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers
+# make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
 # make doc-commands   runs the commands of README and docs on a small model (some minutes)
 # make docs    builds the documentation into site/, warnings are errors; site/index.html opens without a server or the network
 
 PYTHON ?= python3
 BIN := .venv/bin
+
+# Libraries are compiled when they are first imported (--no-compile), once and not in each process.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-tasks test-llama check bench peers studies docs doc-commands install clean
 
@@ -48,7 +51,7 @@ ifdef MODELS
 endif
 
 studies: install
-	$(BIN)/python studies/run_all.py $(if $(MODELS),--models $(MODELS) --text $(TEXT))
+	$(BIN)/python studies/run_all.py $(if $(MODELS),--models $(MODELS) --text $(TEXT)) $(if $(TASKS),--tasks $(TASKS))
 
 doc-commands: install
 	$(BIN)/python scripts/run_documented_commands.py

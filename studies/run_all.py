@@ -1,11 +1,11 @@
 """All measurements of docs/results.md, from nothing: `make studies MODELS=DIR TEXT=DIR`.
 
-    python studies/run_all.py [--models DIR] [--text DIR] [--only NAME ...] [--work DIR]
+    python studies/run_all.py [--models DIR] [--text DIR] [--tasks DIR] [--only NAME ...] [--work DIR]
 
-Runs the commands below in `--work`, where `MODELS` and `TEXT` are the given directories (stories260K and tinystories.txt are in them;
-without them only the embedded model is measured), copies what they have written to `benchmarks/results/`, with the commit in
-`benchmarks/results/studies.json`, draws the figures into `docs/figures/` and writes the tables of the page (`tables.py`). Every command
-goes on where an earlier run of it has stopped. All of it takes days on two cores, most of them for trellises and for AutoRound.
+Runs the commands below in `--work`, where `MODELS`, `TEXT` and `TASKS` are the given directories (stories260K, tinystories.txt and the
+tasks' documents are in them; what needs one that is not given is left out), copies what they have written to `benchmarks/results/`, with
+the commit in `benchmarks/results/studies.json`, draws the figures into `docs/figures/` and writes the tables of the page (`tables.py`).
+Every command goes on where an earlier run of it has stopped. All of it takes days on two cores, most of them for trellises and AutoRound.
 """
 
 import argparse
@@ -134,6 +134,8 @@ STUDIES = dict(
         script("tuning-demo", f"python studies/tuning.py {DEMO} --sequences 512 --schemes {INTEGERS[64]} --figure docs/figures"),
         script("peers-stories260K", f"python benchmarks/peers/run.py {STORIES} --group 32"),
         script("peers-demo", f"python benchmarks/peers/run.py {DEMO} --group 64"),
+        script("tasks-stories260K", f"python studies/tasks.py {STORIES} --task-data TASKS --sequences 512 --schemes {INTEGERS[32]}"),
+        script("tasks-demo", f"python studies/tasks.py {DEMO} --task-data TASKS --sequences 512 --schemes {INTEGERS[64]}"),
         script("distortion", "python benchmarks/viterbi.py", file="distortion.json"),
         script("collection", "python benchmarks/collection.py"),
     ]
@@ -161,20 +163,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--tasks", type=Path)
     parser.add_argument("--only", nargs="*", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--work", type=Path, default=ROOT / "out-studies")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given.work.mkdir(exist_ok=True)
-    for name, place in (("MODELS", given.models), ("TEXT", given.text)):
+    places = {"MODELS": given.models, "TEXT": given.text, "TASKS": given.tasks}
+    for name, place in places.items():
         if place is not None and not (given.work / name).exists():
             (given.work / name).symlink_to(place.resolve())
     log = RESULTS / "studies.json"
     done = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
     for name in given.only:
         study = STUDIES[name]
-        if "MODELS/" in study.command and (given.models is None or given.text is None):
-            print(f"{name}: needs --models and --text", flush=True)
+        if missing := [f"--{kind.lower()}" for kind, place in places.items() if kind in study.command and place is None]:
+            print(f"{name}: needs {' and '.join(missing)}", flush=True)
             continue
         print(f"{name}: {study.command}", flush=True)
         seconds = run(study, given.work)

@@ -199,6 +199,32 @@ def peers(name: str, group: int) -> str:
     )
 
 
+def tasks(name: str) -> str:
+    """The original's accuracy beside chance, and what each scheme takes from it, over documents and seeds."""
+    found = load(f"tasks-{name}")
+    every = found["rows"]
+    wanted = list(dict.fromkeys(row["scheme"] for row in every))
+    rows = []
+    for task in dict.fromkeys(row["task"] for row in every):
+        own = [row for row in every if row["task"] == task]
+        first, chance = own[0], found["chance"][task]
+        above = first["reference"] - chance > 2 * first["reference_stderr"]
+        cells = []
+        for scheme in wanted:
+            values = [row["difference"] for row in own if row["scheme"] == scheme]
+            errors = [row["difference_stderr"] for row in own if row["scheme"] == scheme]
+            error = math.hypot(statistics.mean(errors), spread(values))
+            cells.append(f"{100 * statistics.mean(values):+.1f} ± {100 * error:.1f}")
+        original = f"{100 * first['reference']:.1f} ± {100 * first['reference_stderr']:.1f}"
+        rows.append([task, str(first["n"]), f"{100 * chance:.1f}", original, "yes" if above else "no", *cells])
+    seeds = len({row["seed"] for row in every})
+    return (
+        f"Accuracy in %, ± over documents; of quantized models the difference to the original, mean of {seeds} "
+        f"seed{'s' if seeds > 1 else ''}, ± of paired documents and over seeds:\n\n"
+        + markdown(["task", "documents", "chance", "original", "above chance", *wanted], rows)
+    )
+
+
 def distortion() -> str:
     found = load("distortion")
     cells: dict[str, dict[float, str]] = {}
@@ -221,6 +247,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fused": fused,
     "peers-stories260K": lambda: peers("stories260K", 32),
     "peers-demo": lambda: peers("demo", 64),
+    "tasks-stories260K": lambda: tasks("stories260K"),
+    "tasks-demo": lambda: tasks("demo"),
     "distortion": distortion,
 }
 

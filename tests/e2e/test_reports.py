@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import roundel
 from e2e import tiny
 from roundel.evaluate import cached
-from roundel.evaluate.report import evaluated_page, quantized_page
+from roundel.evaluate.report import _labels, evaluated_page, quantized_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -204,3 +204,16 @@ def test_a_damaged_cache_says_which_directory_to_remove(command, quantized, mode
     code, _, err = command(*arguments, "--cache", tmp_path / "cache")
     assert code != 0
     assert "remove" in err
+
+
+@pytest.mark.parametrize(
+    ("specs", "labels"),
+    [
+        (["stdlib", "/texts/news.txt"], ["stdlib", "news.txt"]),
+        (["a/x.txt", "b/x.txt", "stdlib"], ["a/x.txt", "b/x.txt", "stdlib"]),
+        (["texts/", "other/texts/"], ["texts/", "other/texts/"]),
+        ([""], [""]),
+    ],
+)
+def test_texts_whose_paths_end_alike_are_told_apart(specs, labels) -> None:
+    assert list(_labels(specs).values()) == labels

@@ -17,7 +17,7 @@ from roundel.grids import parse_scheme
 from roundel.rotation import Rotation
 from roundel.rounding import nearest
 from roundel.rounding.round import dequantized
-from roundel.tuning import end_to_end, steps
+from roundel.tuning import end_to_end, steps, teacher
 from roundel.tuning.trained import trained
 from roundel.types import RoundedWeight
 
@@ -180,7 +180,7 @@ def test_steps_in_parts_and_with_recomputed_layers_are_the_same(model, quantize,
     whole = quantize(model(), tmp_path / "whole", **given)
     monkeypatch.setattr(end_to_end, "TOKENS", 96)  # 3 passes of 3, 3 and 2 sequences
     monkeypatch.setattr(end_to_end, "RECOMPUTED", 0)
-    monkeypatch.setattr(end_to_end, "CACHE", 0)
+    monkeypatch.setattr(teacher, "CACHE", 0)
     parts = quantize(model(), tmp_path / "parts", **given)
     for first, second in zip(whole.details["tuning"]["history"], parts.details["tuning"]["history"], strict=True):
         assert first == pytest.approx(second, rel=1e-4)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from jaxtyping import Float
-from scipy.stats import t as student
+from scipy.special import stdtr as student  # not scipy.stats, which takes as long to import as torch
 from torch import Tensor
 
 __all__ = ["choose"]
@@ -35,7 +35,7 @@ def choose(predicted: Mapping[str, Float[Tensor, " sequences"]]) -> str:
         if len(gain) < 2 or not gain.mean().item() > 0:
             continue
         error = gain.std().item() / math.sqrt(len(gain))
-        significant = error == 0 or student.sf(gain.mean().item() / error, len(gain) - 1) < LEVEL
+        significant = error == 0 or student(len(gain) - 1, -gain.mean().item() / error) < LEVEL
         if significant and predicted[name].mean().item() < least:
             best, least = name, predicted[name].mean().item()
     return best

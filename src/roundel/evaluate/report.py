@@ -5,7 +5,7 @@ Everything on the page is in the report's JSON; the page is made of that alone. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from roundel.evaluate import plots
@@ -86,7 +86,8 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
         ]
         parts.append(Table(heading=spec, columns=["", ""], rows=rows))
     if len(texts) > 1:
-        compared = [(_short(spec), found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
+        labels = _labels(texts)
+        compared = [(labels[spec], found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
         png = plots.intervals({"": compared}, title="KL on each text", xlabel=KL)
         parts.append(Picture(heading="KL on each text", png=png, caption=ERRORS))
     parts += _positions(texts)
@@ -102,9 +103,14 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
     return page(f"{details['model']} against {details['reference']}", parts)
 
 
-def _short(spec: str) -> str:
-    """The end of a path, which tells texts apart in a plot."""
-    return spec.rpartition("/")[2] or spec
+def _labels(specs: Iterable[str]) -> dict[str, str]:
+    """What tells texts apart in a plot: as many of the last parts of their paths as are needed for it."""
+    paths = {spec: spec.split("/") for spec in specs}
+    for parts in range(1, max(map(len, paths.values()), default=0)):
+        ends = {spec: "/".join(path[-parts:]) for spec, path in paths.items()}
+        if len(set(ends.values())) == len(ends) and all(ends.values()):
+            return ends
+    return {spec: spec for spec in paths}
 
 
 def _divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -148,8 +154,9 @@ def _heat_map(layers: Mapping[str, Any]) -> Picture:
 
 
 def _positions(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
+    labels = _labels(texts)
     found = {
-        _short(spec) or "KL": [
+        labels[spec] or "KL": [
             ((each["first"] + each["last"]) / 2, each["mean"], each["stderr"] or 0.0) for each in text["kl"]["by_position"]
         ]
         for spec, text in texts.items()

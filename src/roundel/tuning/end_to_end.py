@@ -3,15 +3,14 @@
 Problem: rounding minimises a quadratic model of the KL, one linear at a time. Here everything moves at once, in the KL itself, from where
 rounding has ended (`trained` says what moves, `steps` how):
 
-    loss = KL(original || quantized) per token, on calibration text
+    loss = KL(original || quantized) per token, on calibration text and on what the original would have said in its place (`teacher`)
 
 Every so often the KL is measured on sequences that the steps have not seen; the best state, in the form in which it is stored, is the
 result, and the start is among them: the held-out KL never rises.
 
-Cost of a step: a forward pass of the original, unless its log-probabilities of all text fit into `CACHE` bytes, and a forward and backward
-pass of the quantized model, of `TOKENS` tokens; a step of more is accumulated. Memory: two more models, one to train and one to measure,
-16 bytes for each trained weight, and the activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder
-layers, what is inside is computed again.
+Cost of a step: one or two forward passes of the original (`teacher`), and a forward and backward pass of the quantized model, of `TOKENS`
+tokens; a step of more is accumulated. Memory: two more models, one to train and one to measure, 16 bytes for each trained weight, and the
+activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder layers, what is inside is computed again.
 Reference: SignRound (Cheng et al. 2023, arXiv 2309.05516) for latent codes; the start, the loss and the steps are ours.
 
 Deliberately not here: several devices.
@@ -22,9 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,8 +30,9 @@ from roundel.source import load_dense
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, shuffled
+from roundel.tuning.teacher import Divergence, Teacher, drawn_share
 from roundel.tuning.trained import Trained, put, trained
-from roundel.types import RoundedWeight, TokenBatch
+from roundel.types import RoundedWeight
 
 __all__ = ["TOKENS", "tune_end_to_end"]
 
@@ -43,9 +41,6 @@ TOKENS = 4096
 
 CHECKS = 8
 """How often the held-out KL is measured, and the state is saved."""
-
-CACHE = 1 << 30
-"""Bytes of the original's log-probabilities that are kept, in float16."""
 
 RECOMPUTED = 1 << 30
 """Bytes of weights from which on activations inside decoder layers are not kept."""
@@ -77,7 +72,8 @@ def tune_end_to_end(job: Job) -> Tuned:
     rows = max(1, job.step_tokens // tokens.ids.shape[1])
     passes = max(1, TOKENS // tokens.ids.shape[1])
     optimiser = Steps(linears.values(), list(small.values()), steps, tokens=tokens.ids.numel())
-    saved = job.saved("end-to-end", rows)
+    share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in optimiser.parameters))
+    saved = job.saved("end-to-end", rows, drawn=share)
     if (found := saved.load()) is not None:
         tensors, notes = found
         history, best_step = notes["history"], notes["best_step"]
@@ -87,16 +83,18 @@ def tune_end_to_end(job: Job) -> Tuned:
     else:
         best, moved, best_step = dict(rounded), stored_values(small, others), 0
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
-    teacher = _Teacher(source.model, tokens)
+    teacher = Teacher(source.model, tokens, share=share, seed=job.seed)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
+        uniforms = teacher.uniforms(rows, optimiser.taken)
         loss = 0.0
-        for part in (chosen[start : start + passes] for start in range(0, rows, passes)):
-            logits = twin(input_ids=teacher.ids(part), use_cache=False).logits
-            share = _Divergence.apply(logits, teacher.log_probabilities(part)) * (len(part) / rows)  # type: ignore[no-untyped-call]
-            share.backward()
-            loss += share.item()
+        for part in (slice(start, start + passes) for start in range(0, rows, passes)):
+            ids, expected = teacher.batch(chosen[part], uniforms[part])
+            logits = twin(input_ids=ids, use_cache=False).logits
+            part_of_loss = Divergence.apply(logits, expected) * (len(ids) / rows)  # type: ignore[no-untyped-call]
+            part_of_loss.backward()
+            loss += part_of_loss.item()
         spent.append(loss)
         optimiser.take()
         job.advance(1)
@@ -124,48 +122,3 @@ def _recompute(model: nn.Module) -> None:
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-class _Teacher:
-    """The original's log-probabilities of calibration text, in float16; computed once where all of them fit."""
-
-    def __init__(self, model: nn.Module, tokens: TokenBatch) -> None:
-        self.model, self.tokens = model, tokens
-        self.device = next(model.parameters()).device
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self.keeps = 2 * tokens.ids.numel() * vocabulary <= CACHE
-        self.kept: dict[int, Tensor] = {}
-
-    def ids(self, rows: list[int]) -> Tensor:
-        return self.tokens.ids[rows].to(self.device)
-
-    @torch.no_grad()
-    def log_probabilities(self, rows: list[int]) -> Tensor:
-        missing = [row for row in rows if row not in self.kept]
-        fresh: dict[int, Tensor] = {}
-        for row in missing:  # one by one, so that the numbers do not depend on which rows are in a pass
-            logits = self.model(input_ids=self.ids([row]), use_cache=False).logits[0]
-            fresh[row] = logits.float().log_softmax(-1).half()
-        if self.keeps:
-            self.kept |= fresh
-        known = self.kept if self.keeps else fresh
-        return torch.stack([known[row] for row in rows])
-
-
-class _Divergence(torch.autograd.Function):
-    """Mean over tokens of `KL(original || quantized)`; keeps one matrix of the logits' size for its gradient, `softmax - p`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
-        """`logits` and the original's log-probabilities, both `(sequences, tokens, vocabulary)`."""
-        found, wanted = logits.float().log_softmax(-1), reference.float()
-        p = wanted.exp()
-        loss = torch.where(p > 0, p * (wanted - found), 0.0).sum() / logits.shape[:-1].numel()
-        ctx.save_for_backward(found.exp_().sub_(p).div_(logits.shape[:-1].numel()).to(logits.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient of the logits."""
-        (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None

@@ -44,7 +44,7 @@ class Job:
     advance: Callable[[int], None] = lambda _n: None
     """Called with 1 after each step."""
 
-    def saved(self, method: str, rows: int) -> Saved:
+    def saved(self, method: str, rows: int, **more: float) -> Saved:
         """The file of its state, with all in the digest that decides where it ends; a step has `rows` sequences."""
         settings = {
             "tune": method,
@@ -53,6 +53,7 @@ class Job:
             "others": list(self.others),
             "seed": self.seed,
             "dtype": str(self.source.model.dtype),
+            **more,
         }
         return Saved.of(self.work, self.rounded, (self.tokens, self.unseen), settings)
 

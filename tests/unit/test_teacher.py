@@ -1,0 +1,107 @@
+"""What steps see: some tokens of their text drawn from the original's own distribution, the rest the text."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from roundel.tuning import teacher
+from roundel.tuning.teacher import Divergence, Teacher, drawn_share
+from roundel.types import TokenBatch
+
+WORDS = 6
+
+
+class Bigram(nn.Module):
+    """Logits of the next token that depend on this one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(1))
+        table[:, 0] = -torch.inf  # never said
+        self.head = nn.Linear(1, WORDS)
+        self.table = nn.Parameter(table)
+        self.tokens = 0
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids, use_cache=False) -> SimpleNamespace:
+        self.tokens += input_ids.numel()
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@pytest.fixture
+def text() -> TokenBatch:
+    return TokenBatch.of(torch.randint(1, WORDS, (40, 100), generator=torch.Generator().manual_seed(2)))
+
+
+def test_a_share_of_the_tokens_comes_from_the_originals_distribution(text) -> None:
+    model = Bigram()
+    own = Teacher(model, text, share=0.5, seed=3)
+    counts, places = torch.zeros(WORDS, WORDS), 0
+    rows = list(range(40))
+    for step in range(10):
+        uniforms = own.uniforms(40, step)
+        ids, expected = own.batch(rows, uniforms)
+        anew = uniforms[..., 0] < 0.5
+        assert torch.equal(ids[:, 0], text.ids[:, 0])
+        assert torch.equal(ids[:, 1:][~anew], text.ids[:, 1:][~anew])
+        torch.testing.assert_close(expected, model.table[ids].log_softmax(-1))
+        counts.index_put_((text.ids[:, :-1][anew], ids[:, 1:][anew]), torch.ones(()), accumulate=True)  # drawn after the true token
+        places += anew.sum().item()
+    assert places / (10 * 40 * 99) == pytest.approx(0.5, abs=0.01)
+    found = counts[1:] / counts[1:].sum(1, keepdim=True)
+    wanted = model.table[1:].softmax(-1).detach()
+    assert found[:, 0].sum() == 0
+    assert (found - wanted).abs().max() < 5 * (0.25 / counts[1:].sum(1).min()).sqrt()
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_each_step_is_other_text_and_the_same_each_time(text, monkeypatch, cache) -> None:
+    monkeypatch.setattr(teacher, "CACHE", cache)
+    model = Bigram()
+    first, again = Teacher(model, text, share=0.3, seed=3), Teacher(model, text, share=0.3, seed=3)
+    rows = [4, 1, 7]
+    one, two = (first.batch(rows, first.uniforms(3, step))[0] for step in (0, 1))
+    assert not torch.equal(one, two)
+    assert torch.equal(two, again.batch(rows, again.uniforms(3, 1))[0])
+    assert not torch.equal(
+        one, Teacher(model, text, share=0.3, seed=4).batch(rows, Teacher(model, text, share=0.3, seed=4).uniforms(3, 0))[0]
+    )
+    uniforms = first.uniforms(3, 0)
+    parts = torch.cat([first.batch(rows[part], uniforms[part])[0] for part in (slice(0, 2), slice(2, 3))])
+    assert torch.equal(one, parts)
+    assert torch.equal(text.ids[rows], TokenBatch.of(text.ids).ids[rows])  # the text itself stays
+
+
+def test_what_fits_is_computed_once(text) -> None:
+    model = Bigram()
+    own = Teacher(model, text, share=0.0, seed=0)
+    for step in range(3):
+        ids, expected = own.batch([0, 5], own.uniforms(2, step))
+        assert torch.equal(ids, text.ids[[0, 5]])
+        torch.testing.assert_close(expected.float(), model.table[ids].log_softmax(-1), atol=4e-3, rtol=1e-3)
+    assert model.tokens == 2 * 100
+
+
+def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:
+    random = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 3, WORDS, generator=random, requires_grad=True)
+    reference = torch.randn(2, 3, WORDS, generator=random).log_softmax(-1)
+    loss = Divergence.apply(logits, reference)
+    loss.backward()
+    other = logits.detach().requires_grad_(True)
+    plain = nn.functional.kl_div(other.log_softmax(-1).flatten(0, 1), reference.flatten(0, 1), log_target=True, reduction="batchmean")
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(logits.grad, other.grad)
+
+
+def test_text_is_drawn_only_where_there_is_little_of_it() -> None:
+    assert drawn_share(1, 10**9) == pytest.approx(0.3)
+    assert drawn_share(100_000, 3_500_000) == pytest.approx(0.28, abs=0.01)
+    assert drawn_share(100_000, 200_000) == drawn_share(10**9, 10) == drawn_share(5, 0) == 0
