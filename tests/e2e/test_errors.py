@@ -217,7 +217,8 @@ def test_code_in_a_checkpoint_is_never_executed(model_type, fails, copy, quantiz
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--scheme", "int4-g40"), ("group size 40", "int4-g32")),
+        (("--scheme", "int4-g40"), ("group size 40", "int4-g64")),
+        (("--scheme", "int4-g128"), ("width 64;", "int4-g64")),  # of six linears in a layer, 96 of one
         (("--scheme", "int9-g32"), ("int9", "2 to 8")),
         (("--scheme", "int4-g0"), ("group size 0",)),
         (("--scheme", "fp4"), ("unknown scheme 'fp4'", "int4-g128")),

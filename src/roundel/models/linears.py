@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -52,7 +53,7 @@ def select_linears(
     tied = _tied_to_embedding(model)
     linears: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    indivisible: SchemeError | None = None
+    refused: Counter[str] = Counter()
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             fused = name.startswith(in_layers) and any(p.ndim == 3 for p in module.parameters(recurse=False))
@@ -70,13 +71,13 @@ def select_linears(
             try:
                 check(module.out_features, module.in_features)
             except SchemeError as error:
-                indivisible = error
+                refused[str(error)] += 1
                 skipped[name] = str(error).split(";")[0]
                 continue
             linears[name] = module
     if not linears:
-        if indivisible is not None:
-            raise indivisible
+        if refused:
+            raise SchemeError(refused.most_common(1)[0][0])  # what would help most of them
         raise SchemeError("no linear is left to quantize" + (f": --include {' '.join(include)} matches none" if include else ""))
     return Selection(linears=linears, skipped=skipped)
 
