@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,15 @@ from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
 from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate.card import number, with_error
-from roundel.evaluate.report import TASK_COLUMNS, evaluated_page, task_rows
+from roundel.evaluate.report import (
+    TASK_COLUMNS,
+    checkpoint_rows,
+    divergence_rows,
+    duplicate_row,
+    evaluated_page,
+    perplexity_rows,
+    task_rows,
+)
 from roundel.factors import merge as merge_factors
 from roundel.inspect import SHORT, table_rows
 from roundel.inspect import inspect as run_inspect
@@ -220,16 +227,7 @@ def quantize(
 def _show_quantized(result: Quantized, model: str, json_file: Path | None, *, quiet: bool) -> None:
     _emit(result.details, json_file)
     if not quiet and str(json_file) != "-":
-        stored, predicted = result.details["bits_per_weight"], result.details["predicted_kl"]
-        table = _divergence_table(f"{model} in {result.details['scheme']}", result.details["evaluation"])
-        if result.details["tuning"] is not None:
-            kl = result.details["tuning"]["held_out_kl"]
-            table.add_row("KL on other text before and after tuning", f"{number(kl['before'])}, {number(kl['after'])}")
-        table.add_row("KL predicted", with_error(predicted[predicted["by"]], predicted[f"{predicted['by']}_stderr"]))
-        table.add_row("bits per weight: quantized linears", f"{stored['quantized']:.3f}")
-        table.add_row("bits per weight: whole checkpoint", f"{stored['model']:.3f}")
-        table.add_row("linears quantized, left as they were", f"{len(result.details['layers'])}, {len(result.details['skipped'])}")
-        Console().print(table)
+        _print_rows(f"{model} in {result.details['scheme']}", checkpoint_rows(result.details))
         print(f"{result.path}: written; report.html shows what was measured, roundel.json has every layer's numbers")
 
 
@@ -495,22 +493,11 @@ def evaluate(
             several = len(result.details.get("texts", {})) > 1
             texts = result.details.get("texts") or {result.details["data"]: result.details}
             for spec, found in texts.items():
-                table = _divergence_table(f"{title}: {spec}" if several else title, found)
-                table.add_row("KL of the original against itself", number(found["duplicate"]["kl"]))
-                Console().print(table)
+                _print_rows(f"{title}: {spec}" if several else title, [*divergence_rows(found), duplicate_row(found)])
         for named, found in result.details.get("windowed_perplexity", {}).items():
-            _print_perplexity(title, named, found)
+            _print_rows(title, [["text", named], *perplexity_rows(found)])
         if "tasks" in result.details:
             _print_tasks(title, result.details["tasks"])
-
-
-def _print_perplexity(title: str, text: str, found: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    table.add_row("perplexity, quantized and original", f"{number(found['model'])}, {number(found['reference'])}")
-    error = math.nan if found["log_ratio_stderr"] is None else found["log_ratio_stderr"]
-    table.add_row("logarithm of their quotient", with_error(found["log_ratio"], error))
-    table.add_row("text, windows, tokens in each", f"{text}, {found['windows']}, {found['window']}")
-    Console().print(table)
 
 
 def _print_tasks(title: str, tasks: dict[str, dict[str, Any]]) -> None:
@@ -698,17 +685,11 @@ def demo(
             print(f"Kept: {output}")
 
 
-def _divergence_table(title: str, found: Mapping[str, Any]) -> Table:
-    kl, perplexity, interval = found["kl"], found["perplexity"], found["kl"]["interval95"]
+def _print_rows(title: str, rows: list[list[str]]) -> None:
     table = Table(title=title, show_header=False)
-    table.add_row("KL(original, quantized), nats per token", with_error(kl["mean"], kl["stderr"]))
-    if interval is not None:
-        table.add_row("95 % of it, by bootstrap", " to ".join(map(number, interval)))
-    table.add_row("KL, median and 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}")
-    table.add_row("top-1 agreement", f"{100 * found['top1_agreement']:.2f} %")
-    table.add_row("perplexity, quantized and original", f"{number(perplexity['model'])}, {number(perplexity['reference'])}")
-    table.add_row("tokens, sequences", f"{found['tokens']}, {found['sequences']}")
-    return table
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
 
 
 def _emit(details: dict[str, Any], json_file: Path | None) -> None:

@@ -69,12 +69,14 @@ def test_what_was_done_besides_is_on_the_page(quantized) -> None:
     details["warnings"] = ["something <odd>"]
     details["skipped"] = {"model.layers.1.x": "for a reason"}
     history = [{"step": 0, "held_out_kl": 0.2}, {"step": 5, "held_out_kl": 0.1, "calibration_kl": 0.08}]
-    details["tuning"] = {"method": "end-to-end", "best_step": 5, "history": history}
+    kls = {"before": 0.2, "after": 0.1}
+    details["tuning"] = {"method": "end-to-end", "best_step": 5, "history": history, "held_out_kl": kls}
     first, *_ = details["layers"].values()
     first["scheme"], first["error_aware"] = "int3-g32", {"held_out_kl": [0.3, 0.2], "taken": True}
     page = quantized_page(details)
     assert "something &lt;odd&gt;" in page
     assert "for a reason" in page
+    assert "<td>KL on other text before and after tuning</td><td>0.2, 0.1</td>" in page
     for heading in ("Warnings", "Tuning", "Error-aware rounding", "Bits", "Left as they were"):
         assert f"<h2>{heading}</h2>" in page
     assert len(pictures(page)) == page.count("<figure>") == 6

@@ -12,7 +12,16 @@ from roundel.evaluate import plots
 from roundel.evaluate.card import number, with_error
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 
-__all__ = ["TASK_COLUMNS", "evaluated_page", "quantized_page", "task_rows"]
+__all__ = [
+    "TASK_COLUMNS",
+    "checkpoint_rows",
+    "divergence_rows",
+    "duplicate_row",
+    "evaluated_page",
+    "perplexity_rows",
+    "quantized_page",
+    "task_rows",
+]
 
 KL = "KL(original || quantized), nats per token"
 ERRORS = "Bars are standard errors over sequences."
@@ -22,14 +31,10 @@ Part = Paragraph | Table | Picture
 
 def quantized_page(details: Mapping[str, Any]) -> str:
     """Of roundel.json."""
-    measured, predicted, bits = details["evaluation"], details["predicted_kl"], details["bits_per_weight"]
+    measured, predicted = details["evaluation"], details["predicted_kl"]
     name, layers = details["model"]["name"], details["layers"]
     rows = [
-        *_divergence_rows(measured),
-        ["KL predicted", with_error(predicted[predicted["by"]], predicted[f"{predicted['by']}_stderr"])],
-        ["bits per weight: quantized linears", f"{bits['quantized']:.3f}"],
-        ["bits per weight: whole checkpoint", f"{bits['model']:.3f}"],
-        ["linears quantized, left as they were", f"{len(layers)}, {len(details['skipped'])}"],
+        *checkpoint_rows(details),
         ["scheme, format", f"{details['scheme']}, {details['format']}"],
         ["curvature, seed", f"{details['curvature']}, {details['seed']}"],
         ["calibrated on", "{source}: {sequences} sequences of {seq_len} tokens".format(**details["calibration"])],
@@ -79,12 +84,7 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
     texts = details.get("texts") or ({details["data"]: details} if "data" in details else {})
     parts: list[Part] = []
     for spec, found in texts.items():
-        duplicate = found["duplicate"]
-        rows = [
-            *_divergence_rows(found),
-            [f"KL of the original against itself, in batches of {duplicate['batch_sizes'][1]}", number(duplicate["kl"])],
-        ]
-        parts.append(Table(heading=spec, columns=["", ""], rows=rows))
+        parts.append(Table(heading=spec, columns=["", ""], rows=[*divergence_rows(found), duplicate_row(found)]))
     if len(texts) > 1:
         labels = _labels(texts)
         compared = [(labels[spec], found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
@@ -92,12 +92,7 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
         parts.append(Picture(heading="KL on each text", png=png, caption=ERRORS))
     parts += _positions(texts)
     for named, found in details.get("windowed_perplexity", {}).items():
-        rows = [
-            ["perplexity, quantized and original", f"{number(found['model'])}, {number(found['reference'])}"],
-            ["logarithm of their quotient", with_error(found["log_ratio"], found["log_ratio_stderr"])],
-            ["windows, tokens in each", f"{found['windows']}, {found['window']}"],
-        ]
-        parts.append(Table(heading=f"Perplexity, {named}", columns=["", ""], rows=rows))
+        parts.append(Table(heading=f"Perplexity, {named}", columns=["", ""], rows=perplexity_rows(found)))
     if tasks := details.get("tasks"):
         parts.append(Table(heading="Tasks, in %", columns=TASK_COLUMNS, rows=task_rows(tasks)))
     return page(f"{details['model']} against {details['reference']}", parts)
@@ -113,16 +108,48 @@ def _labels(specs: Iterable[str]) -> dict[str, str]:
     return {spec: spec for spec in paths}
 
 
-def _divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    kl, perplexity = found["kl"], found["perplexity"]
-    low_high = kl["interval95"]
+def divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """What the terminal and the page show of a divergence."""
+    kl, perplexity, agreement = found["kl"], found["perplexity"], found["top1_agreement"]
+    rows = [["KL(original, quantized), nats per token", with_error(kl["mean"], kl["stderr"])]]
+    if kl["interval95"] is not None:
+        rows.append(["95 % of it, by bootstrap", " to ".join(map(number, kl["interval95"]))])
     return [
-        [KL, with_error(kl["mean"], kl["stderr"])],
-        ["95 % of it, by bootstrap over sequences", "-" if low_high is None else " to ".join(map(number, low_high))],
-        ["median, 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}"],
-        ["top-1 flips", f"{100 * (1 - found['top1_agreement']):.2f} %"],
+        *rows,
+        ["KL, median and 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}"],
+        ["top-1 agreement", f"{100 * agreement:.2f} %: {100 * (1 - agreement):.2f} % flips"],
         ["perplexity, quantized and original", f"{number(perplexity['model'])}, {number(perplexity['reference'])}"],
         ["tokens, sequences", f"{found['tokens']}, {found['sequences']}"],
+    ]
+
+
+def duplicate_row(found: Mapping[str, Any]) -> list[str]:
+    """The noise floor."""
+    return ["KL of the original against itself", number(found["duplicate"]["kl"])]
+
+
+def perplexity_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Of perplexity over windows."""
+    return [
+        ["perplexity, quantized and original", f"{number(found['model'])}, {number(found['reference'])}"],
+        ["logarithm of their quotient", with_error(found["log_ratio"], found["log_ratio_stderr"])],
+        ["windows, tokens in each", f"{found['windows']}, {found['window']}"],
+    ]
+
+
+def checkpoint_rows(details: Mapping[str, Any]) -> list[list[str]]:
+    """Of a quantized checkpoint: what was measured, and its size."""
+    predicted, bits = details["predicted_kl"], details["bits_per_weight"]
+    rows = divergence_rows(details["evaluation"])
+    if details["tuning"] is not None:
+        kl = details["tuning"]["held_out_kl"]
+        rows.append(["KL on other text before and after tuning", f"{number(kl['before'])}, {number(kl['after'])}"])
+    return [
+        *rows,
+        ["KL predicted", with_error(predicted[predicted["by"]], predicted[f"{predicted['by']}_stderr"])],
+        ["bits per weight: quantized linears", f"{bits['quantized']:.3f}"],
+        ["bits per weight: whole checkpoint", f"{bits['model']:.3f}"],
+        ["linears quantized, left as they were", f"{len(details['layers'])}, {len(details['skipped'])}"],
     ]
 
 
