@@ -31,7 +31,9 @@ RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
 STORIES = "MODELS/stories260K --calibration TEXT/tinystories.txt --seq-len 256 --eval-sequences 128"
 DEMO = "demo --calibration stdlib --eval-data stdlib-heldout --seq-len 256 --eval-sequences 64"
 INTEGERS = {32: "int2-g32,int3-g32,int4-g32", 64: "int2-g64,int3-g64,int4-g64"}
-SMALL_TRELLISES = "trellis2-s10,trellis3-s10,trellis4-s10"
+SMALL_TRELLISES = {bits: f"trellis2-s{bits},trellis3-s{bits},trellis4-s{bits}" for bits in (8, 10)}
+"""By state bits."""
+
 ESTIMATORS = "auto,sketch-b,sketch-a,fastkron"
 ROTATABLE = ",".join(label for label in ABLATION if label != "guided")
 """`guided` has factors of their own for groups of rows."""
@@ -81,13 +83,13 @@ STUDIES = dict(
         comparison(
             "trellises-stories260K",
             STORIES,
-            f"--sequences 128 --seeds 3 --curvatures {ROTATABLE} --schemes {SMALL_TRELLISES}",
+            f"--sequences 128 --seeds 3 --curvatures {ROTATABLE} --schemes {SMALL_TRELLISES[10]}",
             figures={"kl.png": "trellises-stories260K.png"},
         ),
         comparison(
             "trellises-demo",
             DEMO,
-            f"--sequences 128 --seeds 3 --curvatures {ROTATABLE} --schemes {SMALL_TRELLISES}",
+            f"--sequences 128 --seeds 3 --curvatures {ROTATABLE} --schemes {SMALL_TRELLISES[8]}",
             figures={"kl.png": "trellises-demo.png"},
         ),
         comparison(
