@@ -205,23 +205,20 @@ def tasks(name: str) -> str:
     every = found["rows"]
     wanted = list(dict.fromkeys(row["scheme"] for row in every))
     rows = []
-    for task in dict.fromkeys(row["task"] for row in every):
-        own = [row for row in every if row["task"] == task]
-        first, chance = own[0], found["chance"][task]
-        above = first["reference"] - chance > 2 * first["reference_stderr"]
+    for task, own in found["original"].items():
         cells = []
         for scheme in wanted:
-            values = [row["difference"] for row in own if row["scheme"] == scheme]
-            errors = [row["difference_stderr"] for row in own if row["scheme"] == scheme]
-            error = math.hypot(statistics.mean(errors), spread(values))
-            cells.append(f"{100 * statistics.mean(values):+.1f} ± {100 * error:.1f}")
-        original = f"{100 * first['reference']:.1f} ± {100 * first['reference_stderr']:.1f}"
-        rows.append([task, str(first["n"]), f"{100 * chance:.1f}", original, "yes" if above else "no", *cells])
+            some = [row for row in every if (row["task"], row["scheme"]) == (task, scheme)]
+            cells.append("")
+            if some:
+                values, errors = [row["difference"] for row in some], [row["difference_stderr"] for row in some]
+                cells[-1] = f"{100 * statistics.mean(values):+.1f} ± {100 * math.hypot(statistics.mean(errors), spread(values)):.1f}"
+        original = f"{100 * own['reference']:.1f} ± {100 * own['reference_stderr']:.1f}"
+        rows.append([task, str(own["n"]), f"{100 * found['chance'][task]:.1f}", original, *cells])
     seeds = len({row["seed"] for row in every})
-    return (
-        f"Accuracy in %, ± over documents; of quantized models the difference to the original, mean of {seeds} "
-        f"seed{'s' if seeds > 1 else ''}, ± of paired documents and over seeds:\n\n"
-        + markdown(["task", "documents", "chance", "original", "above chance", *wanted], rows)
+    differences = f"; of quantized models the difference to the original, mean of {seeds} seeds, ± of paired documents and over seeds"
+    return f"Accuracy in %, ± over documents{differences if every else ''}:\n\n" + markdown(
+        ["task", "documents", "chance", "original", *wanted], rows
     )
 
 

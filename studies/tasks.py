@@ -1,10 +1,10 @@
-"""Accuracies on tasks of the original and of quantized models, where they say anything: paired differences over seeds.
+"""Accuracies of the original on tasks, and of quantized models on those where they say anything: paired differences over seeds.
 
     python studies/tasks.py MODEL --calibration SPEC [--eval-data SPEC] --task-data DIR --schemes int2-g32,... [--seeds 0 1 2] -o FILE.json
 
-The default recipe; its factors are collected once for each seed and kept in `FILE.work`. A task on which the original itself is not above
-chance by two standard errors says nothing of quantization, and its row says so. Rows are saved as they come, and those that are there are
-not run again. Needs lm-evaluation-harness: `make test-tasks` installs it.
+A task on which the original itself is not above chance by two standard errors says nothing of quantization, and no other model is asked.
+The default recipe; its factors are collected once for each seed and kept in `FILE.work`. Rows are saved as they come, and those that are
+there are not run again. Needs lm-evaluation-harness: `make test-tasks` installs it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import roundel
+from roundel.models import locate
 from roundel.pipeline import versions
 from roundel.store import write_json
 
@@ -63,6 +64,20 @@ def main() -> None:
         "lm_eval": importlib.metadata.version("lm-eval"),
     }
     work = given.output.with_suffix(".work")
+
+    def measure(model: str | Path, name: str) -> dict[str, Any]:
+        measured = roundel.evaluate(model, reference=given.model, tasks=[name], task_data=given.task_data, task_limit=given.limit)
+        return dict(measured.details["tasks"][name])
+
+    telling = []
+    for name in tasks:
+        if name not in found.setdefault("original", {}):
+            found["original"][name] = measure(locate(given.model), name)
+            write_json(given.output, found)
+        own, least = found["original"][name], found["chance"][name]
+        if own["reference"] - least > 2 * own["reference_stderr"]:
+            telling.append(name)
+        print("original", name, own["reference"], "chance", least, flush=True)
     for seed in given.seeds:
         for scheme in given.schemes.split(","):
             missing = [
@@ -79,9 +94,7 @@ def main() -> None:
                 given.model, output=output, factors=factors, scheme=scheme, seed=seed, eval_data=given.eval_data, format="native", **text
             )
             for name in missing:
-                measured = roundel.evaluate(
-                    output, reference=given.model, tasks=[name], task_data=given.task_data, task_limit=given.limit
-                ).details["tasks"][name]
+                measured = measure(output, name)
                 found["rows"].append({"scheme": scheme, "seed": seed, "task": name, "kl": made.report.kl_mean, **measured})
                 write_json(given.output, found)
                 print(scheme, seed, name, measured["value"], measured["reference"], flush=True)
