@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import roundel
+from roundel.errors import DataError
 from roundel.models import locate
 from roundel.pipeline import versions
 from roundel.store import write_json
@@ -71,9 +72,17 @@ def main() -> None:
 
     telling = []
     for name in tasks:
+        if name in found.setdefault("errors", {}):
+            continue
         if name not in found.setdefault("original", {}):
-            found["original"][name] = measure(locate(given.model), name)
-            write_json(given.output, found)
+            try:
+                found["original"][name] = measure(locate(given.model), name)
+            except DataError as error:
+                found["errors"][name] = str(error)
+                print(error, flush=True)
+                continue
+            finally:
+                write_json(given.output, found)
         own, least = found["original"][name], found["chance"][name]
         if own["reference"] - least > 2 * own["reference_stderr"]:
             telling.append(name)

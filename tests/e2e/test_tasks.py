@@ -178,6 +178,8 @@ def test_errors_say_what_is_missing(model, data, monkeypatch) -> None:
     assert "line 2: no field 'choices'" in fails(tasks=["piqa"], task_data=data)
     write_rows(data / "piqa.jsonl", [{**ROWS["piqa"][0], "gold": 2}])
     assert "'gold' is 2" in fails(tasks=["piqa"], task_data=data)
+    write_rows(data / "piqa.jsonl", [{**ROWS["piqa"][0], "choices": ["short", " ".join(WORDS[:2000])]}])
+    assert "piqa: an answer has more tokens than" in fails(tasks=["piqa"], task_data=data)
     write_rows(data / "ifeval.jsonl", [{"key": 1, "prompt": "Hi.", "instruction_id_list": [], "kwargs": []}])
     monkeypatch.setattr("nltk.data.path", [])
     assert "nltk.downloader punkt_tab" in fails(tasks=["ifeval"], task_data=data)

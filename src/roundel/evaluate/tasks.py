@@ -341,6 +341,9 @@ def task_results(
 ) -> dict[str, Any]:
     """What `task` says of the model and its reference, which are `models`.
 
+    Raises:
+        DataError: the model is too short for an answer.
+
     Returns:
         `metric`, `value`, `stderr`, `reference`, `reference_stderr` of the accuracy (the first metric where the task has none of that
         name); `difference` and its paired `difference_stderr`; `n` documents, `shots`; and `metrics`, the values of all metrics as
@@ -356,8 +359,11 @@ def task_results(
         with _silent():
             task.set_fewshot_seed(seed=SEED)
             harness: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            # `evaluate`, not `simple_evaluate`, which asks the Hub about the model and the system for its packages
-            result: Any = evaluate(harness, {"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0)
+            try:  # `evaluate`, not `simple_evaluate`, which asks the Hub about the model and the system for its packages
+                result: Any = evaluate(harness, {"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0)
+            except AssertionError as error:
+                reason = str(error) or f"an answer has more tokens than the {harness.max_length} positions of the model"
+                raise DataError(f"lm-eval cannot ask this model for {task.task_name}: {reason}; leave the task out") from error
         values.append({k: v for k, v in result["results"][task.task_name].items() if isinstance(v, float | int) and "," in k})
         samples.append(result["samples"][task.task_name])
     names = [name for name in values[0] if not name.split(",")[0].endswith("_stderr")]
