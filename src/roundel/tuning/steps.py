@@ -2,9 +2,9 @@
 
 Latent codes and scales have steps of their own size, `step (1 - t / T)^3`: with gradients that pass `round` unseen, codes near a boundary
 flip back and forth as long as steps are large, and the loss falls when these get small; a cube leaves more of the time for that than a
-line. Large steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 1e-3 on one of 3.4M
-(`docs/log.md`, 12, 13), and `code_step` goes through both. Adam divides by the size of each gradient, so a step moves every code by the
-same distance whatever its weight in the loss.
+line. Large steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 1e-3 on one of 3.4M,
+larger ones where part of the text is new at each step (`docs/log.md`, 12 to 14), and `code_step` goes through these. Adam divides by the
+size of each gradient, so a step moves every code by the same distance whatever its weight in the loss.
 
 Memory: two moments, 8 bytes for each parameter, beside the parameter and its gradient. Reference: Adam (Kingma and Ba 2015, arXiv
 1412.6980), in torch's implementation.
@@ -24,6 +24,9 @@ __all__ = ["SCALE_STEP", "Steps", "shuffled"]
 SMALLEST, LARGEST = 3e-4, 1e-2
 """First step of latent codes, in units of the distance of two codes."""
 
+NEW_TEXT = 2e-3
+"""The smallest one where no step sees the same text (`teacher`)."""
+
 PER_TOKEN = 0.03
 """First step of latent codes for each token of text per weight."""
 
@@ -36,14 +39,14 @@ BETAS = (0.9, 0.95)
 class Steps:
     """The optimiser of some linears, and of other parameters that move with them."""
 
-    def __init__(self, linears: Iterable[Trained], others: Sequence[Tensor], total: int, *, tokens: int) -> None:
-        """Of `total` steps on `tokens` tokens of text."""
+    def __init__(self, linears: Iterable[Trained], others: Sequence[Tensor], total: int, *, tokens: int, new_text: bool = False) -> None:
+        """Of `total` steps on `tokens` tokens of text, of which each step sees another version if `new_text`."""
         self.linears, self.total, self.taken = list(linears), total, 0
         codes = [parameter for linear in self.linears for parameter in linear.codes]
         scales = [parameter for linear in self.linears for parameter in linear.scales]
         self.parameters: list[Tensor] = [*codes, *scales, *others]
         groups = [
-            {"params": codes, "first": code_step(tokens, sum(parameter.numel() for parameter in codes))},
+            {"params": codes, "first": code_step(tokens, sum(parameter.numel() for parameter in codes), new_text)},
             {"params": [*scales, *others], "first": SCALE_STEP},
         ]
         self.adam = torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, eps=1e-12)
@@ -77,9 +80,9 @@ class Steps:
                 self.adam.state[parameter][name] = value.clone() if name == "step" else value.to(parameter.device, copy=True)
 
 
-def code_step(tokens: int, weights: int) -> float:
+def code_step(tokens: int, weights: int, new_text: bool) -> float:
     """The first step of latent codes: the less text there is for each weight, the sooner large steps fit it instead of the language."""
-    return min(LARGEST, max(SMALLEST, PER_TOKEN * tokens / max(1, weights)))
+    return min(LARGEST, max(NEW_TEXT if new_text else SMALLEST, PER_TOKEN * tokens / max(1, weights)))
 
 
 def shuffled(count: int, rows: int, step: int, seed: int) -> list[int]:
