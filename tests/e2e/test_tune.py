@@ -58,6 +58,7 @@ def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, meth
 
 def test_a_start_that_is_not_improved_is_kept(model, quantize, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(steps, "SMALLEST", 5.0)  # throws everything about
+    monkeypatch.setattr(steps, "NEW_TEXT", 5.0)
     monkeypatch.setattr(steps, "LARGEST", 5.0)
     monkeypatch.setattr(steps, "SCALE_STEP", 5.0)
     plain = quantize(model(), tmp_path / "plain", scheme="int4-g16", **SETTINGS)
