@@ -217,8 +217,10 @@ def tasks(name: str) -> str:
         rows.append([task, str(own["n"]), f"{100 * found['chance'][task]:.1f}", original, *cells])
     seeds = len({row["seed"] for row in every})
     differences = f"; of quantized models the difference to the original, mean of {seeds} seeds, ± of paired documents and over seeds"
-    return f"Accuracy in %, ± over documents{differences if every else ''}:\n\n" + markdown(
-        ["task", "documents", "chance", "original", *wanted], rows
+    return (
+        f"Accuracy in %, ± over documents{differences if every else ''}:\n\n"
+        + markdown(["task", "documents", "chance", "original", *wanted], rows)
+        + "".join(f"\n\n{error}." for error in found["errors"].values())
     )
 
 

@@ -91,7 +91,7 @@ def main() -> None:
         for scheme in given.schemes.split(","):
             missing = [
                 name
-                for name in tasks
+                for name in telling
                 if not any((row["seed"], row["scheme"], row["task"]) == (seed, scheme, name) for row in found["rows"])
             ]
             if not missing:

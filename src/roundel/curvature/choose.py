@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from jaxtyping import Float
-from scipy.special import stdtr as student  # not scipy.stats, which takes as long to import as torch
+from scipy.special import stdtr as student  # not scipy.stats, which takes long to import
 from torch import Tensor
 
 __all__ = ["choose"]

@@ -71,8 +71,7 @@ def tune_end_to_end(job: Job) -> Tuned:
 
     rows = max(1, job.step_tokens // tokens.ids.shape[1])
     passes = max(1, TOKENS // tokens.ids.shape[1])
-    moving = [parameter for linear in linears.values() for parameter in (*linear.codes, *linear.scales)] + list(small.values())
-    share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in moving))
+    share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in twin.parameters() if parameter.requires_grad))
     optimiser = Steps(linears.values(), list(small.values()), steps, tokens=tokens.ids.numel(), new_text=share > 0)
     saved = job.saved("end-to-end", rows, drawn=share)
     if (found := saved.load()) is not None:
