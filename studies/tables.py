@@ -51,6 +51,10 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
+def seconds(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.0f} ± {spread(values):.0f}" if values else ""
+
+
 def spread(values: Sequence[float]) -> float:
     """Standard error of the mean over seeds."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -67,7 +71,7 @@ def estimators(name: str) -> str:
     by = {(row["method"], row["scheme"]): row for row in summary}
 
     def over_seeds(method: str, scheme: str, key: str) -> list[float]:
-        return [row[key] for row in rows if (row["method"], row["scheme"]) == (method, scheme)]
+        return [row[key] for row in rows if (row["method"], row["scheme"]) == (method, scheme) and key in row]
 
     kl, perplexity = [], []
     for method in methods:
@@ -81,7 +85,7 @@ def estimators(name: str) -> str:
                 f"{first['j_ratio']:.3f}",
                 f"{first['cosine']:.2f}",
                 str(first["passes"]),
-                f"{first['collect_seconds']:.0f}" if "collect_seconds" in first else "",
+                *(seconds(over_seeds(method, schemes[0], key)) for key in ("collect_seconds", "rounding_seconds")),
             ]
         )
         cells = [(by[method, scheme]["perplexity"], spread(over_seeds(method, scheme, "perplexity"))) for scheme in schemes]
@@ -90,8 +94,8 @@ def estimators(name: str) -> str:
     head = ["method", *schemes]
     return (
         f"KL, nats per token ({summary[0]['seeds']} seeds, {tokens} calibration tokens; ± over sequences; seeds: the largest "
-        "standard error over seeds, relative; seconds: of collection, as if alone):\n\n"
-        + markdown([*head, "seeds", "J ratio", "cosine", "passes", "seconds"], kl)
+        f"standard error over seeds, relative; seconds: of collecting, as if alone, and of rounding to {schemes[0]}, ± over seeds):\n\n"
+        + markdown([*head, "seeds", "J ratio", "cosine", "passes", "collecting, s", "rounding, s"], kl)
         + f"\n\nPerplexity, ± over seeds; the original has {original:.4g}:\n\n"
         + markdown(head, perplexity)
     )
@@ -216,7 +220,8 @@ def tasks(name: str) -> str:
         original = f"{100 * own['reference']:.1f} ± {100 * own['reference_stderr']:.1f}"
         rows.append([task, str(own["n"]), f"{100 * found['chance'][task]:.1f}", original, *cells])
     seeds = len({row["seed"] for row in every})
-    differences = f"; of quantized models the difference to the original, mean of {seeds} seeds, ± of paired documents and over seeds"
+    over = f"mean of {seeds} seeds, ± of paired documents and over seeds" if seeds > 1 else "± of paired documents"
+    differences = f"; of quantized models the difference to the original, {over}"
     return (
         f"Accuracy in %, ± over documents{differences if every else ''}:\n\n"
         + markdown(["task", "documents", "chance", "original", *wanted], rows)

@@ -31,6 +31,7 @@ from roundel.evaluate.report import (
     divergence_rows,
     duplicate_row,
     evaluated_page,
+    evaluated_texts,
     perplexity_rows,
     task_rows,
 )
@@ -489,11 +490,9 @@ def evaluate(
         write_text(html_file, evaluated_page(result.details))
     if not quiet and str(json_file) != "-":
         title = f"{model} against {reference}"
-        if result.report is not None:
-            several = len(result.details.get("texts", {})) > 1
-            texts = result.details.get("texts") or {result.details["data"]: result.details}
-            for spec, found in texts.items():
-                _print_rows(f"{title}: {spec}" if several else title, [*divergence_rows(found), duplicate_row(found)])
+        texts = evaluated_texts(result.details)
+        for spec, found in texts.items():
+            _print_rows(f"{title}: {spec}" if len(texts) > 1 else title, [*divergence_rows(found), duplicate_row(found)])
         for named, found in result.details.get("windowed_perplexity", {}).items():
             _print_rows(title, [["text", named], *perplexity_rows(found)])
         if "tasks" in result.details:

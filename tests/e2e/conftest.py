@@ -14,6 +14,7 @@ import torch
 import roundel
 from e2e import tiny
 from roundel.cli import main
+from roundel.evaluate import plots
 
 SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4}
 
@@ -24,6 +25,15 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drawn only where they are looked at: those of a report take as long as quantizing a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in ("test_compare.py", "test_inspect.py", "test_reports.py"):
+            patch.setattr(plots, "_png", lambda _figure: b"not drawn")
+        yield
 
 
 @pytest.fixture(scope="session")

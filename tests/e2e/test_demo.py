@@ -36,6 +36,7 @@ def test_curvature_beats_activations_beats_nearest_and_prediction_agrees_with_me
             scheme="int3-g64",
             curvature=curvature,
             sweeps=sweeps,
+            include=("model.layers.0.*", "model.layers.1.*"),
             calibration="stdlib",
             eval_data="stdlib-heldout",
             sequences=32,

@@ -380,7 +380,6 @@ def _legend(figure: Figure) -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    buffer = io.BytesIO()  # not by savefig, which lays it out twice
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()

@@ -79,9 +79,14 @@ def quantized_page(details: Mapping[str, Any]) -> str:
     return page(f"{name} in {details['scheme']}", parts)
 
 
+def evaluated_texts(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What `evaluate` has found on each text; a single one stands in no list of its own."""
+    return details.get("texts") or ({details["data"]: details} if "data" in details else {})
+
+
 def evaluated_page(details: Mapping[str, Any]) -> str:
     """Of what `evaluate` has found."""
-    texts = details.get("texts") or ({details["data"]: details} if "data" in details else {})
+    texts = evaluated_texts(details)
     parts: list[Part] = []
     for spec, found in texts.items():
         parts.append(Table(heading=spec, columns=["", ""], rows=[*divergence_rows(found), duplicate_row(found)]))
