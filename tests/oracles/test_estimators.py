@@ -76,7 +76,7 @@ def test_power_approaches_the_leading_singular_pair_of_the_exact_fisher() -> Non
     linear = linears(model)[V_PROJ]
     u, v, gap = leading_pair(dense_fisher(model, [linear.weight], tokens.ids[0]), *linear.weight.shape)
     assert gap < 0.8
-    collection = collect(model, {V_PROJ: linear}, repeated(tokens, 1000), parse_curvature("power:rounds=10"), seed=0, batch_size=500)
+    collection = collect(model, {V_PROJ: linear}, repeated(tokens, 500), parse_curvature("power:rounds=10"), seed=0, batch_size=500)
     factors = collection.factors()[V_PROJ]
     assert cosine(factors.H_out, u) > 0.99
     assert cosine(factors.H_in, v) > 0.99

@@ -1,8 +1,8 @@
 """Feedback and descent sweeps on the CPU: general products outside a tile, numba inside.
 
 Both loops touch `d_out d_in (d_out + d_in)` multiply-adds. Tiles of `BLOCK` put all but `2 BLOCK` of them per weight
-into matrix products; the rest is compiled scalar code. Specifications: `rounding.feedback.feedback_waves`,
-`rounding.descent.sweep_rows`.
+into matrix products; the rest is compiled scalar code, in loops only, because NumPy's expressions take seconds to compile.
+Specifications: `rounding.feedback.feedback_waves`, `rounding.descent.sweep_rows`.
 
 A representable value is `levels[code - low] * step + offset`. With no `levels` the codes `low .. high` are the levels themselves, and the
 nearest one needs no search.
@@ -72,7 +72,13 @@ def _nearest(units: Any, levels: _Array, low: int, high: int) -> tuple[Any, Any]
     if levels.size == 0:
         level = min(max(np.rint(units), low), high)
         return int(level), level
-    index = np.searchsorted(levels, units)
+    index, end = 0, levels.size
+    while index < end:
+        middle = (index + end) // 2
+        if levels[middle] < units:
+            index = middle + 1
+        else:
+            end = middle
     if index == levels.size or (index > 0 and units <= (levels[index] + levels[index - 1]) / 2):
         index -= 1
     return index + low, levels[index]
@@ -159,7 +165,8 @@ def _sweep_rows(
     rows, columns = P.shape
     change_of_R = np.empty(columns, P.dtype)
     for i in range(rows):
-        change_of_R[:] = 0
+        for k in range(columns):
+            change_of_R[k] = 0
         for j in range(columns):
             curvature = H_out[i, i] * H_in[j, j]
             size = step[i, j]
@@ -177,7 +184,8 @@ def _sweep_rows(
                 moved = change * H_in[j, k]
                 change_of_R[k] -= moved
                 P[i, k] -= H_out[i, i] * moved
-        R[i] += change_of_R
+        for k in range(columns):
+            R[i, k] += change_of_R[k]
         for below in range(i + 1, rows):
             for k in range(columns):
                 P[below, k] += H_out[below, i] * change_of_R[k]
