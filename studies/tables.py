@@ -195,11 +195,14 @@ def peers(name: str, group: int) -> str:
             blocks.setdefault(row["method"], []).append(row)
     found = sorted(((own[0]["bits_per_weight"], statistics.mean(row["kl"] for row in own), method) for method, own in blocks.items()))
     text = ", ".join(f"`{method}` ({bits:.2f}) {kl:.4g}" for bits, kl, method in found)
-    failed = sorted({(row["peer"], row["method"], row["error"]) for row in theirs if row["error"] is not None})
+    failed: dict[str, dict[str, None]] = {}
+    for row in theirs:
+        if row["error"] is not None:
+            failed.setdefault(row["error"], {})[f"{row['peer']} {row['method']}"] = None
     return (
         markdown(["", *wanted, "CPU s", "peak MiB"], table)
         + f"\n\nllama.cpp with its importance matrix, bits per weight in brackets: {text}."
-        + "".join(f"\n\n{peer} {method} did not run: {error}." for peer, method, error in failed)
+        + "".join(f"\n\nNot run, {error}: {', '.join(sorted(names))}." for error, names in failed.items())
     )
 
 
