@@ -27,13 +27,11 @@ class Outcome(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Drawn only where they are looked at: those of a report take as long as quantizing a tiny model."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.name not in ("test_compare.py", "test_inspect.py", "test_reports.py"):
-            patch.setattr(plots, "_png", lambda _figure: b"not drawn")
-        yield
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn in shared fixtures and where they are looked at: those of a report take as long as rounding a tiny model."""
+    if request.path.name not in ("test_compare.py", "test_inspect.py", "test_reports.py"):
+        monkeypatch.setattr(plots, "_png", lambda _figure: b"not drawn")
 
 
 @pytest.fixture(scope="session")
