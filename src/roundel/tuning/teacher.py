@@ -87,13 +87,16 @@ class Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
         """`logits` and the original's log-probabilities, both `(sequences, tokens, vocabulary)`."""
         found, wanted = logits.float().log_softmax(-1), reference.float()
-        p = wanted.exp()
-        loss = torch.where(p > 0, p * (wanted - found), 0.0).sum() / logits.shape[:-1].numel()
-        ctx.save_for_backward(found.exp_().sub_(p).div_(logits.shape[:-1].numel()).to(logits.dtype))
-        return loss
+        p, tokens = wanted.exp(), logits.shape[:-1].numel()
+        loss = torch.dot(p.flatten(), (wanted - found).flatten())
+        if not torch.isfinite(loss):  # tokens that the original never says
+            loss = torch.where(p > 0, p * (wanted - found), 0.0).sum()
+        ctx.save_for_backward(found.exp_().sub_(p).to(logits.dtype))
+        ctx.tokens = tokens
+        return loss / tokens
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The gradient of the logits."""
         (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None
+        return slope * (gradients[0] / ctx.tokens), None
