@@ -15,8 +15,9 @@ import roundel
 from e2e import tiny
 from roundel.cli import main
 from roundel.evaluate import plots
+from roundel.recipes import Recipe
 
-SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4}
+SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
 
 
 class Outcome(NamedTuple):
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
 @pytest.fixture(autouse=True)
 def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn in shared fixtures and where they are looked at: those of a report take as long as rounding a tiny model."""
-    if request.path.name not in ("test_compare.py", "test_inspect.py", "test_reports.py"):
+    if request.path.name not in ("test_inspect.py", "test_reports.py"):
         monkeypatch.setattr(plots, "_png", lambda _figure: b"not drawn")
 
 
@@ -69,8 +70,8 @@ def quantize(text: Path) -> Callable[..., roundel.Quantized]:
 def quantized(
     model: Callable[..., Path], quantize: Callable[..., roundel.Quantized], tmp_path_factory: pytest.TempPathFactory
 ) -> roundel.Quantized:
-    """The tiny Llama in 4 bits; not to be changed."""
-    return quantize(model(), tmp_path_factory.mktemp("quantized") / "out", scheme="int4-g32")
+    """The tiny Llama in 4 bits, with as many sweeps as the command takes; not to be changed."""
+    return quantize(model(), tmp_path_factory.mktemp("quantized") / "out", scheme="int4-g32", sweeps=Recipe().sweeps)
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def test_quantizing_from_factors_gives_the_same_checkpoint(collect, model, quant
         factors=collect("factors", seed=3),
         scheme="int3-g32",
         eval_sequences=SETTINGS["eval_sequences"],
+        sweeps=SETTINGS["sweeps"],
     )
     assert (direct.path / "model.safetensors").read_bytes() == (reused.path / "model.safetensors").read_bytes()
     assert direct.details["calibration"]["sha256"] == reused.details["calibration"]["sha256"]
@@ -199,7 +200,7 @@ def test_what_does_not_fit_is_refused(collect, model, tmp_path) -> None:
 def test_labels_are_those_of_the_factors(labels: str, collect, model, quantize, tmp_path) -> None:
     direct = quantize(model(), tmp_path / "direct", scheme="int3-g32", labels=labels)
     factors = collect("factors", labels=labels)
-    reused = roundel.quantize(model(), output=tmp_path / "reused", factors=factors, scheme="int3-g32", eval_sequences=4)
+    reused = roundel.quantize(model(), output=tmp_path / "reused", factors=factors, scheme="int3-g32", eval_sequences=4, sweeps=1)
     assert direct.details["recipe"]["labels"] == reused.details["recipe"]["labels"] == labels
     assert direct.details["predicted_kl"] == reused.details["predicted_kl"]
     assert (direct.path / "model.safetensors").read_bytes() == (reused.path / "model.safetensors").read_bytes()
