@@ -68,7 +68,7 @@ def prepare(directory: Path, model: Path) -> None:
     (directory / "other-text.txt").write_text("\n\n".join(documents("heldout"))[:60_000], encoding="utf-8")
     data = directory / "DIR"
     data.mkdir()
-    rows = (json.dumps({"query": f"Is {k} a number?", "choices": ["yes", "no"], "gold": k % 2}) for k in range(6))
+    rows = [json.dumps({"query": f"Question: Is {k} a number?", "choices": ["yes", "no"], "gold": k % 2}) for k in range(9)]
     for task in ("arc_easy", "piqa"):
         (data / f"{task}.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
