@@ -52,7 +52,7 @@ def with_error(value: float, error: float) -> str:
 
 
 def seconds(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.0f} ± {spread(values):.0f}" if values else ""
+    return f"{statistics.mean(values):.0f} ± {spread(values):.0f}"
 
 
 def spread(values: Sequence[float]) -> float:
@@ -71,7 +71,7 @@ def estimators(name: str) -> str:
     by = {(row["method"], row["scheme"]): row for row in summary}
 
     def over_seeds(method: str, scheme: str, key: str) -> list[float]:
-        return [row[key] for row in rows if (row["method"], row["scheme"]) == (method, scheme) and key in row]
+        return [row[key] for row in rows if (row["method"], row["scheme"]) == (method, scheme)]
 
     kl, perplexity = [], []
     for method in methods:

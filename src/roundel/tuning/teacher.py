@@ -88,7 +88,7 @@ class Divergence(torch.autograd.Function):
         """`logits` and the original's log-probabilities, both `(sequences, tokens, vocabulary)`."""
         found, wanted = logits.float().log_softmax(-1), reference.float()
         p, tokens = wanted.exp(), logits.shape[:-1].numel()
-        loss = torch.dot(p.flatten(), (wanted - found).flatten())
+        loss = torch.bmm(p.flatten(0, -2).unsqueeze(1), (wanted - found).flatten(0, -2).unsqueeze(2)).sum()
         if not torch.isfinite(loss):  # tokens that the original never says
             loss = torch.where(p > 0, p * (wanted - found), 0.0).sum()
         ctx.save_for_backward(found.exp_().sub_(p).to(logits.dtype))
