@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import roundel
+from roundel.allocator import keep_freed_memory
 from roundel.evaluate.plots import curves
 from roundel.pipeline import versions
 from roundel.store import write_json
@@ -36,6 +37,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def run(model: str, factors: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command does
     began = time.process_time()
     result = roundel.quantize(model, output=output, factors=factors, format="native", **settings)
     spent = time.process_time() - began
@@ -90,7 +92,7 @@ def draw(rows: list[dict[str, Any]], directory: Path, name: str) -> None:
                 "held-out text": [(point["step"], point["held_out_kl"], 0.0) for point in history],
                 "calibration text": [(point["step"], point["calibration_kl"], 0.0) for point in history if "calibration_kl" in point],
             }
-    figure = curves(panels, title=f"Tuning end to end, {name}", xlabel="steps of 4096 tokens", ylabel="KL, nats per token", doubling=False)
+    figure = curves(panels, title=f"Tuning end to end, {name}", xlabel="steps of 2048 tokens", ylabel="KL, nats per token", doubling=False)
     (directory / f"tuning-{name}.png").write_bytes(figure)
 
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "roundel"
 RANKS = [
     ("errors", 0),
+    ("allocator", 0),
     ("linalg", 1),
     ("kernels", 2),
     ("types", 2),

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from roundel.allocator import keep_freed_memory
 from roundel.bench import bench as run_bench
 from roundel.compare import ABLATION, PRINTED, compared_rows
 from roundel.compare import compare as run_compare
@@ -72,9 +73,12 @@ TuneMethod = Annotated[
     ),
 ]
 TuneSteps = Annotated[
-    int | None, typer.Option("--tune-steps", min=1, help="Default: 400 end to end, 200 for each decoder layer with blocks.")
+    int | None, typer.Option("--tune-steps", min=1, help="Default: 800 end to end, 200 for each decoder layer with blocks.")
 ]
-TuneTokens = Annotated[int, typer.Option("--tune-tokens", help="Tokens of one step; more than 4096 are accumulated.")]
+TuneTokens = Annotated[
+    int | None,
+    typer.Option("--tune-tokens", help="Tokens of one step, default 2048 end to end, 4096 with blocks; more than 4096 are accumulated."),
+]
 TuneNorms = Annotated[
     bool | None,
     typer.Option("--tune-norms/--no-tune-norms", help="Whether norms and biases are tuned too; default: where codes stay as they are."),
@@ -707,6 +711,7 @@ def main() -> None:
         raise SystemExit(143)  # unwinds, so that half-written output is removed
 
     signal.signal(signal.SIGTERM, terminated)
+    keep_freed_memory()
     try:
         app()  # ends in SystemExit: 0, 2 for wrong usage, 130 for Ctrl-C
     except RoundelError as error:

@@ -313,7 +313,7 @@ def _tuned(
             tokens=steps_on,
             unseen=judged_by,
             steps=recipe.steps,
-            step_tokens=recipe.tune_tokens,
+            step_tokens=recipe.step_tokens,
             others=others,
             seed=recipe.seed,
             batch_size=batch_size,

@@ -51,7 +51,7 @@ class Recipe:
     error_aware: bool | None = None
     tune: str = "none"
     tune_steps: int | None = None
-    tune_tokens: int = 4096
+    tune_tokens: int | None = None
     tune_norms: bool | None = None
     seed: int = 0
     include: tuple[str, ...] = ()
@@ -102,7 +102,12 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Of tuning: as many as still lower the KL on text that they have not seen; of each decoder layer with `blocks`."""
-        return self.tune_steps or {"none": 0, "end-to-end": 400, "blocks": 200}[self.tune]
+        return self.tune_steps or {"none": 0, "end-to-end": 800, "blocks": 200}[self.tune]
+
+    @property
+    def step_tokens(self) -> int:
+        """Of one step of tuning; the same text in more and smaller steps is worth more end to end (`docs/log.md`, 17)."""
+        return self.tune_tokens or {"none": 0, "end-to-end": 2048, "blocks": 4096}[self.tune]
 
     def rotation_of(self, grid: Grid) -> Literal["hadamard", "hadamard128"] | None:
         """The kind of rotation that weights go through before they are rounded to this grid and that is undone at run time, if any."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from roundel.tuning import teacher
 from roundel.tuning.teacher import Divergence, Teacher, drawn_share
 from roundel.types import TokenBatch
 
@@ -41,13 +40,13 @@ def text() -> TokenBatch:
 
 def test_a_share_of_the_tokens_comes_from_the_originals_distribution(text) -> None:
     model = Bigram()
-    own = Teacher(model, text, share=0.5, seed=3)
+    own = Teacher(model, text, share=0.5, turns=10, seed=3)
     counts, places = torch.zeros(WORDS, WORDS), 0
     rows = list(range(40))
     for step in range(10):
         uniforms = own.uniforms(40, step)
-        ids, expected = own.batch(rows, uniforms)
-        anew = uniforms[..., 0] < 0.5
+        ids, expected = own.batch(rows, [step] * 40, uniforms)
+        anew = uniforms < 0.5
         assert torch.equal(ids[:, 0], text.ids[:, 0])
         assert torch.equal(ids[:, 1:][~anew], text.ids[:, 1:][~anew])
         torch.testing.assert_close(expected, model.table[ids].log_softmax(-1))
@@ -60,29 +59,34 @@ def test_a_share_of_the_tokens_comes_from_the_originals_distribution(text) -> No
     assert (found - wanted).abs().max() < 5 * (0.25 / counts[1:].sum(1).min()).sqrt()
 
 
-@pytest.mark.parametrize("cache", [0, 1 << 30])
-def test_each_step_is_other_text_and_the_same_each_time(text, monkeypatch, cache) -> None:
-    monkeypatch.setattr(teacher, "CACHE", cache)
+def test_each_step_is_other_text_and_the_same_each_time(text) -> None:
     model = Bigram()
-    first, again = Teacher(model, text, share=0.3, seed=3), Teacher(model, text, share=0.3, seed=3)
-    rows = [4, 1, 7]
-    one, two = (first.batch(rows, first.uniforms(3, step))[0] for step in (0, 1))
-    assert not torch.equal(one, two)
-    assert torch.equal(two, again.batch(rows, again.uniforms(3, 1))[0])
-    assert not torch.equal(
-        one, Teacher(model, text, share=0.3, seed=4).batch(rows, Teacher(model, text, share=0.3, seed=4).uniforms(3, 0))[0]
-    )
-    uniforms = first.uniforms(3, 0)
-    parts = torch.cat([first.batch(rows[part], uniforms[part])[0] for part in (slice(0, 2), slice(2, 3))])
+    first, again, other = (Teacher(model, text, share=0.3, turns=2, seed=seed) for seed in (3, 3, 4))
+    rows, uniforms = [4, 1, 7], first.uniforms(3, 0)
+    one = first.batch(rows, [0, 0, 0], uniforms)[0]
+    assert not torch.equal(one, first.batch(rows, [1, 1, 1], uniforms)[0])
+    assert not torch.equal(uniforms, first.uniforms(3, 1))
+    assert not torch.equal(one, other.batch(rows, [0, 0, 0], other.uniforms(3, 0))[0])
+    two = first.batch(rows, [1, 1, 0], first.uniforms(3, 1))[0]
+    assert torch.equal(two, again.batch(rows, [1, 1, 0], again.uniforms(3, 1))[0])  # a run that goes on from there
+    parts = torch.cat([first.batch(rows[part], [0] * len(rows[part]), uniforms[part])[0] for part in (slice(0, 2), slice(2, 3))])
     assert torch.equal(one, parts)
     assert torch.equal(text.ids[rows], TokenBatch.of(text.ids).ids[rows])  # the text itself stays
 
 
+def test_what_to_draw_is_asked_for_once(text) -> None:
+    model = Bigram()
+    own = Teacher(model, text, share=0.3, turns=3, seed=0)
+    for turn in range(3):
+        own.batch([0, 5], [turn, turn], own.uniforms(2, turn))
+    assert model.tokens == 2 * 100 + 3 * 2 * 100
+
+
 def test_what_fits_is_computed_once(text) -> None:
     model = Bigram()
-    own = Teacher(model, text, share=0.0, seed=0)
+    own = Teacher(model, text, share=0.0, turns=3, seed=0)
     for step in range(3):
-        ids, expected = own.batch([0, 5], own.uniforms(2, step))
+        ids, expected = own.batch([0, 5], [step, step], own.uniforms(2, step))
         assert torch.equal(ids, text.ids[[0, 5]])
         torch.testing.assert_close(expected.float(), model.table[ids].log_softmax(-1), atol=4e-3, rtol=1e-3)
     assert model.tokens == 2 * 100

@@ -8,9 +8,10 @@ rounding has ended (`trained` says what moves, `steps` how):
 Every so often the KL is measured on sequences that the steps have not seen; the best state, in the form in which it is stored, is the
 result, and the start is among them: the held-out KL never rises.
 
-Cost of a step: one or two forward passes of the original (`teacher`), and a forward and backward pass of the quantized model, of `TOKENS`
-tokens; a step of more is accumulated. Memory: two more models, one to train and one to measure, 16 bytes for each trained weight, and the
-activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder layers, what is inside is computed again.
+Cost of a step: a forward pass of the original at most (`teacher`), and a forward and backward pass of the quantized model, both in fast
+products (`products`), of up to `TOKENS` tokens; a step of more is accumulated. Memory: two more models, one to train and one to measure,
+16 bytes for each trained weight, and the activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder
+layers, what is inside is computed again.
 Reference: SignRound (Cheng et al. 2023, arXiv 2309.05516) for latent codes; the start, the loss and the steps are ours.
 
 Deliberately not here: several devices.
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from roundel.evaluate import compare_models
 from roundel.source import load_dense
 from roundel.tuning.job import Job, Tuned, stored_values
+from roundel.tuning.products import fast
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, shuffled
 from roundel.tuning.teacher import Divergence, Teacher, drawn_share
@@ -83,15 +85,17 @@ def tune_end_to_end(job: Job) -> Tuned:
     else:
         best, moved, best_step = dict(rounded), stored_values(small, others), 0
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
-    teacher = Teacher(source.model, tokens, share=share, seed=job.seed)
+    teacher = Teacher(source.model, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
+    batch, forward = fast(teacher.batch), fast(twin.forward)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
+        turns = [place // len(tokens) for place in range(optimiser.taken * rows, (optimiser.taken + 1) * rows)]
         uniforms = teacher.uniforms(rows, optimiser.taken)
         loss = 0.0
         for part in (slice(start, start + passes) for start in range(0, rows, passes)):
-            ids, expected = teacher.batch(chosen[part], uniforms[part])
-            logits = twin(input_ids=ids, use_cache=False).logits
+            ids, expected = batch(chosen[part], turns[part], uniforms[part])
+            logits = forward(input_ids=ids, use_cache=False).logits
             part_of_loss = Divergence.apply(logits, expected) * (len(ids) / rows)  # type: ignore[no-untyped-call]
             part_of_loss.backward()
             loss += part_of_loss.item()
@@ -121,4 +125,4 @@ def _recompute(model: nn.Module) -> None:
     """Lets each decoder layer forget what is inside and compute it again in the backward pass."""
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, fast(layer.forward), use_reentrant=False)

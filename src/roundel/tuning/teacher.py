@@ -1,14 +1,14 @@
 """The text that end-to-end steps see, and the original's log-probabilities of it.
 
 Problem: more numbers move than the calibration text has tokens, and steps that see a sequence again and again fit it instead of the
-language: with 400 steps the KL on their text is half of that on other text. The original can write new text, but one token at a time. Here
+language: after 14 times the KL on their text is half of that on other text. The original can write new text, but one token at a time. Here
 each step sees another version of its sequences, in which a share of the tokens is drawn anew from what the original expects at their place
 after the true text; one forward pass over what comes out gives the reference at all positions, as before. Such text is a little worse than
 true text: where there is half a token for each number that moves it only harms, so the share falls to zero there (`drawn_share`).
 
-Cost: one forward pass of the original more for each step, `2 P` flops a token beside `8 P` of the step (`P` weights), and the probabilities
-of the drawn tokens. Where the original's log-probabilities of the true text fit into `CACHE` bytes, they are computed once. Measured:
-`docs/log.md`, 14.
+Cost: one forward pass of the original over what comes out, `2 P` flops a token beside `6 P` of the step (`P` weights); what is drawn in all
+turns is asked for in one more over the text, and kept in 4 bytes for each token and turn. Where nothing is drawn and the original's
+log-probabilities fit into `CACHE` bytes, they are computed once. Measured: `docs/log.md`, 14.
 """
 
 from __future__ import annotations
@@ -40,44 +40,49 @@ def drawn_share(tokens: int, parameters: int) -> float:
 class Teacher:
     """The original, beside calibration text."""
 
-    def __init__(self, model: nn.Module, tokens: TokenBatch, *, share: float, seed: int) -> None:
-        """Of `tokens`, a `share` is drawn anew; what is drawn at a step depends on `seed`, the step and the text alone."""
-        self.model, self.tokens, self.share, self.seed = model, tokens, share, seed
+    def __init__(self, model: nn.Module, tokens: TokenBatch, *, share: float, turns: int, seed: int) -> None:
+        """Of `tokens`, seen `turns` times, a `share` is drawn anew each time; what is drawn depends on `seed` and the text alone."""
+        self.model, self.tokens, self.share, self.turns, self.seed = model, tokens, share, turns, seed
         self.device = next(model.parameters()).device
         vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self.keeps = 2 * tokens.ids.numel() * vocabulary <= CACHE
+        self.keeps = share == 0 and 2 * tokens.ids.numel() * vocabulary <= CACHE
         self.kept: dict[int, Tensor] = {}
+        """By sequence: log-probabilities of the true text, or what is drawn in place of its tokens, in turn."""
 
     def uniforms(self, rows: int, step: int) -> Tensor:
-        """`(rows, tokens - 1, 2)` numbers for the sequences of a step: which tokens are drawn, and what."""
-        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % (1 << 63))
-        return torch.rand(rows, self.tokens.ids.shape[1] - 1, 2, generator=random)
+        """`(rows, tokens - 1)` numbers for the sequences of a step: those below `share` say which tokens are drawn anew."""
+        return torch.rand(rows, self.tokens.ids.shape[1] - 1, generator=_random(self.seed, step))
 
     @torch.no_grad()
-    def batch(self, rows: list[int], uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """These rows with tokens drawn by their `uniforms`: ids, and log-probabilities `(rows, tokens, vocabulary)`."""
+    def batch(self, rows: list[int], turns: list[int], uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """These rows, each for the how manieth time: ids, and log-probabilities `(rows, tokens, vocabulary)`."""
         ids = self.tokens.ids[rows].to(self.device)
-        expected = self._of_the_text(rows, ids)
-        anew = uniforms[..., 0].to(self.device) < self.share
-        if not anew.any():
-            return ids, expected
-        below = expected[:, :-1][anew].float().exp().cumsum(-1)
-        del expected
-        drawn = torch.searchsorted(below, uniforms[..., 1].to(self.device)[anew].unsqueeze(1) * below[:, -1:]).squeeze(1)
-        ids[:, 1:][anew] = drawn.clamp(max=below.shape[1] - 1)
+        if self.share > 0:
+            drawn = torch.stack([self._drawn(row)[turn] for row, turn in zip(rows, turns, strict=True)]).to(ids)
+            ids[:, 1:] = torch.where(uniforms.to(self.device) < self.share, drawn, ids[:, 1:])
+        elif self.keeps:
+            for row, own in zip(rows, ids, strict=True):  # one by one: the numbers must not depend on what it was first seen with
+                if row not in self.kept:
+                    self.kept[row] = self._run(own[None])[0].half()
+            return ids, torch.stack([self.kept[row] for row in rows])
         return ids, self._run(ids)
 
-    def _of_the_text(self, rows: list[int], ids: Tensor) -> Tensor:
-        if not self.keeps:
-            return self._run(ids).half()
-        for row, own in zip(rows, ids, strict=True):  # one by one: the numbers must not depend on what it was first seen with
-            if row not in self.kept:
-                self.kept[row] = self._run(own[None])[0].half()
-        return torch.stack([self.kept[row] for row in rows])
+    def _drawn(self, row: int) -> Tensor:
+        """`(turns, tokens - 1)`: what the original expects in place of each token but the first of a sequence, after the true text."""
+        if row not in self.kept:
+            below = self._run(self.tokens.ids[row : row + 1].to(self.device))[0, :-1].exp().cumsum(-1)
+            places = torch.rand(len(below), self.turns, generator=_random(self.seed, -1 - row)).to(self.device)
+            drawn = torch.searchsorted(below, places * below[:, -1:]).clamp(max=below.shape[1] - 1)
+            self.kept[row] = drawn.T.to("cpu", torch.int32)
+        return self.kept[row]
 
     def _run(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float().log_softmax(-1)
+
+
+def _random(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
 
 
 class Divergence(torch.autograd.Function):

@@ -1,0 +1,79 @@
+"""Matrix products of linears in bfloat16 inside, where a processor has them: for steps whose gradients are noisy anyway.
+
+A float32 product on a processor with bfloat16 units (AMX, AVX512-BF16) is some three times as fast if its factors are rounded to bfloat16
+on the way and summed in float32; half of a tuning step are such products. Factors, results and gradients stay float32, so that nothing
+else of a model notices. Attention keeps float32: its products are small, and rounding their factors takes longer than it saves. Where
+there are no such units nothing changes.
+
+Never for what is measured or compared: a relative error of 2^-9 in each factor is as large as that of 8 bits per weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["fast"]
+
+
+def fast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which linears on the CPU in float32 are computed so, and later their gradients."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Fast():
+            return function(*args, **kwargs)
+
+    return run
+
+
+class _Fast(TorchFunctionMode):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Takes the place of each call of `torch.nn.functional.linear`."""
+        if func is nn.functional.linear and not kwargs and all(_plain(tensor) for tensor in args if tensor is not None):
+            return _Linear.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + bias`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` is `(*batch, d_in)`, `W` is `(d_out, d_in)`."""
+        ctx.save_for_backward(x, W)
+        with _bfloat16():
+            return nn.functional.linear(x, W, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of `x`, `W` and `bias`, as far as they are asked for."""
+        (x, W), (g,) = ctx.saved_tensors, gradients
+        wanted = [*ctx.needs_input_grad, False][:3]
+        with _bfloat16():
+            of_x = (g.flatten(0, -2) @ W).view_as(x) if wanted[0] else None
+            of_W = g.flatten(0, -2).T @ x.flatten(0, -2) if wanted[1] else None
+        found = (of_x, of_W, g.flatten(0, -2).sum(0) if wanted[2] else None)
+        return found[: len(ctx.needs_input_grad)]
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+@contextmanager
+def _bfloat16() -> Iterator[None]:
+    """Lets oneDNN round the factors of float32 products."""
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

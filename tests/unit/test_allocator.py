@@ -1,0 +1,36 @@
+"""Freed memory is used again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MEASURED = """
+import resource, sys
+import numpy
+from roundel.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def fill():
+    for array in [numpy.ones(2**22, dtype=numpy.int8) for _ in range(16)]:
+        del array
+for _ in range(5):
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_is_used_again_is_not_asked_for_again() -> None:
+    faults = [
+        int(subprocess.run([sys.executable, "-c", MEASURED, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "")
+    ]
+    assert faults[0] < 1000
+    assert faults[1] > 20 * faults[0]
