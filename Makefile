@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/viterbi.py
 	$(BIN)/python benchmarks/hadamard.py
+	$(BIN)/python benchmarks/tuning.py
 
 peers: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py demo --calibration stdlib --eval-data stdlib-heldout --group 64 \
