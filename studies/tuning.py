@@ -25,6 +25,7 @@ import roundel
 from roundel.allocator import keep_freed_memory
 from roundel.evaluate.plots import curves
 from roundel.pipeline import versions
+from roundel.recipes import Recipe
 from roundel.store import write_json
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -92,7 +93,8 @@ def draw(rows: list[dict[str, Any]], directory: Path, name: str) -> None:
                 "held-out text": [(point["step"], point["held_out_kl"], 0.0) for point in history],
                 "calibration text": [(point["step"], point["calibration_kl"], 0.0) for point in history if "calibration_kl" in point],
             }
-    figure = curves(panels, title=f"Tuning end to end, {name}", xlabel="steps of 2048 tokens", ylabel="KL, nats per token", doubling=False)
+    xlabel = f"steps of {Recipe(tune='end-to-end').step_tokens} tokens"
+    figure = curves(panels, title=f"Tuning end to end, {name}", xlabel=xlabel, ylabel="KL, nats per token", doubling=False)
     (directory / f"tuning-{name}.png").write_bytes(figure)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from roundel.tuning import teacher
 from roundel.tuning.teacher import Divergence, Teacher, drawn_share
 from roundel.types import TokenBatch
 
@@ -82,14 +83,16 @@ def test_what_to_draw_is_asked_for_once(text) -> None:
     assert model.tokens == 2 * 100 + 3 * 2 * 100
 
 
-def test_what_fits_is_computed_once(text) -> None:
+@pytest.mark.parametrize(("cache", "passes"), [(1 << 30, 1), (0, 3)])
+def test_what_fits_is_computed_once(text, monkeypatch, cache, passes) -> None:
+    monkeypatch.setattr(teacher, "CACHE", cache)
     model = Bigram()
     own = Teacher(model, text, share=0.0, turns=3, seed=0)
     for step in range(3):
         ids, expected = own.batch([0, 5], [step, step], own.uniforms(2, step))
         assert torch.equal(ids, text.ids[[0, 5]])
         torch.testing.assert_close(expected.float(), model.table[ids].log_softmax(-1), atol=4e-3, rtol=1e-3)
-    assert model.tokens == 2 * 100
+    assert model.tokens == passes * 2 * 100
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch() -> None:

@@ -31,7 +31,7 @@ from roundel.source import load_dense
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.products import fast
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
-from roundel.tuning.steps import Steps, shuffled
+from roundel.tuning.steps import Steps, places, shuffled
 from roundel.tuning.teacher import Divergence, Teacher, drawn_share
 from roundel.tuning.trained import Trained, put, trained
 from roundel.types import RoundedWeight
@@ -86,11 +86,11 @@ def tune_end_to_end(job: Job) -> Tuned:
         best, moved, best_step = dict(rounded), stored_values(small, others), 0
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
     teacher = Teacher(source.model, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
-    batch, forward = fast(teacher.batch), fast(twin.forward)
+    batch, forward = fast(teacher.batch), fast(twin.__call__)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
-        turns = [place // len(tokens) for place in range(optimiser.taken * rows, (optimiser.taken + 1) * rows)]
+        turns = [turn for turn, _ in places(len(tokens), rows, optimiser.taken)]
         uniforms = teacher.uniforms(rows, optimiser.taken)
         loss = 0.0
         for part in (slice(start, start + passes) for start in range(0, rows, passes)):

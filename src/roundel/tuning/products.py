@@ -37,7 +37,7 @@ class _Fast(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Takes the place of each call of `torch.nn.functional.linear`."""
         if func is nn.functional.linear and not kwargs and all(_plain(tensor) for tensor in args if tensor is not None):
-            return _Linear.apply(*args)  # type: ignore[no-untyped-call]
+            return _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -45,22 +45,23 @@ class _Linear(torch.autograd.Function):
     """`x W^T + bias`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` is `(*batch, d_in)`, `W` is `(d_out, d_in)`."""
-        ctx.save_for_backward(x, W)
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` is `(*batch, d_in)`, `W` is `(d_out, d_in)`; of the two only what the other's gradient needs is kept."""
+        wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x if wanted[1] else None, W if wanted[0] else None)
         with _bfloat16():
             return nn.functional.linear(x, W, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of `x`, `W` and `bias`, as far as they are asked for."""
-        (x, W), (g,) = ctx.saved_tensors, gradients
-        wanted = [*ctx.needs_input_grad, False][:3]
+        (x, W), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        batch = gradients[0].shape[:-1]
+        g = gradients[0].flatten(0, -2)
         with _bfloat16():
-            of_x = (g.flatten(0, -2) @ W).view_as(x) if wanted[0] else None
-            of_W = g.flatten(0, -2).T @ x.flatten(0, -2) if wanted[1] else None
-        found = (of_x, of_W, g.flatten(0, -2).sum(0) if wanted[2] else None)
-        return found[: len(ctx.needs_input_grad)]
+            of_x = (g @ W).unflatten(0, batch) if wanted[0] else None
+            of_W = g.T @ x.flatten(0, -2) if wanted[1] else None
+        return of_x, of_W, g.sum(0) if wanted[2] else None
 
 
 def _plain(tensor: Tensor) -> bool:

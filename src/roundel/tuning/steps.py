@@ -19,7 +19,7 @@ from torch import Tensor
 
 from roundel.tuning.trained import Trained
 
-__all__ = ["SCALE_STEP", "Steps", "shuffled"]
+__all__ = ["SCALE_STEP", "Steps", "places", "shuffled"]
 
 SMALLEST, LARGEST = 3e-4, 1e-2
 """First step of latent codes, in units of the distance of two codes."""
@@ -87,9 +87,14 @@ def code_step(tokens: int, weights: int, new_text: bool) -> float:
 
 def shuffled(count: int, rows: int, step: int, seed: int) -> list[int]:
     """The sequences of a step, counted from 0: `rows` of `count`, without repetition until all have been taken; depends on nothing else."""
-    taken = range(step * rows, (step + 1) * rows)
+    found = places(count, rows, step)
     orders = {
         turn: torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1_000_003 * turn))
-        for turn in {place // count for place in taken}
+        for turn in {turn for turn, _ in found}
     }
-    return [int(orders[place // count][place % count]) for place in taken]
+    return [int(orders[turn][place]) for turn, place in found]
+
+
+def places(count: int, rows: int, step: int) -> list[tuple[int, int]]:
+    """For each sequence of a step, which time round it is of all `count`, and its place in that round's order; both from 0."""
+    return [divmod(index, count) for index in range(step * rows, (step + 1) * rows)]
