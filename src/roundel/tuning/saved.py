@@ -28,6 +28,8 @@ __all__ = ["Saved", "kinds_of", "others_of", "packed", "unpacked"]
 
 FILE = "tuning.safetensors"
 OTHER = "other."
+VERSION = 2
+"""Of what steps keep; a file of another version is another job's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Saved:
         """That of a tuning in the directory `work`: of these codes, texts and settings."""
         if work is None:
             return cls(path=None, digest="")
-        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True).encode())
         for name, tensor in sorted(packed(rounded).items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())

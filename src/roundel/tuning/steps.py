@@ -1,13 +1,18 @@
-"""Steps down a loss that both kinds of tuning take: Adam, sizes that fall to zero, and a state that can be written and read.
+"""Steps down a loss that both kinds of tuning take, sizes that fall to zero, and a state that can be written and read.
 
-Latent codes and scales have steps of their own size, `step (1 - t / T)^3`: with gradients that pass `round` unseen, codes near a boundary
-flip back and forth as long as steps are large, and the loss falls when these get small; a cube leaves more of the time for that than a
-line. Large steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 1e-3 on one of 3.4M,
-larger ones where part of the text is new at each step (`docs/log.md`, 12 to 14), and `code_step` goes through these. Adam divides by the
-size of each gradient, so a step moves every code by the same distance whatever its weight in the loss.
+Problem: gradients pass `round` unseen, so codes near a boundary flip back and forth; each flip of a code costs half its curvature in the
+loss, and of all codes together that is more than what the steps win as long as they are large. Adam moves every code by the same distance
+whatever it costs. Here a code moves along the natural gradient with a diagonal Fisher,
 
-Memory: two moments, 8 bytes for each parameter, beside the parameter and its gradient. Reference: Adam (Kingma and Ba 2015, arXiv
-1412.6980), in torch's implementation.
+    V <- V - s (1 - t / T)^3 c g_mean / max(size, least)^2,    size = sqrt(E[g^2]),    least = LEAST * mean size,
+
+so that codes that matter little are tried out in long steps and those that matter much in short ones; `c` makes `s` the average distance
+of a code whose gradients have a constant sign. `s` and what it falls by: a cube leaves more of the time for small steps than a line. Large
+steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 2e-3 on one of 3.4M where part of the
+text is new at each step (`docs/log.md`, 12 to 14, 18), and `code_step` goes through these. Scales and other parameters take Adam's steps.
+
+Cost: some twenty elementwise operations a parameter; memory: two moments, 8 bytes for each, beside the parameter and its gradient.
+References: Amari 1998 (natural gradient), Adam (Kingma and Ba 2015, arXiv 1412.6980).
 """
 
 from __future__ import annotations
@@ -33,7 +38,13 @@ PER_TOKEN = 0.03
 SCALE_STEP = 2e-3
 """First step of scales, vectors and norms, in units of themselves."""
 
-BETAS = (0.9, 0.95)
+DECAYS = (0.9, 0.99)
+"""Of the running means of gradients and of their squares."""
+
+LEAST = 0.01
+"""The least size of a code's gradients that counts, as a part of the mean of all."""
+
+TINY = 1e-12
 
 
 class Steps:
@@ -42,42 +53,54 @@ class Steps:
     def __init__(self, linears: Iterable[Trained], others: Sequence[Tensor], total: int, *, tokens: int, new_text: bool = False) -> None:
         """Of `total` steps on `tokens` tokens of text, of which each step sees another version if `new_text`."""
         self.linears, self.total, self.taken = list(linears), total, 0
-        codes = [parameter for linear in self.linears for parameter in linear.codes]
-        scales = [parameter for linear in self.linears for parameter in linear.scales]
-        self.parameters: list[Tensor] = [*codes, *scales, *others]
-        groups = [
-            {"params": codes, "first": code_step(tokens, sum(parameter.numel() for parameter in codes), new_text)},
-            {"params": [*scales, *others], "first": SCALE_STEP},
-        ]
-        self.adam = torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, eps=1e-12)
+        self.codes = [parameter for linear in self.linears for parameter in linear.codes]
+        self.parameters: list[Tensor] = [*self.codes, *(scale for linear in self.linears for scale in linear.scales), *others]
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        """Running means of gradients and of their squares."""
+        self.first = code_step(tokens, sum(code.numel() for code in self.codes), new_text)
 
+    @torch.no_grad()
     def take(self) -> None:
         """One step along the gradients, which are then dropped."""
-        left = 1 - self.taken / self.total
-        for group in self.adam.param_groups:
-            group["lr"] = group["first"] * left**3
-        self.adam.step()
-        self.adam.zero_grad()
+        left = (1 - self.taken / self.total) ** 3
+        self.taken += 1
+        for parameter, mean, square in zip(self.parameters, self.means, self.squares, strict=True):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean.lerp_(gradient, 1 - DECAYS[0])
+            square.mul_(DECAYS[1]).addcmul_(gradient, gradient, value=1 - DECAYS[1])
+            parameter.grad = None
+        if self.codes:
+            self._move_codes(self.first * left)
+        for index in range(len(self.codes), len(self.parameters)):
+            self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * left)
         for linear in self.linears:
             linear.confine()
-        self.taken += 1
+
+    def _move_codes(self, step: float) -> None:
+        indices, weights = range(len(self.codes)), sum(code.numel() for code in self.codes)
+        least = LEAST * float(sum(self._size(index).sum() for index in indices)) / weights
+        inverse = float(sum(self._size(index).clamp_(min=least).reciprocal_().sum() for index in indices)) / weights
+        for index, code in enumerate(self.codes):
+            code.addcdiv_(self._mean(index), self._size(index).clamp_(min=least).square_(), value=-step / inverse)
+
+    def _mean(self, index: int) -> Tensor:
+        return self.means[index] / (1 - DECAYS[0] ** self.taken)
+
+    def _size(self, index: int) -> Tensor:
+        """Root of the mean square of a parameter's gradients."""
+        return (self.squares[index] / (1 - DECAYS[1] ** self.taken)).sqrt_().add_(TINY)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and moments."""
-        found = {f"parameter.{index}": parameter.detach() for index, parameter in enumerate(self.parameters)}
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.adam.state[parameter].items():
-                found[f"{name}.{index}"] = value
-        return found
+        kinds = {"parameter": self.parameters, "mean": self.means, "square": self.squares}
+        return {f"{kind}.{index}": tensor.detach() for kind, tensors in kinds.items() for index, tensor in enumerate(tensors)}
 
     def restore(self, tensors: Mapping[str, Tensor], taken: int) -> None:
         """Goes on from what `tensors` gave after `taken` steps."""
         self.taken = taken
-        for index, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"parameter.{index}"])
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"{name}.{index}"]
-                self.adam.state[parameter][name] = value.clone() if name == "step" else value.to(parameter.device, copy=True)
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
 
 
 def code_step(tokens: int, weights: int, new_text: bool) -> float:

@@ -1,0 +1,92 @@
+"""Steps of tuning: how far they go, and that they go on where they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from roundel.tuning.steps import LARGEST, LEAST, SCALE_STEP, Steps, code_step
+
+
+class Linear:
+    """What steps need of a trained linear."""
+
+    def __init__(self, codes: torch.Tensor, scale: float) -> None:
+        self.codes, self.scales = [nn.Parameter(codes)], [nn.Parameter(torch.tensor([scale]))]
+
+    def confine(self) -> None:
+        self.codes[0].data.clamp_(-3.49, 3.49)
+
+
+def pulled(linears: list[Linear], gradients: list[list[float]]) -> None:
+    for linear, gradient in zip(linears, gradients, strict=True):
+        linear.codes[0].grad = torch.tensor(gradient)
+        linear.scales[0].grad = torch.tensor([7.0])
+
+
+def test_codes_that_matter_less_go_further() -> None:
+    """Gradients of one sign: all distances are `1 / gradient`, in all linears, their mean is the first step, and none is beyond `LEAST`."""
+    linears = [Linear(torch.zeros(2), 1.0), Linear(torch.zeros(2), 1.0)]
+    gradients = [[1.0, -2.0], [4.0, 1e-9]]
+    steps = Steps(linears, [], 100, tokens=1000)
+    pulled(linears, gradients)
+    steps.take()
+    moved = torch.cat([-linear.codes[0].detach() for linear in linears])
+    assert torch.allclose(moved[:3] / moved[0], torch.tensor([1.0, -0.5, 0.25]), rtol=1e-5)
+    least = LEAST * 7 / 4
+    inverse = (1 + 1 / 2 + 1 / 4 + 1 / least) / 4
+    assert moved[0].item() == pytest.approx(LARGEST / inverse, rel=1e-4)
+    assert moved[3].item() == pytest.approx(LARGEST * 1e-9 / least**2 / inverse, rel=1e-2)
+    assert [1 - linear.scales[0].item() for linear in linears] == pytest.approx([SCALE_STEP] * 2, rel=1e-3)
+
+
+def test_steps_fall_to_nothing_and_stay_inside() -> None:
+    linear = Linear(torch.tensor([3.48, 0.0]), 1.0)
+    steps = Steps([linear], [], 20, tokens=1000)
+    distances = []
+    for _ in range(20):
+        before = linear.codes[0].detach().clone()
+        pulled([linear], [[-1.0, 1.0]])
+        steps.take()
+        distances.append((linear.codes[0].detach() - before).abs()[1].item())
+    assert linear.codes[0].max().item() == pytest.approx(3.49)
+    assert distances == pytest.approx([LARGEST * (1 - step / 20) ** 3 for step in range(20)], rel=1e-2)
+
+
+def test_gone_on_from_its_tensors_it_ends_in_the_same_place() -> None:
+    def made() -> tuple[list[Linear], Steps]:
+        linears = [Linear(torch.linspace(-1, 1, 5), 2.0)]
+        return linears, Steps(linears, [], 8, tokens=1000)
+
+    random = torch.Generator().manual_seed(0)
+    gradients = torch.randn(8, 5, generator=random).tolist()
+    once, whole = made()
+    for gradient in gradients:
+        pulled(once, [gradient])
+        whole.take()
+    first, begun = made()
+    for gradient in gradients[:3]:
+        pulled(first, [gradient])
+        begun.take()
+    kept = {name: tensor.clone() for name, tensor in begun.tensors().items()}
+    second, resumed = made()
+    resumed.restore(kept, 3)
+    for gradient in gradients[3:]:
+        pulled(second, [gradient])
+        resumed.take()
+    assert torch.equal(once[0].codes[0], second[0].codes[0])
+    assert torch.equal(once[0].scales[0], second[0].scales[0])
+
+
+def test_without_gradients_nothing_moves() -> None:
+    linear = Linear(torch.zeros(3), 1.0)
+    steps = Steps([linear], [], 4, tokens=1000)
+    steps.take()
+    assert linear.codes[0].abs().max().item() == 0
+    assert linear.scales[0].item() == 1
+
+
+@pytest.mark.parametrize(("weights", "new_text", "step"), [(200_000, False, 1e-2), (3_400_000, False, 1e-3), (3_400_000, True, 2e-3)])
+def test_the_first_step_by_tokens_and_weights(weights: int, new_text: bool, step: float) -> None:
+    assert code_step(115_000, weights, new_text) == pytest.approx(step, rel=0.02)
