@@ -79,6 +79,24 @@ def test_gone_on_from_its_tensors_it_ends_in_the_same_place() -> None:
     assert torch.equal(once[0].scales[0], second[0].scales[0])
 
 
+def test_a_code_that_goes_back_and_forth_is_stopped_where_it_is_most_of_the_time() -> None:
+    """Above the boundary it is pulled down three times as hard as it is pushed up below it: three of four steps are below."""
+    linear = Linear(torch.tensor([0.499, -1.0]), 1.0)
+    steps = Steps([linear], [], 400, tokens=1000)
+    seen = []
+    for _ in range(400):
+        above = linear.codes[0][0].round().item() == 1
+        pulled([linear], [[3.0 if above else -1.0, 0.1]])
+        steps.take()
+        seen.append(linear.codes[0].detach().round().tolist())
+    first = [codes[0] for codes in seen]
+    assert {0.0, 1.0} == set(first[:200])
+    assert set(first[250:]) == {0.0}
+    assert linear.codes[0][0].item() == 0
+    assert steps.frozen[0].tolist() == [True, False]
+    assert linear.codes[0][1].item() < -1.1
+
+
 def test_without_gradients_nothing_moves() -> None:
     linear = Linear(torch.zeros(3), 1.0)
     steps = Steps([linear], [], 4, tokens=1000)

@@ -10,7 +10,7 @@ result, and the start is among them: the held-out KL never rises.
 
 Cost of a step: a forward pass of the original at most (`teacher`), and a forward and backward pass of the quantized model, both in fast
 products (`products`), of up to `TOKENS` tokens; a step of more is accumulated. Memory: two more models, one to train and one to measure,
-16 bytes for each trained weight, and the activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder
+23 bytes for each trained weight, and the activations of one pass: with `RECOMPUTED` bytes of weights or more only those between decoder
 layers, what is inside is computed again.
 Reference: SignRound (Cheng et al. 2023, arXiv 2309.05516) for latent codes; the start, the loss and the steps are ours.
 

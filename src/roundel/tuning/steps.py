@@ -11,8 +11,13 @@ of a code whose gradients have a constant sign. `s` and what it falls by: a cube
 steps leave the good start and fit the text: with 115k tokens 1e-2 is best on a model of 0.2M weights, 2e-3 on one of 3.4M where part of the
 text is new at each step (`docs/log.md`, 12 to 14, 18), and `code_step` goes through these. Scales and other parameters take Adam's steps.
 
-Cost: some twenty elementwise operations a parameter; memory: two moments, 8 bytes for each, beside the parameter and its gradient.
-References: Amari 1998 (natural gradient), Adam (Kingma and Ba 2015, arXiv 1412.6980).
+A code that still changes often in the second half of the steps has its best value between two codes, and small steps alone do not choose
+one of them in time. It is stopped at the one where it has been most, those that change most often first, and the others go on and make up
+for it, as in feedback.
+
+Cost: some forty elementwise operations a parameter; memory: two moments, 8 bytes for each, beside the parameter and its gradient, and 7
+more for each code. References: Amari 1998 (natural gradient), Adam (Kingma and Ba 2015, arXiv 1412.6980), stopping what oscillates: Nagel
+et al. 2022 (arXiv 2203.11086).
 """
 
 from __future__ import annotations
@@ -46,6 +51,12 @@ LEAST = 0.01
 
 TINY = 1e-12
 
+FROZEN_FROM, OFTEN, SELDOM = 0.5, 0.1, 0.01
+"""After what part of the steps codes that change too often are stopped; how often is too often then, and at the end."""
+
+RECENT = 16.0
+"""Weight of a step in the running means of codes, in parts of all steps."""
+
 
 class Steps:
     """The optimiser of some linears, and of other parameters that move with them."""
@@ -58,6 +69,10 @@ class Steps:
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
         """Running means of gradients and of their squares."""
+        self.flips = [torch.zeros_like(code, dtype=torch.float16) for code in self.codes]
+        self.averages = [code.detach().round() for code in self.codes]
+        """Running means: of how often a code changes at a step, and of the code."""
+        self.frozen = [torch.zeros_like(code, dtype=torch.bool) for code in self.codes]
         self.first = code_step(tokens, sum(code.numel() for code in self.codes), new_text)
 
     @torch.no_grad()
@@ -70,19 +85,35 @@ class Steps:
             mean.lerp_(gradient, 1 - DECAYS[0])
             square.mul_(DECAYS[1]).addcmul_(gradient, gradient, value=1 - DECAYS[1])
             parameter.grad = None
+        before = [code.round().to(torch.int16) for code in self.codes]
         if self.codes:
             self._move_codes(self.first * left)
         for index in range(len(self.codes), len(self.parameters)):
             self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * left)
         for linear in self.linears:
             linear.confine()
+        self._freeze(before)
 
     def _move_codes(self, step: float) -> None:
         indices, weights = range(len(self.codes)), sum(code.numel() for code in self.codes)
         least = LEAST * float(sum(self._size(index).sum() for index in indices)) / weights
         inverse = float(sum(self._size(index).clamp_(min=least).reciprocal_().sum() for index in indices)) / weights
         for index, code in enumerate(self.codes):
-            code.addcdiv_(self._mean(index), self._size(index).clamp_(min=least).square_(), value=-step / inverse)
+            mean = self._mean(index).masked_fill_(self.frozen[index], 0)
+            code.addcdiv_(mean, self._size(index).clamp_(min=least).square_(), value=-step / inverse)
+
+    def _freeze(self, before: Sequence[Tensor]) -> None:
+        """Stops codes that keep on changing, given what they were before this step, where they have been most of the time."""
+        recent, done = min(1.0, RECENT / self.total), self.taken / self.total
+        for code, was, flips, average, frozen in zip(self.codes, before, self.flips, self.averages, self.frozen, strict=True):
+            now = code.round()
+            flips.lerp_((now != was).to(flips.dtype), recent)
+            average.lerp_(now, recent)
+            if done > FROZEN_FROM:
+                most = OFTEN * (SELDOM / OFTEN) ** ((done - FROZEN_FROM) / (1 - FROZEN_FROM))
+                stop = (flips > most) & ~frozen
+                code.copy_(torch.where(stop, average.round(), code))
+                frozen.logical_or_(stop)
 
     def _mean(self, index: int) -> Tensor:
         return self.means[index] / (1 - DECAYS[0] ** self.taken)
@@ -93,7 +124,14 @@ class Steps:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and moments."""
-        kinds = {"parameter": self.parameters, "mean": self.means, "square": self.squares}
+        kinds = {
+            "parameter": self.parameters,
+            "mean": self.means,
+            "square": self.squares,
+            "flips": self.flips,
+            "average": self.averages,
+            "frozen": self.frozen,
+        }
         return {f"{kind}.{index}": tensor.detach() for kind, tensors in kinds.items() for index, tensor in enumerate(tensors)}
 
     def restore(self, tensors: Mapping[str, Tensor], taken: int) -> None:
