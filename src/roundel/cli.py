@@ -79,9 +79,13 @@ TuneTokens = Annotated[
     int | None,
     typer.Option("--tune-tokens", help="Tokens of one step, default 2048 end to end, 4096 with blocks; more than 4096 are accumulated."),
 ]
-TuneNorms = Annotated[
+TuneRest = Annotated[
     bool | None,
-    typer.Option("--tune-norms/--no-tune-norms", help="Whether norms and biases are tuned too; default: where codes stay as they are."),
+    typer.Option(
+        "--tune-rest/--no-tune-rest",
+        help="Whether norms, biases, embedding and output head are tuned too, if the model runs in float32; default: end to end, and with "
+        "blocks (norms and biases only) where codes stay as they are.",
+    ),
 ]
 Work = Annotated[
     Path | None,
@@ -176,7 +180,7 @@ def quantize(
     tune: TuneMethod = _DEFAULT.tune,
     tune_steps: TuneSteps = _DEFAULT.tune_steps,
     tune_tokens: TuneTokens = _DEFAULT.tune_tokens,
-    tune_norms: TuneNorms = _DEFAULT.tune_norms,
+    tune_rest: TuneRest = _DEFAULT.tune_rest,
     seed: Annotated[int, typer.Option(help="Seeds the choice of sequences and the labels.")] = _DEFAULT.seed,
     include: Annotated[
         list[str] | None,
@@ -221,7 +225,7 @@ def quantize(
         tune=tune,
         tune_steps=tune_steps,
         tune_tokens=tune_tokens,
-        tune_norms=tune_norms,
+        tune_rest=tune_rest,
         seed=seed,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
@@ -243,7 +247,7 @@ def tune(
     method: TuneMethod = "end-to-end",
     steps: TuneSteps = _DEFAULT.tune_steps,
     step_tokens: TuneTokens = _DEFAULT.tune_tokens,
-    norms: TuneNorms = _DEFAULT.tune_norms,
+    rest: TuneRest = _DEFAULT.tune_rest,
     calibration: Annotated[str | None, typer.Option(metavar="SPEC", help="Other text than it was quantized with.")] = None,
     sequences: Annotated[int | None, typer.Option(help="Another number of sequences.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed of the choice and order of sequences.")] = None,
@@ -269,7 +273,7 @@ def tune(
         tune=method,
         tune_steps=steps,
         tune_tokens=step_tokens,
-        tune_norms=norms,
+        tune_rest=rest,
         **{name: value for name, value in others.items() if value is not None},
     )
     _show_quantized(result, str(directory), json_file, quiet=quiet)

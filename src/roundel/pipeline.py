@@ -85,6 +85,9 @@ BATCH_SEQUENCES = 16
 FINGERPRINT_MODULUS = 256
 OVERLAP_WARNING = 0.01
 
+NEAR = 0.7
+"""How far a tuned embedding is from its original at most, in units of that; two others are about 1.4 apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
@@ -271,40 +274,71 @@ def tune(
     layers = stored.report["layers"]
     source.skipped.update(stored.report.get("skipped", {}))
     kept = None if work is None else Path(work)
-    return _finish(target, source, recipe, split, stored.rounded, layers, notes, batch_size=batch, work=kept, carried=carried)
+    moved = _moved(source, stored)
+    return _finish(target, source, recipe, split, stored.rounded, layers, notes, batch_size=batch, work=kept, carried=carried, moved=moved)
 
 
 def _is_original(source: Source, stored: Stored) -> bool:
-    """Whether linears have the same names and shapes, and the first matrix that is not quantized is the same."""
+    """Whether linears have the same names and shapes, and the first matrix that is not quantized is the same, or close to it if it was
+    tuned."""
     shapes = {name: tuple(linear.weight.shape) for name, linear in source.linears.items()}
     if any(shapes.get(name) != weight.shape for name, weight in stored.rounded.items()):
         return False
     if stored.report["model"].get("parameters") != source.parameters:
         return False
     quantized = set(stored.frame.weights.values())
+    tuned = bool((stored.report.get("tuning") or {}).get("other_parameters"))
     for name in stored.frame.sizes:
         if name not in quantized and (tensor := stored.frame.reader(name)).ndim > 1:
-            return name in source.checkpoint.files and torch.equal(tensor, source.checkpoint.read(name))
+            if name not in source.checkpoint.files:
+                return False
+            own = source.checkpoint.read(name)
+            if tuned and own.shape == tensor.shape:
+                return bool((tensor.float() - own.float()).norm() < NEAR * own.float().norm())
+            return torch.equal(tensor, own)
     return True
 
 
-def _small_parameters(source: Source) -> dict[str, torch.dtype]:
-    """Norms and biases, and the types in which they are stored."""
-    names = [name for name, parameter in source.model.named_parameters() if parameter.ndim == 1 and name in source.checkpoint.files]
+def _rest(source: Source) -> dict[str, torch.dtype]:
+    """Norms, biases, embedding and output head, if it is not quantized, and the types in which they are stored."""
+    ends = {id(module.weight) for module in (source.model.get_input_embeddings(), source.model.get_output_embeddings()) if module}  # type: ignore[no-untyped-call]
+    quantized = {id(linear.weight) for linear in source.linears.values()}
+    names = [
+        name
+        for name, parameter in source.model.named_parameters()
+        if (parameter.ndim == 1 or id(parameter) in ends - quantized) and name in source.checkpoint.files
+    ]
     return {name: source.checkpoint.read(name).dtype for name in names}
 
 
+def _moved(source: Source, stored: Stored) -> dict[str, Tensor]:
+    """What of the rest an earlier tuning has moved, and where to."""
+    if not (stored.report.get("tuning") or {}).get("other_parameters"):
+        return {}
+    found = {name: stored.frame.reader(name) for name in _rest(source) if name in stored.frame.sizes}
+    return {name: value for name, value in found.items() if not torch.equal(value, source.checkpoint.read(name))}
+
+
 def _tuned(
-    source: Source, recipe: Recipe, split: Split, rounded: Mapping[str, RoundedWeight], notes: Notes, *, batch_size: int, work: Path | None
+    source: Source,
+    recipe: Recipe,
+    split: Split,
+    rounded: Mapping[str, RoundedWeight],
+    moved: Mapping[str, Tensor],
+    notes: Notes,
+    *,
+    batch_size: int,
+    work: Path | None,
 ) -> Tuned:
     """As the recipe says."""
     steps_on, judged_by = _apart(split)
     method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
     turns = 1 if recipe.tune == "end-to-end" else sum(map(bool, layers_of(source.model, rounded).values()))
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.values())
-    others = _small_parameters(source) if recipe.tune_norms or (recipe.tune_norms is None and codes_stay) else {}
+    wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
+    others = _rest(source) if wanted else {}
     if others and source.model.dtype != torch.float32:
-        notes.warn("norms and biases are not tuned: the steps are lost in 16 bits; use --dtype float32")
+        notes.warn("norms, biases, embedding and head are not tuned: the steps are lost in 16 bits; use --dtype float32")
         others = {}
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
         job = Job(
@@ -315,6 +349,7 @@ def _tuned(
             steps=recipe.steps,
             step_tokens=recipe.step_tokens,
             others=others,
+            moved=moved,
             seed=recipe.seed,
             batch_size=batch_size,
             work=work,
@@ -338,6 +373,7 @@ def _finish(
     batch_size: int,
     work: Path | None,
     carried: Mapping[str, Any],
+    moved: Mapping[str, Tensor] | None = None,
 ) -> Quantized:
     """From rounded weights to the checkpoint and its report: tuning, prediction, writing, evaluation."""
     progress, length = notes.progress, split.heldout.ids.shape[1]
@@ -347,7 +383,7 @@ def _finish(
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
     tuning, others = None, dict[str, Tensor]()
     if recipe.tune != "none":
-        tuned = _tuned(source, recipe, split, rounded, notes, batch_size=batch_size, work=work)
+        tuned = _tuned(source, recipe, split, rounded, moved or {}, notes, batch_size=batch_size, work=work)
         rounded, others = tuned.rounded, tuned.parameters
         tuning = {
             "method": recipe.tune,
@@ -890,18 +926,24 @@ def _bits_with_vectors(weight: RoundedWeight, recipe: Recipe) -> dict[str, float
     return {"bits_per_weight": 8 * sum(tensor.nbytes for tensor in form.pack(weight).values()) / math.prod(weight.shape)}
 
 
-def _frame(source: Source, dtypes: Mapping[str, str], others: Mapping[str, Tensor]) -> Frame:
-    """The original without the weights of its quantized linears, given by their types, and with `others` for parameters that were tuned;
+def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:
+    """The original without the weights of its quantized linears, given by their types, and with `moved` for parameters that were tuned;
     experts stored one by one become the parameters that the model has."""
     checkpoint = source.checkpoint
+    names = {id(source.model.get_parameter(name)): name for name in moved}
+    aliases = {  # a tied head may be stored once more
+        name: moved[names[id(parameter)]]
+        for name, parameter in source.model.named_parameters(remove_duplicate=False)
+        if id(parameter) in names
+    }
     fused = checkpoint.fused_in(source.model)
     pieces = {piece for stored in fused.values() for piece in stored}
     kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
     weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
 
     def read(tensor: str) -> Tensor:
-        if tensor in others:
-            return others[tensor]
+        if tensor in aliases:
+            return aliases[tensor]
         if tensor not in fused:
             return checkpoint.read(tensor)
         return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()

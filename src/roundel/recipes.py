@@ -52,7 +52,7 @@ class Recipe:
     tune: str = "none"
     tune_steps: int | None = None
     tune_tokens: int | None = None
-    tune_norms: bool | None = None
+    tune_rest: bool | None = None
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

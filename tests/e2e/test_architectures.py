@@ -43,7 +43,7 @@ REPORT = {
             "tune",
             "tune_steps",
             "tune_tokens",
-            "tune_norms",
+            "tune_rest",
             "seed",
         ),
         *("include", "exclude"),

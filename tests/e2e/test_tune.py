@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import roundel
 from e2e import tiny
@@ -37,7 +38,7 @@ def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, meth
     text = {"calibration": much_text, "sequences": 160 if method == "blocks" else 300, "eval_sequences": 40, "tune_tokens": 1024}
     given = {**SETTINGS, **text, "scheme": scheme, "rotate": "online"}
     plain = quantize(model(), tmp_path / "plain", **given)
-    tuned = quantize(model(), tmp_path / "tuned", **given, tune=method, tune_steps=few, tune_norms=True)
+    tuned = quantize(model(), tmp_path / "tuned", **given, tune=method, tune_steps=few, tune_rest=True)
     assert tuned.report.kl_mean < (0.99 if method == "blocks" else 0.96) * plain.report.kl_mean
     assert plain.details["tuning"] is None
     found = tuned.details["tuning"]
@@ -45,7 +46,7 @@ def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, meth
     assert found["held_out_kl"]["after"] < found["held_out_kl"]["before"]
     assert tuned.details["predicted_kl"]["by"] == "joint"
     assert plain.details["predicted_kl"]["by"] == "total"
-    assert found["other_parameters"] == (4 if method == "blocks" else 5)  # the last norm is in no layer
+    assert found["other_parameters"] == (4 if method == "blocks" else 7)  # no layer has the last norm, embedding and head
     if method == "end-to-end":
         assert [row["step"] for row in found["history"]] == list(range(0, few + 1, few // 8))
         assert found["best_step"] == min(found["history"], key=lambda row: row["held_out_kl"])["step"]
@@ -85,7 +86,7 @@ def test_tuned_weights_go_into_every_format(model, quantize, tmp_path, scheme: s
     form = "native" if scheme == "q4_0" else "auto"
     given = {**SETTINGS, "scheme": scheme, "format": form}
     plain = quantize(model(), tmp_path / "plain", **given)
-    result = quantize(model(), tmp_path / "out", **given, tune="end-to-end", tune_steps=8, tune_norms=True)
+    result = quantize(model(), tmp_path / "out", **given, tune="end-to-end", tune_steps=8, tune_rest=True)
     assert result.details["tuning"]["best_step"] > 0
     assert (result.path / "model.safetensors").read_bytes() != (plain.path / "model.safetensors").read_bytes()
     ids = torch.arange(5, 45).view(2, 20)
@@ -115,8 +116,25 @@ def test_tuning_what_is_written_is_tuning_at_once(model, quantize, tmp_path) -> 
 
 
 @pytest.mark.parametrize("method", ["end-to-end", "blocks"])
+def test_tuning_goes_on_from_all_that_an_earlier_one_has_moved(model, quantize, tmp_path, method: str) -> None:
+    """The embedding and head too; without `tune_rest` they stay where they are."""
+    original, text = model(), {**SETTINGS, "scheme": "int3-g16"}
+    once = quantize(original, tmp_path / "once", **text, tune="end-to-end", tune_steps=8)
+    assert once.details["tuning"]["best_step"] > 0
+    twice = roundel.tune(once.path, output=tmp_path / "twice", tune=method, tune_steps=4, tune_rest=False)
+    found = twice.details["tuning"]
+    assert found["held_out_kl"]["before"] == pytest.approx(once.details["tuning"]["held_out_kl"]["after"], rel=1e-5)
+    assert found["other_parameters"] == once.details["tuning"]["other_parameters"]
+    first, second = (load_file(result.path / "model.safetensors") for result in (once, twice))
+    named = load_file(Path(original) / "model.safetensors")
+    rest = [name for name in first if name in named]
+    assert sum(not torch.equal(first[name], named[name]) for name in rest) == found["other_parameters"]
+    assert all(torch.equal(first[name], second[name]) for name in rest)
+
+
+@pytest.mark.parametrize("method", ["end-to-end", "blocks"])
 def test_killed_and_resumed_it_ends_in_the_same_place(model, quantize, tmp_path, monkeypatch, method: str) -> None:
-    given = {**SETTINGS, "scheme": "int3-g16", "tune": method, "tune_steps": 8, "tune_norms": True}
+    given = {**SETTINGS, "scheme": "int3-g16", "tune": method, "tune_steps": 8, "tune_rest": True}
     whole = quantize(model(), tmp_path / "whole", **given)
     work, taken = tmp_path / "work", 0
     take = steps.Steps.take

@@ -1,8 +1,8 @@
 """What a checkpoint format can do: a Hugging Face directory in which tensors of its own stand for the weights of quantized linears.
 
-Everything else in the directory - norms, embeddings, biases, tokenizer - is as in the original. A format is pure: from `RoundedWeight` to
-named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF, in `formats.gguf`, is one file with
-metadata of its own.)
+Everything else in the directory - norms, embeddings, biases, tokenizer - is as in the original, or has been tuned. A format is pure: from
+`RoundedWeight` to named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF, in
+`formats.gguf`, is one file with metadata of its own.)
 """
 
 from __future__ import annotations

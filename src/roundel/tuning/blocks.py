@@ -61,18 +61,22 @@ def tune_blocks(job: Job) -> Tuned:
     passes = min(max(1, min(job.step_tokens, TOKENS) // length), len(tokens), len(unseen))
     rows = max(1, job.step_tokens // length // passes) * passes
     saved = job.saved("blocks", rows)
-    state, moved, history = dict(rounded), dict[str, Tensor](), list[dict[str, Any]]()
+    state, moved, history = dict(rounded), dict(job.moved), list[dict[str, Any]]()
     if (found := saved.load()) is not None:
         tensors, notes = found
         state |= unpacked(tensors, kinds_of(rounded))
-        moved = others_of(tensors)
+        moved |= others_of(tensors)
         history = notes["history"]
     finished = {row["layer"] for row in history}
     left = [layer for layer, names in layers.items() if names and layer not in finished]
     fishers = _fishers(source.model, left, tokens, seed=job.seed, passes=passes)
     everything = torch.cat([tokens.ids, unseen.ids])
-    hidden, _ = _calls(source.model, next(iter(layers)), everything, passes)
-    wanted = hidden.clone()
+    wanted, _ = _calls(source.model, next(iter(layers)), everything, passes)
+    hidden = wanted.clone()
+    if job.moved:  # the embedding, perhaps
+        twin = copy.deepcopy(source.model)
+        load_dense(twin, {}, job.moved)
+        hidden, _ = _calls(twin, next(iter(layers)), everything, passes)
     for layer, names in layers.items():
         original = source.model.get_submodule(layer)
         _, call = _calls(source.model, layer, everything[: 2 * passes], passes)
@@ -86,6 +90,7 @@ def tune_blocks(job: Job) -> Tuned:
                 fisher=fishers[layer],
                 call=call,
                 train=len(tokens),
+                moved=job.moved,
             )
             weights = {name: state[name] for name in names}
             small = {name: dtype for name, dtype in job.others.items() if name.startswith(f"{layer}.")}
@@ -97,11 +102,11 @@ def tune_blocks(job: Job) -> Tuned:
         elif names:
             job.advance(steps)
         hidden = call.outputs(_quantized(source.model, layer, {name: state[name] for name in names}, moved), hidden)
-    before = measured_kl(source.model, rounded, {}, unseen, batch_size=job.batch_size)
+    before = measured_kl(source.model, rounded, job.moved, unseen, batch_size=job.batch_size)
     after = measured_kl(source.model, state, moved, unseen, batch_size=job.batch_size)
     if after < before:
         return Tuned(rounded=state, parameters=moved, history=history, best_step=steps, held_out_kl=(before, after))
-    return Tuned(rounded=dict(rounded), history=history, best_step=0, held_out_kl=(before, before))
+    return Tuned(rounded=dict(rounded), parameters=dict(job.moved), history=history, best_step=0, held_out_kl=(before, before))
 
 
 def layers_of(model: nn.Module, names: Mapping[str, RoundedWeight]) -> dict[str, list[str]]:
@@ -226,6 +231,7 @@ class _Task:
     fisher: Float[Tensor, "d d"]
     call: _Call
     train: int
+    moved: Mapping[str, Tensor]
 
     def loss(self, block: nn.Module, rows: list[int]) -> Tensor:
         error = (self.call(block, self.hidden[rows].to(self.fisher.device)) - self.wanted[rows].to(self.fisher.device)).float()
@@ -254,9 +260,11 @@ def _tune_layer(
     linears = {name: trained(block.get_submodule(name.removeprefix(prefix)), weight) for name, weight in rounded.items()}  # type: ignore[arg-type]
     for name, linear in linears.items():
         put(block, name.removeprefix(prefix), linear)
+    before = {name: value for name, value in task.moved.items() if name.startswith(prefix)}
+    load_dense(block, {}, {name.removeprefix(prefix): value for name, value in before.items()})
     small = {name: block.get_parameter(name.removeprefix(prefix)).requires_grad_(True) for name in others}
     optimiser = Steps(linears.values(), list(small.values()), steps, tokens=task.train * task.hidden.shape[1])
-    best, moved = dict(rounded), dict[str, Tensor]()
+    best, moved = dict(rounded), before
     row = {"layer": task.layer, "best_step": 0, "checks": [{"step": 0, "loss": task.unseen_loss(best, moved)}]}
     spent: list[float] = []
     while optimiser.taken < steps:
@@ -269,7 +277,7 @@ def _tune_layer(
         advance(1)
         if optimiser.taken % max(1, steps // CHECKS) == 0 or optimiser.taken == steps:
             state = {name: linear.stored() for name, linear in linears.items()}
-            values = stored_values(small, others)
+            values = {**before, **stored_values(small, others)}
             loss = task.unseen_loss(state, values)
             if loss < min(check["loss"] for check in row["checks"]):  # type: ignore[attr-defined]
                 best, moved, row["best_step"] = state, values, optimiser.taken

@@ -1,10 +1,11 @@
-"""All codes and scales of a model together, downhill in the KL of the whole model: `--tune end-to-end`.
+"""All codes and scales of a model, and what is not quantized, together downhill in the KL of the whole model: `--tune end-to-end`.
 
 Problem: rounding minimises a quadratic model of the KL, one linear at a time. Here everything moves at once, in the KL itself, from where
 rounding has ended (`trained` says what moves, `steps` how):
 
     loss = KL(original || quantized) per token, on calibration text and on what the original would have said in its place (`teacher`)
 
+Norms and the embedding, which is also the output head of many models, stay in 16 bits, so what they can make up for costs no bits.
 Every so often the KL is measured on sequences that the steps have not seen; the best state, in the form in which it is stored, is the
 result, and the start is among them: the held-out KL never rises.
 
@@ -62,18 +63,20 @@ def tune_end_to_end(job: Job) -> Tuned:
     for name, weight in rounded.items():
         linears[name] = trained(twin.get_submodule(name), weight)  # type: ignore[arg-type]
         put(twin, name, linears[name])
+    load_dense(twin, {}, job.moved)
     small = {name: twin.get_parameter(name).requires_grad_(True) for name in others}
     if sum(parameter.nbytes for parameter in source.model.parameters()) >= RECOMPUTED:
         _recompute(twin)
     measured = copy.deepcopy(source.model)
 
     def held_out(state: Mapping[str, RoundedWeight], values: Mapping[str, Tensor]) -> float:
-        load_dense(measured, state, values)
+        load_dense(measured, state, {**job.moved, **values})
         return compare_models(measured, source.model, job.unseen, batch_size=job.batch_size).kl_mean
 
     rows = max(1, job.step_tokens // tokens.ids.shape[1])
     passes = max(1, TOKENS // tokens.ids.shape[1])
-    share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in twin.parameters() if parameter.requires_grad))
+    moving = [parameter for linear in linears.values() for parameter in (*linear.codes, *linear.scales)]
+    share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in moving))
     optimiser = Steps(linears.values(), list(small.values()), steps, tokens=tokens.ids.numel(), new_text=share > 0)
     saved = job.saved("end-to-end", rows, drawn=share)
     if (found := saved.load()) is not None:
@@ -111,7 +114,7 @@ def tune_end_to_end(job: Job) -> Tuned:
             if kl < min(row["held_out_kl"] for row in history[:-1]):
                 best, moved, best_step = state, values, optimiser.taken
             saved.save(partial(_state, optimiser, best, moved), {"history": history, "best_step": best_step})
-    changed = {name: value for name, value in moved.items() if best_step > 0}
+    changed = {**job.moved, **(moved if best_step > 0 else {})}
     before, after = history[0]["held_out_kl"], min(row["held_out_kl"] for row in history)
     return Tuned(rounded=best, parameters=changed, history=history, best_step=best_step, held_out_kl=(before, after))
 

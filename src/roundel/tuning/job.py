@@ -34,7 +34,9 @@ class Job:
     step_tokens: int
     """Tokens of one step."""
     others: Mapping[str, torch.dtype]
-    """Further parameters, such as norms, that move too, and the types in which they are stored."""
+    """Further parameters, such as norms and the embedding, that move too, and the types in which they are stored."""
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those that have been moved before, and where to."""
     seed: int
     """Of the order."""
     batch_size: int
@@ -55,7 +57,7 @@ class Job:
             "dtype": str(self.source.model.dtype),
             **more,
         }
-        return Saved.of(self.work, self.rounded, (self.tokens, self.unseen), settings)
+        return Saved.of(self.work, self.rounded, self.moved, (self.tokens, self.unseen), settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Tuned:
 
     rounded: dict[str, RoundedWeight]
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    """Other parameters of the model that have moved, by name, in their own type."""
+    """Other parameters of the model that have moved, now or before, by name, in their own type."""
     history: list[dict[str, Any]]
     best_step: int
     """0: the start."""

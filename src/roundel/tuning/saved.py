@@ -41,13 +41,18 @@ class Saved:
 
     @classmethod
     def of(
-        cls, work: Path | None, rounded: Mapping[str, RoundedWeight], texts: tuple[TokenBatch, ...], settings: Mapping[str, Any]
+        cls,
+        work: Path | None,
+        rounded: Mapping[str, RoundedWeight],
+        others: Mapping[str, Tensor],
+        texts: tuple[TokenBatch, ...],
+        settings: Mapping[str, Any],
     ) -> Saved:
-        """That of a tuning in the directory `work`: of these codes, texts and settings."""
+        """That of a tuning in the directory `work`: of these codes and other parameters, texts and settings."""
         if work is None:
             return cls(path=None, digest="")
         digest = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True).encode())
-        for name, tensor in sorted(packed(rounded).items()):
+        for name, tensor in sorted(packed(rounded, others).items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for text in texts:

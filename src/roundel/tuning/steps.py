@@ -41,7 +41,7 @@ PER_TOKEN = 0.03
 """First step of latent codes for each token of text per weight."""
 
 SCALE_STEP = 2e-3
-"""First step of scales, vectors and norms, in units of themselves."""
+"""First step of scales, vectors and other parameters, in units of their root mean square."""
 
 DECAYS = (0.9, 0.99)
 """Of the running means of gradients and of their squares."""
@@ -73,6 +73,8 @@ class Steps:
         self.averages = [code.detach().round() for code in self.codes]
         """Running means: of how often a code changes at a step, and of the code."""
         self.frozen = [torch.zeros_like(code, dtype=torch.bool) for code in self.codes]
+        self.units = [parameter.detach().square().mean().sqrt().item() for parameter in self.parameters]
+        """In which scales and other parameters move: their root mean square at the start."""
         self.first = code_step(tokens, sum(code.numel() for code in self.codes), new_text)
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class Steps:
         if self.codes:
             self._move_codes(self.first * left)
         for index in range(len(self.codes), len(self.parameters)):
-            self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * left)
+            self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * self.units[index] * left)
         for linear in self.linears:
             linear.confine()
         self._freeze(before)
