@@ -287,13 +287,12 @@ def _is_original(source: Source, stored: Stored) -> bool:
     if stored.report["model"].get("parameters") != source.parameters:
         return False
     quantized = set(stored.frame.weights.values())
-    tuned = bool((stored.report.get("tuning") or {}).get("other_parameters"))
     for name in stored.frame.sizes:
         if name not in quantized and (tensor := stored.frame.reader(name)).ndim > 1:
             if name not in source.checkpoint.files:
                 return False
             own = source.checkpoint.read(name)
-            if tuned and own.shape == tensor.shape:
+            if _has_moved(stored) and own.shape == tensor.shape:
                 return bool((tensor.float() - own.float()).norm() < NEAR * own.float().norm())
             return torch.equal(tensor, own)
     return True
@@ -311,9 +310,14 @@ def _rest(source: Source) -> dict[str, torch.dtype]:
     return {name: source.checkpoint.read(name).dtype for name in names}
 
 
+def _has_moved(stored: Stored) -> bool:
+    """Whether an earlier tuning has moved anything but quantized weights."""
+    return bool((stored.report.get("tuning") or {}).get("other_parameters"))
+
+
 def _moved(source: Source, stored: Stored) -> dict[str, Tensor]:
     """What of the rest an earlier tuning has moved, and where to."""
-    if not (stored.report.get("tuning") or {}).get("other_parameters"):
+    if not _has_moved(stored):
         return {}
     found = {name: stored.frame.reader(name) for name in _rest(source) if name in stored.frame.sizes}
     return {name: value for name, value in found.items() if not torch.equal(value, source.checkpoint.read(name))}

@@ -50,6 +50,7 @@ LEAST = 0.01
 """The least size of a code's gradients that counts, as a part of the mean of all."""
 
 TINY = 1e-12
+"""Added to the size of gradients, so that nothing is divided by 0."""
 
 FROZEN_FROM, OFTEN, SELDOM = 0.5, 0.1, 0.01
 """After what part of the steps codes that change too often are stopped; how often is too often then, and at the end."""
@@ -73,8 +74,8 @@ class Steps:
         self.averages = [code.detach().round() for code in self.codes]
         """Running means: of how often a code changes at a step, and of the code."""
         self.frozen = [torch.zeros_like(code, dtype=torch.bool) for code in self.codes]
-        self.units = [parameter.detach().square().mean().sqrt().item() for parameter in self.parameters]
-        """In which scales and other parameters move: their root mean square at the start."""
+        self.units = [parameter.detach().square().mean().sqrt().item() for parameter in self.parameters[len(self.codes) :]]
+        """In which what follows the codes moves: the root mean square of each parameter at the start."""
         self.first = code_step(tokens, sum(code.numel() for code in self.codes), new_text)
 
     @torch.no_grad()
@@ -90,8 +91,8 @@ class Steps:
         before = [code.round().to(torch.int16) for code in self.codes]
         if self.codes:
             self._move_codes(self.first * left)
-        for index in range(len(self.codes), len(self.parameters)):
-            self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * self.units[index] * left)
+        for index, unit in enumerate(self.units, start=len(self.codes)):
+            self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * unit * left)
         for linear in self.linears:
             linear.confine()
         self._freeze(before)
@@ -125,7 +126,7 @@ class Steps:
         return (self.squares[index] / (1 - DECAYS[1] ** self.taken)).sqrt_().add_(TINY)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and moments."""
+        """Parameters and all that is kept beside them."""
         kinds = {
             "parameter": self.parameters,
             "mean": self.means,
