@@ -1,15 +1,18 @@
-"""Rounding of matrices as large models have them, on one GPU.
+"""Rounding of matrices, and steps of tuning of models, as large models have them, on one GPU.
 
     python benchmarks/gpu.py [--shapes 4096x4096 4096x14336] -o FILE
 
 One line of JSON for each shape and scheme: seconds of the LDL factors, of feedback and of each sweep, after one run on a small weight that
 compiles everything; the numba path on all cores of the same machine beside it where it ends within a minute or two; and for small weights
-the torch specification on the same GPU. Then the coder alone: tiles a second and the distance to the specification.
+the torch specification on the same GPU. Then the coder alone: tiles a second and the distance to the specification. Last, steps of tuning
+end to end of a Llama of a billion weights, drawn at random, in bfloat16: seconds a step, and the most memory.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +23,17 @@ import torch
 from roundel.formats.native import Layout, Native
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
 from roundel.linalg import viterbi
+from roundel.models import locate
 from roundel.nn import QuantizedLinear
 from roundel.pipeline import versions
-from roundel.rounding import feedback, make_problem, refit_scales, round_weights, sweep
+from roundel.recipes import Recipe
+from roundel.rounding import feedback, make_problem, nearest, refit_scales, round_weights, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
 from roundel.rounding.tiles import feedback_tiles, in_step, sweep_tiles
-from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem
+from roundel.source import load_source
+from roundel.tuning import Job, tune_end_to_end
+from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem, TokenBatch
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -160,6 +167,73 @@ def linear(d_out: int, d_in: int, scheme: str, rows: int) -> dict[str, Any]:
     return line
 
 
+class _EnoughError(Exception):
+    """Ends the tuning."""
+
+
+def tuning(scheme: str, steps: int, layers: int) -> dict[str, Any]:
+    """Steps of 2048 tokens; the first third is left out."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        with torch.device("cuda"):
+            LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+        AutoTokenizer.from_pretrained(locate("demo")).save_pretrained(directory)  # a source has one; it is not used
+        source = load_source(directory, Recipe(scheme=scheme), "cuda", "bfloat16")
+    grid = parse_scheme(scheme)
+    assert isinstance(grid, ScalarGrid)
+    rounded = {}
+    for name, linear in source.linears.items():
+        W = linear.weight.detach().float()
+        scales = grid.fit_scales(W, torch.ones(W.shape[1], device="cuda"), torch.bfloat16)
+        codes = nearest(W, grid, scales).cpu()
+        rounded[name] = RoundedWeight(
+            scheme=scheme, codes=codes, scales={part: scale.cpu() for part, scale in scales.items()}, shape=(W.shape[0], W.shape[1])
+        )
+    ids = torch.randint(config.vocab_size, (8 + 2 * steps, 1024))
+    at: list[float] = []
+
+    def advance(_steps: int) -> None:
+        torch.cuda.synchronize()
+        at.append(time.perf_counter())
+        if len(at) == steps:
+            raise _EnoughError
+
+    torch.cuda.reset_peak_memory_stats()
+    job = Job(
+        source=source,
+        rounded=rounded,
+        tokens=TokenBatch.of(ids[8:]),
+        unseen=TokenBatch.of(ids[:2]),
+        steps=100 * steps,  # so that nothing is measured or saved between those that are taken
+        step_tokens=2048,
+        others={"model.norm.weight": torch.bfloat16, "model.embed_tokens.weight": torch.bfloat16},
+        seed=0,
+        batch_size=2,
+        advance=advance,
+    )
+    with contextlib.suppress(_EnoughError):
+        tune_end_to_end(job)
+    skipped, weights = steps // 3, sum(linear.weight.numel() for linear in source.linears.values())
+    return {
+        "weights": weights,
+        "scheme": scheme,
+        "step_seconds": round((at[-1] - at[skipped]) / (len(at) - 1 - skipped), 4),
+        "tokens": 2048,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336"])
@@ -194,6 +268,7 @@ def main() -> None:
     for scheme in ("int4-g128", "trellis2"):
         for rows in (1, 8):
             keep("linear", linear(14336, 4096, scheme, rows))
+    keep("tuning", tuning("int4-g128", 12, 16))
 
 
 if __name__ == "__main__":

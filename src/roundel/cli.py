@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,8 +84,8 @@ TuneRest = Annotated[
     bool | None,
     typer.Option(
         "--tune-rest/--no-tune-rest",
-        help="Whether norms, biases, embedding and output head are tuned too, if the model runs in float32; default: end to end, and with "
-        "blocks (norms and biases only) where codes stay as they are.",
+        help="Whether norms, biases, embedding and output head are tuned too; default: end to end, and with blocks (norms and biases only) "
+        "where codes stay as they are.",
     ),
 ]
 Work = Annotated[
@@ -716,6 +717,8 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, terminated)
     keep_freed_memory()
+    # torch 2.11 on a GPU, in the thread of a backward pass; it then does what it should
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
     try:
         app()  # ends in SystemExit: 0, 2 for wrong usage, 130 for Ctrl-C
     except RoundelError as error:

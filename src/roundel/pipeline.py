@@ -341,9 +341,6 @@ def _tuned(
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.values())
     wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
     others = _rest(source) if wanted else {}
-    if others and source.model.dtype != torch.float32:
-        notes.warn("norms, biases, embedding and head are not tuned: the steps are lost in 16 bits; use --dtype float32")
-        others = {}
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
         job = Job(
             source=source,

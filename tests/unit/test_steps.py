@@ -108,3 +108,23 @@ def test_without_gradients_nothing_moves() -> None:
 @pytest.mark.parametrize(("weights", "new_text", "step"), [(200_000, False, 1e-2), (3_400_000, False, 1e-3), (3_400_000, True, 2e-3)])
 def test_the_first_step_by_tokens_and_weights(weights: int, new_text: bool, step: float) -> None:
     assert code_step(115_000, weights, new_text) == pytest.approx(step, rel=0.02)
+
+
+def test_steps_add_up_in_parameters_of_16_bits() -> None:
+    """Each is less than half of the distance of two numbers in bfloat16, and a second optimiser goes on from what has added up."""
+    norm = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    steps = Steps([], [norm], 100, tokens=1000)
+    total = 0.0
+    for taken in range(8):
+        norm.grad = torch.full_like(norm, -3.0)
+        steps.take()
+        total += SCALE_STEP * (1 - taken / 100) ** 3
+        if taken == 0:
+            assert torch.equal(norm.detach(), torch.ones_like(norm))
+    expected = torch.full((4,), 1 + total).bfloat16()
+    assert expected[0] > 1.01
+    assert torch.equal(norm.detach(), expected)
+    other = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    resumed = Steps([], [other], 100, tokens=1000)
+    resumed.restore({name: tensor.clone() for name, tensor in steps.tensors().items()}, 8)
+    assert torch.equal(other, norm)

@@ -15,9 +15,9 @@ A code that still changes often in the second half of the steps has its best val
 one of them in time. It is stopped at the one where it has been most, those that change most often first, and the others go on and make up
 for it, as in feedback.
 
-Cost: some forty elementwise operations a parameter; memory: two moments, 8 bytes for each, beside the parameter and its gradient, and 7
-more for each code. References: Amari 1998 (natural gradient), Adam (Kingma and Ba 2015, arXiv 1412.6980), stopping what oscillates: Nagel
-et al. 2022 (arXiv 2203.11086).
+Cost: some forty elementwise operations a parameter; memory: two moments, 8 bytes for each, beside the parameter and its gradient, 7 more
+for each code and 4 for each parameter in 16 bits. References: Amari 1998 (natural gradient), Adam (Kingma and Ba 2015, arXiv 1412.6980),
+stopping what oscillates: Nagel et al. 2022 (arXiv 2203.11086).
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Steps:
         """Of `total` steps on `tokens` tokens of text, of which each step sees another version if `new_text`."""
         self.linears, self.total, self.taken = list(linears), total, 0
         self.codes = [parameter for linear in self.linears for parameter in linear.codes]
-        self.parameters: list[Tensor] = [*self.codes, *(scale for linear in self.linears for scale in linear.scales), *others]
+        self.held: list[Tensor] = [*self.codes, *(scale for linear in self.linears for scale in linear.scales), *others]
+        """What the model has, and its gradients."""
+        self.parameters = [parameter.detach().float() for parameter in self.held]
+        """The same in float32: the same memory, or for parameters in 16 bits, in which a step is lost, a copy that the steps add up in."""
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
         """Running means of gradients and of their squares."""
@@ -83,8 +86,8 @@ class Steps:
         """One step along the gradients, which are then dropped."""
         left = (1 - self.taken / self.total) ** 3
         self.taken += 1
-        for parameter, mean, square in zip(self.parameters, self.means, self.squares, strict=True):
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter, mean, square in zip(self.held, self.means, self.squares, strict=True):
+            gradient = torch.zeros_like(mean) if parameter.grad is None else parameter.grad.float()
             mean.lerp_(gradient, 1 - DECAYS[0])
             square.mul_(DECAYS[1]).addcmul_(gradient, gradient, value=1 - DECAYS[1])
             parameter.grad = None
@@ -93,6 +96,7 @@ class Steps:
             self._move_codes(self.first * left)
         for index, unit in enumerate(self.units, start=len(self.codes)):
             self.parameters[index].addcdiv_(self._mean(index), self._size(index), value=-SCALE_STEP * unit * left)
+        self._hand_over()
         for linear in self.linears:
             linear.confine()
         self._freeze(before)
@@ -104,6 +108,11 @@ class Steps:
         for index, code in enumerate(self.codes):
             mean = self._mean(index).masked_fill_(self.frozen[index], 0)
             code.addcdiv_(mean, self._size(index).clamp_(min=least).square_(), value=-step / inverse)
+
+    def _hand_over(self) -> None:
+        for parameter, own in zip(self.held, self.parameters, strict=True):
+            if parameter.dtype != own.dtype:
+                parameter.copy_(own)
 
     def _freeze(self, before: Sequence[Tensor]) -> None:
         """Stops codes that keep on changing, given what they were before this step, where they have been most of the time."""
@@ -137,11 +146,13 @@ class Steps:
         }
         return {f"{kind}.{index}": tensor.detach() for kind, tensors in kinds.items() for index, tensor in enumerate(tensors)}
 
+    @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], taken: int) -> None:
         """Goes on from what `tensors` gave after `taken` steps."""
         self.taken = taken
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
+        self._hand_over()
 
 
 def code_step(tokens: int, weights: int, new_text: bool) -> float:
