@@ -175,10 +175,11 @@ def peers(name: str, group: int) -> str:
             if values:
                 mean, error = statistics.mean(values), math.hypot(statistics.mean(errors), spread(values))
                 cells[-1] = f"{mean:.4g} ± {error:.2g}" + (f" ({len(values)})" if len(values) != 3 else "")
-            seconds += [row.get("quantize_cpu_seconds", row["cpu_seconds"]) for row in rows]
-            memory += [row["peak_mib"] for row in rows]
-        if seconds:
-            table.append([title, *cells, f"{statistics.mean(seconds):.0f}", f"{statistics.mean(memory):.0f}"])
+            here = [row for row in rows if "device" not in row]
+            seconds += [row.get("quantize_cpu_seconds", row["cpu_seconds"]) for row in here]
+            memory += [row["peak_mib"] for row in here]
+        if set(cells) != {"–"}:
+            table.append([title, *cells, *(f"{statistics.mean(numbers):.0f}" if numbers else "–" for numbers in (seconds, memory))])
 
     for (peer, method), title in PEERS.items():
         add(

@@ -2,7 +2,8 @@
 
 A job is a directory: `job.json` (model, method, bits, group, seed, the linears to quantize) and `tokens.safetensors` come from the runner;
 the adapter leaves `weights.safetensors`, float32 values of everything that it has changed, as an engine would compute them, and
-`result.json`. Only `quantizing` is timed as the peer's own work: imports and loading are not.
+`result.json`. Only `quantizing` is timed as the peer's own work: imports and loading are not. A job is done where it lies, so that the
+directory can be taken to another machine and back.
 """
 
 import importlib.metadata
@@ -31,7 +32,8 @@ class Job:
         self.group: int = given["group"]
         self.seed: int = given["seed"]
         self.linears: list[str] = given["linears"]
-        self.cpu_seconds = 0.0
+        self.device: str = given["device"]
+        self.cpu_seconds = self.wall_seconds = 0.0
 
     def tokens(self) -> Any:
         from safetensors.torch import load_file
@@ -39,19 +41,21 @@ class Job:
         return load_file(self.directory / "tokens.safetensors")["tokens"]
 
     def load(self) -> tuple[Any, Any]:
-        """The model in float32 and its tokenizer."""
+        """The model in float32, on the CPU, and its tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(1)
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(self.model)
+        path = self.directory / self.model  # which is absolute, or beside the directory
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(path)
 
     @contextmanager
     def quantizing(self) -> Iterator[None]:
-        began = time.process_time()
+        began, began_wall = time.process_time(), time.monotonic()
         yield
         self.cpu_seconds += time.process_time() - began
+        self.wall_seconds += time.monotonic() - began_wall
 
     def done(self, quantized: Sequence[str], packages: Sequence[str], state: dict[str, Any] | None = None, **more: Any) -> None:
         """Writes the parameters in `state` that are not the original's, and the result."""
@@ -59,9 +63,17 @@ class Job:
             from safetensors.torch import save_file
 
             save_file(
-                {name: value.detach().float().contiguous().clone() for name, value in state.items()}, self.directory / "weights.safetensors"
+                {name: value.detach().cpu().float().contiguous().clone() for name, value in state.items()},
+                self.directory / "weights.safetensors",
             )
-        result = {"quantized": list(quantized), "quantize_cpu_seconds": self.cpu_seconds, "versions": _versions(packages), **more}
+        result = {
+            "quantized": list(quantized),
+            "quantize_cpu_seconds": self.cpu_seconds,
+            "quantize_wall_seconds": self.wall_seconds,
+            "device": _name_of(self.device),
+            "versions": _versions(packages),
+            **more,
+        }
         (self.directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -71,11 +83,17 @@ def changed(
     """All parameters of `model` that differ from `original`; `weight` gives that of a linear by its name and module."""
     import torch
 
-    values = {name: parameter.detach() for name, parameter in model.named_parameters() if name in original}
+    values = {name: parameter.detach().cpu() for name, parameter in model.named_parameters() if name in original}
     for name, module in model.named_modules():
         if f"{name}.weight" in original and isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2:
-            values[f"{name}.weight"] = weight(name, module).detach()
+            values[f"{name}.weight"] = weight(name, module).detach().cpu()
     return {name: value for name, value in values.items() if not torch.equal(value.float(), original[name].float())}
+
+
+def _name_of(device: str) -> str:
+    import torch
+
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -46,7 +46,7 @@ with job.quantizing():
         nsamples=len(texts),
         seqlen=tokens.shape[1],
         seed=job.seed,
-        device_map="cpu",
+        device_map=job.device,
         amp=False,
         enable_torch_compile=False,
     )

@@ -1,7 +1,8 @@
 """llm-compressor: nearest rounding, GPTQ (Frantar et al. 2022) with scales from minima and maxima (its default) or from the least squared
 error, and AWQ (Lin et al. 2023), which scales input channels before it rounds to the nearest.
 
-Linears are named explicitly. Columns go by decreasing activation, its default, with groups of neighbouring columns. Scales stay float32.
+Linears are named explicitly. Columns go by decreasing activation, its default, with groups of neighbouring columns. Scales stay float32. It
+takes the GPU where it sees one.
 """
 
 import re
@@ -20,9 +21,8 @@ from llmcompressor.modifiers.transform.awq import AWQModifier, get_layer_mapping
 from llmcompressor.pipelines.cache import IntermediatesCache  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-IntermediatesCache.pin_memory = lambda *_given, **_named: (
-    None
-)  # AWQ pins memory also where there is no accelerator to pin it for, and fails
+if job.device == "cpu":  # AWQ pins memory also where there is no accelerator to pin it for, and fails
+    IntermediatesCache.pin_memory = lambda *_given, **_named: None
 
 weights = {"num_bits": job.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": job.group}
 if job.method == "gptq-mse":

@@ -10,6 +10,10 @@ norms has changed; and that no group of a weight has more different values than 
 
 CPU seconds (user and system) are those of the adapter's process with one thread; `quantize_cpu_seconds` is the part of the quantization
 itself, without imports and loading. FILE is saved after every row; rows that it has are not measured again, failed ones are.
+
+What is too slow here can be done on a machine with a GPU and measured here: `--write-jobs DIR` writes the jobs, each a directory, and no
+row; there, `python PEER.py JOB` does one in whatever environment has the peer; `--read-jobs DIR` takes the weights that they have left.
+Such rows name their device, and their seconds are no CPU seconds of this machine: tables of times leave them out.
 """
 
 import argparse
@@ -82,6 +86,11 @@ class Work:
     def as_json(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ROW}
 
+    @property
+    def name(self) -> str:
+        """Of the job's directory, where it is done elsewhere."""
+        return "-".join(str(value) for value in self.as_json().values())
+
 
 class PeerError(Exception):
     """A peer could not do it; the text is what its row says."""
@@ -100,6 +109,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=list(METHODS), help="NAME, or NAME:METHOD")
     parser.add_argument("--timeout", type=int, default=7200, help="seconds that one row may take")
+    parser.add_argument("--write-jobs", type=Path, help="for a machine with a GPU")
+    parser.add_argument("--read-jobs", type=Path, help="that were done there")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,9 +158,14 @@ def main() -> None:
         at = next((index for index, row in enumerate(rows) if all(row[key] == value for key, value in work.as_json().items())), len(rows))
         if at < len(rows) and not rows[at]["error"]:
             continue
+        if given.write_jobs:
+            bench.write(work, given.write_jobs)
+            continue
+        if given.read_jobs and not (given.read_jobs / work.name / "result.json").exists():
+            continue
         print(time.strftime("%H:%M:%S"), *work.as_json().values(), end=" ", flush=True)
-        rows[at : at + 1] = [bench.measure(work)]
-        print(rows[at]["error"] or f"KL {rows[at]['kl']:.5f}, {rows[at]['quantize_cpu_seconds']:.1f} s", flush=True)
+        rows[at : at + 1] = [bench.measure(work, given.read_jobs / work.name if given.read_jobs else None)]
+        print(rows[at]["error"] or f"KL {rows[at]['kl']:.5f}, {rows[at].get('quantize_cpu_seconds', math.nan):.1f} s", flush=True)
         write_json(given.output, {**settings, "rows": rows})
     wanted = {(work.peer, work.method, work.bits) for work in todo}
     print(table([row for row in rows if (row["peer"], row["method"], row["bits"]) in wanted]))
@@ -184,8 +200,20 @@ class Bench:
     def heldout(self, seed: int) -> Any:
         return self.split(seed).heldout
 
-    def measure(self, work: Work) -> dict[str, Any]:
+    def write(self, work: Work, directory: Path) -> None:
+        """A job for another machine, and the model beside it."""
+        if not (directory / "model").exists():
+            shutil.copytree(self.source.path, directory / "model")
+        (directory / work.name).mkdir(exist_ok=True)
+        self.prepare(work, directory / work.name, model="../model", device="cuda")
+
+    def measure(self, work: Work, done: Path | None) -> dict[str, Any]:
+        """The row of a job that is done here, or in `done` by another machine."""
         row: dict[str, Any] = {**work.as_json(), "version": self.version(work.peer), "error": None}
+        if done:
+            result = json.loads((done / "result.json").read_text(encoding="utf-8"))
+            kept = {key: result[key] for key in ("device", "versions", "quantize_wall_seconds")}
+            return row | kept | self.judge(work, done, result)
         with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
             directory = Path(scratch)
             try:
@@ -224,10 +252,11 @@ class Bench:
             stamp.write_text(wanted, encoding="utf-8")
         return directory / "bin/python"
 
-    def prepare(self, work: Work, directory: Path) -> float:
+    def prepare(self, work: Work, directory: Path, model: str | None = None, device: str = "cpu") -> float:
         """Writes the job; returns the CPU seconds that calibration takes here, not in the peer."""
         tokens = self.split(work.seed).used
-        job = {**work.as_json(), "model": str(self.source.path.absolute()), "linears": list(self.source.linears)}
+        path = model or str(self.source.path.absolute())
+        job = {**work.as_json(), "model": path, "linears": list(self.source.linears), "device": device}
         (directory / "job.json").write_text(json.dumps(job), encoding="utf-8")
         save_file({"tokens": tokens.ids}, directory / "tokens.safetensors")
         if work.peer != "llamacpp":
@@ -379,7 +408,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if not good:
             lines.append((str(bits), peer, method, *[""] * (len(heads) - 4), own[0]["error"][:80]))
             continue
-        mean = {key: statistics.fmean(row[key] for row in good) for key in _MEANS}
+        mean = {key: statistics.fmean([row[key] for row in good if key in row] or [math.nan]) for key in _MEANS}
         spread = statistics.stdev(row["kl"] for row in good) / math.sqrt(len(good)) if len(good) > 1 else math.nan
         notes = sorted({note for row in good for note in row["flags"]} | {row["error"][:80] for row in own if row["error"]})
         numbers = (
