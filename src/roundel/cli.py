@@ -74,7 +74,7 @@ TuneMethod = Annotated[
     ),
 ]
 TuneSteps = Annotated[
-    int | None, typer.Option("--tune-steps", min=1, help="Default: 800 end to end, 200 for each decoder layer with blocks.")
+    int | None, typer.Option("--tune-steps", min=1, help="Default: 640 end to end, 200 for each decoder layer with blocks.")
 ]
 TuneTokens = Annotated[
     int | None,

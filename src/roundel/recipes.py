@@ -102,7 +102,7 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Of tuning: as many as still lower the KL on text that they have not seen; of each decoder layer with `blocks`."""
-        return self.tune_steps or {"none": 0, "end-to-end": 800, "blocks": 200}[self.tune]
+        return self.tune_steps or {"none": 0, "end-to-end": 640, "blocks": 200}[self.tune]
 
     @property
     def step_tokens(self) -> int:

@@ -45,6 +45,9 @@ TOKENS = 4096
 CHECKS = 8
 """How often the held-out KL is measured, and the state is saved."""
 
+FALL = 8 / 7
+"""In how many times the steps their sizes fall to zero: the last eighth would be too small to change anything."""
+
 RECOMPUTED = 1 << 30
 """Bytes of weights from which on activations inside decoder layers are not kept."""
 
@@ -77,7 +80,7 @@ def tune_end_to_end(job: Job) -> Tuned:
     passes = max(1, TOKENS // tokens.ids.shape[1])
     moving = [parameter for linear in linears.values() for parameter in (*linear.codes, *linear.scales)]
     share = drawn_share(tokens.ids.numel(), sum(parameter.numel() for parameter in moving))
-    optimiser = Steps(linears.values(), list(small.values()), steps, tokens=tokens.ids.numel(), new_text=share > 0)
+    optimiser = Steps(linears.values(), list(small.values()), round(FALL * steps), tokens=tokens.ids.numel(), new_text=share > 0)
     saved = job.saved("end-to-end", rows, drawn=share)
     if (found := saved.load()) is not None:
         tensors, notes = found
