@@ -91,9 +91,11 @@ def changed(
 
 
 def _name_of(device: str) -> str:
-    import torch
+    if device == "cpu":
+        return device
+    import torch  # which not all peers have
 
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device)
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -26,10 +26,10 @@ config = QuantizeConfig(
     bits=job.bits,
     group_size=job.group,
     sym=True,
-    gptaq=GPTAQConfig(device="cpu") if job.method == "gptaq" else None,
+    gptaq=GPTAQConfig(device=job.device) if job.method == "gptaq" else None,
     dynamic={f"-:^{re.escape(name)}$": {} for name in others} or None,
     offload_to_disk=False,
-    device="cpu",
+    device=job.device,
 )
 values: dict[str, torch.Tensor] = {}
 

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--read-jobs", type=Path, help="that were done there")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
+    if given.write_jobs and any(name.partition(":")[0] == "llamacpp" for name in given.peers):
+        parser.error("llama.cpp's quantizer has no use for a GPU: name other --peers")
     torch.set_num_threads(1)
     chosen = [
         (peer, method)
@@ -161,10 +163,11 @@ def main() -> None:
         if given.write_jobs:
             bench.write(work, given.write_jobs)
             continue
-        if given.read_jobs and not (given.read_jobs / work.name / "result.json").exists():
+        done = given.read_jobs and given.read_jobs / work.name
+        if done and not (done / "result.json").exists():
             continue
         print(time.strftime("%H:%M:%S"), *work.as_json().values(), end=" ", flush=True)
-        rows[at : at + 1] = [bench.measure(work, given.read_jobs / work.name if given.read_jobs else None)]
+        rows[at : at + 1] = [bench.measure(work, done)]
         print(rows[at]["error"] or f"KL {rows[at]['kl']:.5f}, {rows[at].get('quantize_cpu_seconds', math.nan):.1f} s", flush=True)
         write_json(given.output, {**settings, "rows": rows})
     wanted = {(work.peer, work.method, work.bits) for work in todo}
