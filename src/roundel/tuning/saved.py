@@ -28,7 +28,7 @@ __all__ = ["Saved", "kinds_of", "others_of", "packed", "unpacked"]
 
 FILE = "tuning.safetensors"
 OTHER = "other."
-VERSION = 2
+VERSION = 3
 """Of what steps keep; a file of another version is another job's."""
 
 
