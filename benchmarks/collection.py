@@ -27,7 +27,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from roundel.curvature import collect, inner_products, parse_curvature
 from roundel.grids import parse_scheme
 from roundel.models import select_linears
-from roundel.pipeline import default_batch
+from roundel.stages.text import default_batch
 from roundel.types import TokenBatch
 
 CURVATURES = ("activation", "kfac", "sketch-b", "mean", "auto")

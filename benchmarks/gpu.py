@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 
+from roundel.artifacts.source import load_source
 from roundel.formats.native import Layout, Native
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
+from roundel.integration.linear import QuantizedLinear
 from roundel.linalg import viterbi
 from roundel.models import locate
-from roundel.nn import QuantizedLinear
-from roundel.pipeline import versions
 from roundel.recipes import Recipe
 from roundel.rounding import feedback, make_problem, nearest, refit_scales, round_weights, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
 from roundel.rounding.tiles import feedback_tiles, in_step, sweep_tiles
-from roundel.source import load_source
+from roundel.stages.report import versions
 from roundel.tuning import Job, tune_end_to_end
 from roundel.types import KroneckerFactors, RoundedWeight, RoundingProblem, TokenBatch
 

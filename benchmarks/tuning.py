@@ -18,11 +18,11 @@ import torch
 
 import roundel
 from roundel.allocator import keep_freed_memory
-from roundel.checkpoints import read
-from roundel.pipeline import sequence_length, split_text
+from roundel.artifacts.checkpoints import read
+from roundel.artifacts.source import load_source
 from roundel.progress import Silent
 from roundel.recipes import NEAREST, Recipe
-from roundel.source import load_source
+from roundel.stages.text import sequence_length, split_text
 from roundel.tuning import Job, end_to_end, tune_end_to_end
 
 ARMS = {"exact products": (), "fast products": ("fast",), "exact, memory kept": ("keep",), "fast, memory kept": ("fast", "keep")}

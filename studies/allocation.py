@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 
+from roundel.artifacts.source import Source, load_source
 from roundel.curvature import collect, parse_curvature
 from roundel.evaluate import compare_models
 from roundel.grids import parse_scheme
-from roundel.pipeline import default_batch, sequence_length, split_text, versions
 from roundel.progress import Silent
 from roundel.recipes import Recipe
-from roundel.round_model import round_all, round_allocated
 from roundel.rounding.round import dequantized
-from roundel.source import Notes, Source, load_source
+from roundel.stages.notes import Notes
+from roundel.stages.report import versions
+from roundel.stages.rounding.allocation import round_allocated
+from roundel.stages.rounding.round_all import round_all
+from roundel.stages.text import default_batch, sequence_length, split_text
 from roundel.types import RoundedWeight, TokenBatch
 
 DRAWS = 5

@@ -28,10 +28,11 @@ from typing import Any
 import torch
 
 import roundel
-from roundel.measure import evaluate
+from roundel.commands.evaluate import evaluate
 from roundel.models import Checkpoint, load_model, locate
 from roundel.models.fuse import PARTS, fuse_rotation
-from roundel.pipeline import collect_factors, versions
+from roundel.stages.curvature import collect_factors
+from roundel.stages.report import versions
 from roundel.store import copy_files, write_json, write_shards
 
 FUSED = {"fused": PARTS, "residual": PARTS[:1], "values": PARTS[1:]}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import tables
 
-from roundel.compare import ABLATION
-from roundel.pipeline import versions
+from roundel.commands.compare import ABLATION
+from roundel.stages.report import versions
 from roundel.store import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

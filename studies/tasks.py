@@ -19,7 +19,7 @@ import torch
 import roundel
 from roundel.errors import DataError
 from roundel.models import locate
-from roundel.pipeline import versions
+from roundel.stages.report import versions
 from roundel.store import write_json
 
 TASKS = ("lambada_openai", "arc_easy", "piqa", "boolq", "winogrande", "hellaswag")

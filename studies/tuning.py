@@ -24,8 +24,8 @@ import torch
 import roundel
 from roundel.allocator import keep_freed_memory
 from roundel.evaluate.plots import curves
-from roundel.pipeline import versions
 from roundel.recipes import Recipe
+from roundel.stages.report import versions
 from roundel.store import write_json
 
 ARMS: dict[str, dict[str, Any]] = {

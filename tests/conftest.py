@@ -16,7 +16,18 @@ settings.register_profile("repeatable", derandomize=True)  # a commit passes or 
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
 
-CHECKED = ("types", "linalg", "grids", "rotation", "rounding", "formats.bits", "formats.native", "models.fuse", "nn")
+CHECKED = (
+    "types",
+    "linalg",
+    "grids",
+    "rotation",
+    "rounding",
+    "formats.bits",
+    "formats.native",
+    "models.fuse",
+    "models.structure",
+    "integration.linear",
+)
 install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")
 
 

@@ -37,14 +37,15 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from roundel.artifacts.source import Source, load_source
 from roundel.calibration import data_hash
 from roundel.evaluate import compare_models
 from roundel.formats import gguf, imatrix
 from roundel.models import load_model
-from roundel.pipeline import default_batch, sequence_length, split_text, versions
 from roundel.progress import Silent
 from roundel.recipes import Recipe
-from roundel.source import Source, load_source
+from roundel.stages.report import versions
+from roundel.stages.text import default_batch, sequence_length, split_text
 from roundel.store import write_json
 
 HERE = Path(__file__).parent

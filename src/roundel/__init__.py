@@ -2,11 +2,15 @@
 
 import importlib.metadata
 
+from roundel.commands.evaluate import Evaluation, evaluate
 from roundel.errors import RoundelError
-from roundel.hf import register
-from roundel.measure import Evaluation, evaluate
-from roundel.pipeline import Quantized, collect_factors, export, export_imatrix, quantize, tune
+from roundel.integration.quantizer import register
 from roundel.recipes import Recipe
+from roundel.stages.curvature import collect_factors
+from roundel.stages.export import export, export_imatrix
+from roundel.stages.quantize import quantize
+from roundel.stages.report import Quantized
+from roundel.stages.tune import tune
 
 register()  # from here on Transformers loads Roundel's own checkpoints
 

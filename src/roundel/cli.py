@@ -22,11 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from roundel.allocator import keep_freed_memory
-from roundel.bench import bench as run_bench
-from roundel.compare import ABLATION, PRINTED, compared_rows
-from roundel.compare import compare as run_compare
+from roundel.artifacts.factors import merge as merge_factors
+from roundel.commands.bench import bench as run_bench
+from roundel.commands.compare import ABLATION
+from roundel.commands.compare import compare as run_compare
+from roundel.commands.evaluate import evaluate as run_evaluate
+from roundel.commands.inspect import SHORT, table_rows
+from roundel.commands.inspect import inspect as run_inspect
 from roundel.errors import RoundelError, SchemeError
 from roundel.evaluate.card import number, with_error
+from roundel.evaluate.comparison import PRINTED, compared_rows
 from roundel.evaluate.report import (
     TASK_COLUMNS,
     checkpoint_rows,
@@ -37,18 +42,14 @@ from roundel.evaluate.report import (
     perplexity_rows,
     task_rows,
 )
-from roundel.factors import merge as merge_factors
-from roundel.inspect import SHORT, table_rows
-from roundel.inspect import inspect as run_inspect
-from roundel.measure import evaluate as run_evaluate
-from roundel.pipeline import Quantized
-from roundel.pipeline import collect_factors as run_collect
-from roundel.pipeline import export as run_export
-from roundel.pipeline import export_imatrix as run_imatrix
-from roundel.pipeline import quantize as run_quantize
-from roundel.pipeline import tune as run_tune
 from roundel.progress import make_progress
 from roundel.recipes import BEST, GPTQ, NEAREST, Recipe
+from roundel.stages.curvature import collect_factors as run_collect
+from roundel.stages.export import export as run_export
+from roundel.stages.export import export_imatrix as run_imatrix
+from roundel.stages.quantize import quantize as run_quantize
+from roundel.stages.report import Quantized
+from roundel.stages.tune import tune as run_tune
 from roundel.store import check_output, write_json, write_text
 
 __all__ = ["app", "main"]

@@ -6,6 +6,7 @@ Two runs with equal recipes, model and text write the same bytes. What only chan
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from roundel.formats import FORMATS, gguf
 from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
 
-__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format"]
+__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "with_block_type"]
 
 TUNINGS = ("none", "end-to-end", "blocks")
 ENOUGH_TOKENS = 16384
@@ -204,3 +205,18 @@ GPTQ: dict[str, Any] = {"curvature": "activation", "sweeps": 0, "error_aware": F
 
 BEST: dict[str, Any] = {}
 """The defaults of `Recipe`."""
+
+
+def with_block_type(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which the format `gguf:q4_k` is the format `gguf` and the scheme `q4_k`.
+
+    Raises:
+        SchemeError: the settings name another scheme.
+    """
+    form, colon, scheme = str(settings.get("format", "auto")).partition(":")
+    if not colon:
+        return dict(settings)
+    given = settings.get("scheme", Recipe.scheme)
+    if form != "gguf" or given not in (scheme, Recipe.scheme):
+        raise SchemeError(f"format {form}:{scheme} with scheme {given}: expected gguf:TYPE, and the scheme TYPE or none")
+    return {**settings, "format": form, "scheme": scheme}

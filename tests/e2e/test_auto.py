@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 import roundel
-from roundel import factors as factor_files
-from roundel import pipeline
+from roundel.artifacts import factors as factor_files
 from roundel.calibration import Split, read_documents, split_tokens, windows
 from roundel.curvature import Candidate, Sketch, collect, predicted_kl
 from roundel.curvature.sketches import ESTIMATORS, Auto
 from roundel.errors import ModelError
 from roundel.grids import parse_scheme
 from roundel.models import load_model, load_tokenizer, select_linears
-from roundel.pipeline import collect_factors
+from roundel.stages import curvature
+from roundel.stages import text as text_stage
+from roundel.stages.curvature import collect_factors
 from roundel.types import KroneckerFactors, TokenBatch
 
 SCHEME = "int3-g32"
@@ -98,8 +99,8 @@ def test_no_batch_size_changes_a_choice_or_a_prediction(batch_size: int, chosen,
 
 
 def test_what_is_held_out_is_not_in_the_sums(model, text, tmp_path, monkeypatch) -> None:
-    split_text, splits = pipeline.split_text, []
-    monkeypatch.setattr(pipeline, "split_text", lambda *args, **settings: splits.append(split_text(*args, **settings)) or splits[-1])
+    split_text, splits = curvature.split_text, []
+    monkeypatch.setattr(curvature, "split_text", lambda *args, **settings: splits.append(split_text(*args, **settings)) or splits[-1])
     collect_factors(model(), output=tmp_path / "auto", calibration=str(text), **ENOUGH)
     (split,), expected = splits, parts(model(), text)
     header, tensors = factor_files.load(tmp_path / "auto")
@@ -184,7 +185,7 @@ def test_other_estimators_hold_nothing_out(model, quantize, tmp_path) -> None:
 
 
 def test_a_token_beyond_the_vocabulary_is_found_there_too(model, quantize, tmp_path, monkeypatch) -> None:
-    split_text = pipeline.split_text
+    split_text = text_stage.split_text
 
     def stray(*args: Any, **settings: Any) -> Split:
         split = split_text(*args, **settings)
@@ -192,6 +193,6 @@ def test_a_token_beyond_the_vocabulary_is_found_there_too(model, quantize, tmp_p
         ids[-1, 3] = 300
         return dataclasses.replace(split, choice=TokenBatch.of(ids))
 
-    monkeypatch.setattr(pipeline, "split_text", stray)
+    monkeypatch.setattr(text_stage, "split_text", stray)
     with pytest.raises(ModelError, match="token 300, but the model's vocabulary has 300"):
         quantize(model(), tmp_path / "out", scheme=SCHEME, **ENOUGH)

@@ -105,7 +105,7 @@ def checkpoints(model, quantize, tmp_path_factory) -> dict[tuple[str, str, str, 
         def small_shards(*args, **options) -> int:
             return write_shards(*args, shard_bytes=40_000, **options)
 
-        patch.setattr("roundel.checkpoints.write_shards", small_shards)
+        patch.setattr("roundel.artifacts.checkpoints.write_shards", small_shards)
         packed = root / "sharded"
         quantize(model(SHARDED[0], DTYPES[SHARDED[2]]), packed, scheme=SHARDED[1], curvature="kfac", sweeps=1)
     made[*SHARDED, True] = packed, made[*SHARDED, False][1]

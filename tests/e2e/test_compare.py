@@ -20,18 +20,19 @@ import pytest
 import torch
 from PIL import Image
 
-import roundel.compare as compare_module
+import roundel.commands.compare as compare_module
 from e2e import tiny
 from e2e.conftest import SETTINGS
-from roundel import pipeline
 from roundel.calibration import Split
-from roundel.compare import COMPARED, compare, compared_rows, summary_rows
+from roundel.commands.compare import compare
 from roundel.curvature.sketches import Auto, Candidate, Sketch
 from roundel.errors import ModelError, OutputError, SchemeError
+from roundel.evaluate import comparison
+from roundel.evaluate.comparison import COMPARED, compared_rows, summary_rows
 from roundel.models import load_model
-from roundel.pipeline import split_text
 from roundel.progress import Progress
 from roundel.recipes import GPTQ, NEAREST, Recipe
+from roundel.stages.text import split_text
 from roundel.types import KroneckerFactors
 
 FEW: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key != "sequences"}
@@ -90,7 +91,7 @@ def test_a_row_is_what_quantize_measures(
 ) -> None:
     settings = RECIPES.get(method, {"curvature": method})
     if method != "auto":
-        monkeypatch.setattr(pipeline, "split_text", in_the_order_of_auto)
+        monkeypatch.setattr("roundel.stages.text.split_text", in_the_order_of_auto)
     whole = {"scheme": scheme, "sequences": sequences, "eval_data": str(other_text)}
     result = quantize(model(), tmp_path / "out", **whole, **settings)
     row = row_of(compared[0], method=method, scheme=scheme, sequences=sequences)
@@ -439,7 +440,7 @@ def test_a_single_held_out_sequence_and_no_sweeps(model, text, tmp_path) -> None
         return b""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_module.plots, "scatter", spied)
+        patch.setattr(comparison.plots, "scatter", spied)
         for sweeps in (0, 1):
             compare(
                 model(),

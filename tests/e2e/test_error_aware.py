@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from e2e import tiny
-from roundel import error_aware
-from roundel.error_aware import Targets
 from roundel.errors import SchemeError
 from roundel.models import load_model
 from roundel.recipes import Recipe
+from roundel.stages.rounding import error_aware
+from roundel.stages.rounding.error_aware import Targets
 from roundel.types import Factors, GroupedFactors, KroneckerFactors, RoundedWeight, TokenBatch
 
 SETTINGS = {"curvature": "kfac", "sweeps": 1, "sequences": 8, "eval_sequences": 4}

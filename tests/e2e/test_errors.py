@@ -423,7 +423,7 @@ def test_signals_while_the_output_is_half_written(number, code, command, model, 
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    monkeypatch.setattr("roundel.pipeline.compare_models", interrupt)
+    monkeypatch.setattr("roundel.stages.evaluation.compare_models", interrupt)
     outcome = command("quantize", model(), "-o", tmp_path / "out", "--calibration", text, *SHORT, "--quiet")
     assert len(seen) == 1
     assert outcome.code == code
@@ -432,14 +432,14 @@ def test_signals_while_the_output_is_half_written(number, code, command, model, 
 
 
 ANNOUNCED = """
-import roundel.pipeline
+import roundel.stages.curvature
 from roundel.cli import main
 
-def announced(*args, collect=roundel.pipeline.collect, **options):
+def announced(*args, collect=roundel.stages.curvature.collect, **options):
     print("curvature", flush=True)
     return collect(*args, **options)
 
-roundel.pipeline.collect = announced
+roundel.stages.curvature.collect = announced
 main()
 """
 

@@ -11,7 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 import roundel
 from e2e import tiny
-from roundel.checkpoints import load_written, read
+from roundel.artifacts.checkpoints import load_written, read
 from roundel.errors import ModelError, OutputError, SchemeError
 from roundel.models import load_model
 from roundel.rounding.round import dequantized

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import roundel
 from e2e.conftest import SETTINGS
-from roundel import factors as factor_files
+from roundel.artifacts import factors as factor_files
 from roundel.errors import FactorsError
-from roundel.pipeline import collect_factors
+from roundel.stages.curvature import collect_factors
 
 ENOUGH = {"sequences": 64, "seq_len": 32, "eval_sequences": 4}
 """The fewest sequences of which the default estimator holds some out: 8."""

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 import roundel
 from e2e import tiny
 from e2e.conftest import SETTINGS
-from roundel import factors as factor_files
+from roundel.artifacts import factors as factor_files
 from roundel.calibration import split_tokens, windows
 from roundel.errors import FactorsError, ModelError, OutputError, StorageError
 from roundel.formats import imatrix as imatrix_format
 from roundel.models import load_tokenizer
-from roundel.pipeline import collect_factors, export_imatrix
+from roundel.stages.curvature import collect_factors
+from roundel.stages.export import export_imatrix
 
 LAYER = {
     "self_attn.q_proj": "attn_q",

@@ -17,15 +17,15 @@ from scipy.sparse.linalg import LinearOperator, svds
 import roundel
 from e2e.conftest import SETTINGS
 from oracles.test_fisher import weight_gradients
+from roundel.artifacts.factors import load, restore
 from roundel.calibration import windows
+from roundel.commands.inspect import COLUMNS, _rank, _structure, inspect, table_rows
 from roundel.errors import DataError, FactorsError, SchemeError
 from roundel.evaluate.html import Paragraph, page
 from roundel.evaluate.html import Table as HtmlTable
-from roundel.factors import load, restore
-from roundel.inspect import COLUMNS, _rank, _structure, inspect, table_rows
 from roundel.linalg.ldl import damped_ldl
 from roundel.models import load_model, load_tokenizer
-from roundel.pipeline import collect_factors, open_factors
+from roundel.stages.curvature import collect_factors, open_factors
 from roundel.types import GroupedFactors, KroneckerFactors, TokenBatch
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -24,9 +24,9 @@ from roundel.errors import ModelError
 from roundel.formats.native import METHOD, Native
 from roundel.grids import Grid, ScalarGrid, TileGrid, parse_scheme
 from roundel.grids.trellis import Trellis
-from roundel.hf import RoundelConfig, RoundelQuantizer, register
+from roundel.integration.linear import QuantizedLinear
+from roundel.integration.quantizer import RoundelConfig, RoundelQuantizer, register
 from roundel.models import load_model, locate
-from roundel.nn import QuantizedLinear
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight

@@ -145,7 +145,7 @@ def test_logits_from_the_cache_give_the_same_bits_without_the_original(quantized
     (entry,) = (tmp_path / "cache").iterdir()
     assert len(list(entry.glob("*.safetensors"))) == 6
     loaded: list[Path] = []
-    monkeypatch.setattr("roundel.measure.load_model", lambda path, **_: loaded.append(path))
+    monkeypatch.setattr("roundel.commands.evaluate.load_model", lambda path, **_: loaded.append(path))
     again = roundel.evaluate(quantized.path, **settings).details
     assert loaded == []
     assert (first["reference_logits"], again["reference_logits"]) == ("run", "cached")

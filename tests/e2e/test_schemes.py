@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import roundel
-from roundel import round_model
-from roundel.checkpoints import load_written
+from roundel.artifacts.checkpoints import load_written
 from roundel.errors import SchemeError
 from roundel.grids import parse_scheme
-from roundel.nn import QuantizedLinear
+from roundel.integration.linear import QuantizedLinear
 from roundel.rounding.round import dequantized
+from roundel.stages.rounding import allocation, candidates
 
 FAMILIES = ["int4-g16-asym", "int3-tensor", "nvfp4", "mxfp4", "fp8", "q4_0", "lattice2", "trellis3-s6"]
 WRITTEN = {"q4_0": "gguf", "lattice2": "native", "trellis3-s6": "native"}
@@ -24,14 +24,14 @@ WRITTEN = {"q4_0": "gguf", "lattice2": "native", "trellis3-s6": "native"}
 def seen(monkeypatch):
     """The rounded weights that `quantize` writes, by linear."""
     kept = {}
-    original = round_model.round_linears
+    original = candidates.round_linears
 
     def spy(recipe, grid, linears, device, **options):
         results = original(recipe, grid, linears, device, **options)
         kept.update({(linear.name, rounded.scheme): rounded for linear, (rounded, _) in zip(linears, results, strict=True)})
         return results
 
-    monkeypatch.setattr(round_model, "round_linears", spy)
+    monkeypatch.setattr(candidates, "round_linears", spy)
     return kept
 
 
@@ -125,7 +125,7 @@ def test_bits_are_allocated_within_the_average(model, quantize, tmp_path, seen) 
 
 
 def test_mixed_schemes_that_are_not_better_are_not_taken(model, quantize, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(round_model, "measured_kl", lambda *_, **__: 1.0)
+    monkeypatch.setattr(allocation, "measured_kl", lambda *_, **__: 1.0)
     result = quantize(
         model(), tmp_path / "out", schemes=("int3-g16", "int4-g16"), bits=4.5, format="dense", sequences=64, seq_len=16, sweeps=1
     )

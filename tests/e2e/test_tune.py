@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import roundel
 from e2e import tiny
 from roundel import tuning
-from roundel.checkpoints import load_written, read
+from roundel.artifacts.checkpoints import load_written, read
 from roundel.errors import DataError, ModelError, SchemeError, StorageError
 from roundel.grids import parse_scheme
 from roundel.rotation import Rotation
@@ -152,7 +152,7 @@ def test_killed_and_resumed_it_ends_in_the_same_place(model, quantize, tmp_path,
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in work.iterdir()) == ["factors", "rounded.safetensors", "tuning.safetensors"]
     first = taken
-    monkeypatch.setattr("roundel.pipeline.round_all", None)  # is not called again
+    monkeypatch.setattr("roundel.stages.rounding.model.round_all", None)  # is not called again
     resumed = quantize(model(), tmp_path / "out", **given, work=work)
     assert taken - first == (8 if method == "blocks" else 3)  # no step of what was saved is taken again
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()

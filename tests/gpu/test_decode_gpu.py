@@ -6,7 +6,7 @@ import torch
 from laws.problems import draw
 from roundel.formats.native import Layout, Native
 from roundel.grids import ScalarGrid, parse_scheme
-from roundel.nn import QuantizedLinear
+from roundel.integration.linear import QuantizedLinear
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import roundel
-from roundel.checkpoints import read
+from roundel.artifacts.checkpoints import read
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -13,8 +13,9 @@ from tokenizers import normalizers as norms
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.gguf import _pairs_side_by_side, _vocabulary, check, check_architecture
+from roundel.formats.gguf import _pairs_side_by_side, check, check_architecture
 from roundel.formats.gguf_blocks import PACKERS
+from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
 
 
@@ -122,7 +123,7 @@ def test_packed_rows_can_be_moved(name: str) -> None:
 def test_ways_to_split_text_have_names(name: str) -> None:
     pre_tokenizer, settings = SPLITS[name]
     text = split_tokenizer(pre_tokenizer, **settings).backend_tokenizer.to_str()
-    assert _vocabulary(text, None).pre == name
+    assert vocabulary_of(text, None).pre == name
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -131,10 +132,10 @@ def test_words_that_no_merges_lead_to_must_be_treated_alike(name: str) -> None:
     pre_tokenizer, settings = SPLITS[name]
     made = json.loads(split_tokenizer(pre_tokenizer, **settings).backend_tokenizer.to_str())
     made["model"]["ignore_merges"] = not made["model"]["ignore_merges"]
-    assert _vocabulary(json.dumps(made), None).pre == name
+    assert vocabulary_of(json.dumps(made), None).pre == name
     made["model"]["vocab"]["zzzz"] = 600
     with pytest.raises(ModelError, match=f"llama.cpp's {name} differ in how they treat 'zzzz'"):
-        _vocabulary(json.dumps(made), None)
+        vocabulary_of(json.dumps(made), None)
 
 
 @pytest.mark.parametrize(
@@ -155,27 +156,27 @@ def test_tokenizers_that_are_refused(change: dict[str, Any], reason: str) -> Non
     for name, value in change.items():
         setattr(backend, name, value)
     with pytest.raises(ModelError, match=reason):
-        _vocabulary(backend.to_str(), None)
+        vocabulary_of(backend.to_str(), None)
 
 
 def test_normal_forms_are_accepted() -> None:
     backend = split_tokenizer(WORDS).backend_tokenizer
     backend.normalizer = norms.NFC()
-    assert _vocabulary(backend.to_str(), None).kind == "gpt2"
+    assert vocabulary_of(backend.to_str(), None).kind == "gpt2"
 
 
 def test_a_byte_fallback_tokenizer_without_all_merges_is_refused() -> None:
     made = json.loads(spaced_tokenizer().backend_tokenizer.to_str())
     left, right = made["model"]["merges"].pop()
     with pytest.raises(ModelError, match=f"never makes '{left + right}' of '{left}' and '{right}'"):
-        _vocabulary(json.dumps(made), None)
+        vocabulary_of(json.dumps(made), None)
 
 
 def test_added_tokens_are_of_their_own_types() -> None:
     tokenizer = split_tokenizer(WORDS)
     tokenizer.add_tokens(["<think>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    found = _vocabulary(tokenizer.backend_tokenizer.to_str(), len(tokenizer) + 2)
+    found = vocabulary_of(tokenizer.backend_tokenizer.to_str(), len(tokenizer) + 2)
     assert list(zip(found.tokens, found.types, strict=True))[-4:] == [
         ("<think>", 4),
         ("<|im_end|>", 3),

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from roundel import nn as layers
 from roundel.errors import ModelError, SchemeError
 from roundel.formats.bits import unpack_rows
 from roundel.formats.native import Layout, Native, check_tensors, parse_config, trellis_states, trellis_table
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
 from roundel.grids.trellis import Trellis
+from roundel.integration import linear as layers
+from roundel.integration.linear import QuantizedLinear, decode_rows
 from roundel.linalg.viterbi import states_of
-from roundel.nn import QuantizedLinear, decode_rows
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight

@@ -28,10 +28,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from roundel.artifacts.source import load_dense, measured_kl
 from roundel.curvature.fisher import backward
 from roundel.curvature.tap import tapped
 from roundel.errors import SchemeError
-from roundel.source import load_dense, measured_kl
 from roundel.tuning.end_to_end import TOKENS
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked

@@ -27,8 +27,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from roundel.artifacts.source import load_dense
 from roundel.evaluate import compare_models
-from roundel.source import load_dense
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.products import fast
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked

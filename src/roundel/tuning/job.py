@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.source import Source
+from roundel.artifacts.source import Source
 from roundel.tuning.saved import Saved
 from roundel.types import RoundedWeight, TokenBatch
 

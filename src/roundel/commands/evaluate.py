@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from roundel.artifacts.checkpoints import load_written
 from roundel.calibration import Fingerprint, data_hash
-from roundel.checkpoints import load_written
 from roundel.errors import DataError
 from roundel.evaluate import Divergence, Logits, compare_models
 from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
@@ -32,8 +32,9 @@ from roundel.evaluate.perplexity import perplexity_text, window_losses
 from roundel.evaluate.tasks import open_tasks, task_results
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import load_config, pick_device, pick_dtype
-from roundel.pipeline import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens, positions, versions
 from roundel.progress import Progress, Silent
+from roundel.stages.report import versions
+from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens, positions
 from roundel.types import TokenBatch
 
 __all__ = ["Evaluation", "evaluate"]

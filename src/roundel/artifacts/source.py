@@ -1,12 +1,10 @@
-"""The original model as the stages see it, and what they note for the report."""
+"""The original model as the stages see it, and copies of it with other weights."""
 
 from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,11 @@ from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
-from roundel.progress import Progress
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["Notes", "Source", "device_of", "load_dense", "load_source", "measured_kl"]
+__all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +45,10 @@ class Source:
     linears: dict[str, nn.Linear]
     skipped: dict[str, str]
 
-
-class Notes:
-    """Warnings for the report, shown as they come, and the seconds of each stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.warnings: list[str] = []
-        self.seconds: dict[str, float] = {}
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self.progress.warn(message)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 3)
+    @property
+    def revision(self) -> str | None:
+        """The Hub's commit, when the directory is one of its snapshots."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
 
 
 def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:

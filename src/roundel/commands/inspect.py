@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roundel.artifacts.source import device_of
 from roundel.calibration import data_hash
 from roundel.curvature import collect, parse_curvature
 from roundel.curvature.diagnose import diagnose, total
@@ -37,11 +38,11 @@ from roundel.evaluate import plots
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
-from roundel.pipeline import BATCH_TOKENS, OpenFactors, open_factors
 from roundel.progress import Progress, Silent
-from roundel.round_model import Linear, decoder_layers, round_linears
 from roundel.rounding.round import dequantized
-from roundel.source import device_of
+from roundel.stages.curvature import OpenFactors, open_factors
+from roundel.stages.rounding.linears import Linear, decoder_layers, round_linears
+from roundel.stages.text import BATCH_TOKENS
 from roundel.store import check_output, staged_directory, storage, write_json, write_text
 from roundel.types import Factors, RoundedWeight
 

@@ -88,6 +88,15 @@ class Header:
             seed=self.seed,
         )
 
+    def check_complete(self) -> None:
+        """Refuses a collection that is not finished.
+
+        Raises:
+            FactorsError: something is left to collect.
+        """
+        if not self.complete:
+            raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
+
     def check_same(self, other: Header, *ignored: str) -> None:
         """Refuses another collection's header; `model` and `revision` may differ.
 

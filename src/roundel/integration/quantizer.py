@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from roundel.errors import ModelError, in_layer
 from roundel.formats.native import METHOD, Layout, parse_config
-from roundel.nn import QuantizedLinear
+from roundel.integration.linear import QuantizedLinear
 
 __all__ = ["RoundelConfig", "RoundelQuantizer", "register"]
 

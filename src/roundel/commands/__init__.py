@@ -1,0 +1,1 @@
+"""What the commands beside `quantize` compute, one file for each: comparisons, measurements, diagnoses."""

@@ -1,0 +1,155 @@
+"""Codes of single linears, from their weights and factors; and what each takes to store.
+
+A linear whose rows have factors in groups is as many problems as it has groups. Its rotation is drawn by its name and the recipe's seed, so
+that it does not depend on what else is rounded. Errors are relative to the stored weight, whatever the rounding's target is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roundel.errors import SchemeError, in_layer
+from roundel.formats import FORMATS
+from roundel.grids import Grid, TileGrid
+from roundel.recipes import Recipe
+from roundel.rotation import Rotation
+from roundel.rounding import make_problem, round_weights
+from roundel.rounding.round import dequantized, stacked
+from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
+
+__all__ = ["Linear", "decoder_layers", "round_linears"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """What is to be rounded of one linear."""
+
+    name: str
+    """Seeds its rotation."""
+    stored: Tensor
+    factors: Factors
+    damping: float
+    target: Tensor | None = None
+    """What it is rounded to, if not to what is stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Rows of a linear with factors of their own: one problem."""
+
+    W: Tensor
+    """As stored: errors are relative to it, even where the problem has another target."""
+    factors: KroneckerFactors
+    rotation: Rotation | None
+    problem: RoundingProblem
+
+
+def round_linears(
+    recipe: Recipe, grid: Grid, linears: Sequence[Linear], device: torch.device, *, kept: bool = True
+) -> list[tuple[RoundedWeight, dict[str, Any]]]:
+    """The codes of each, in main memory, and its row of the report; `device` does the work.
+
+    With grids of tiles all are rounded at the same time (`rounding.round_weights`), and the seconds are shared out by size; with grids of
+    scalars that would only take memory.
+    Where they are not `kept`, as drafts, the recipe's format need not hold them, and the row has no bits.
+    """
+    if len(linears) > 1 and not isinstance(grid, TileGrid):
+        return [round_linears(recipe, grid, [linear], device, kept=kept)[0] for linear in linears]
+    began = time.monotonic()
+    parts: list[list[_Part]] = []
+    for linear in linears:
+        with in_layer(linear.name):
+            parts.append(_parts(recipe, grid, linear, device))
+    flat = [part for own in parts for part in own]
+    dtypes = [_scale_dtype(recipe, linear.stored) for linear, own in zip(linears, parts, strict=True) for _ in own]
+    found = iter(round_weights([part.problem for part in flat], grid, sweeps=recipe.sweeps, scale_dtypes=dtypes))
+    results = []
+    for linear, own in zip(linears, parts, strict=True):
+        with in_layer(linear.name):
+            weight, row = _result(grid, linear, own, [next(found) for _ in own])
+            if kept:
+                row["bits_per_weight"] = _stored_bits(recipe, grid, linear.stored) / linear.stored.numel()
+            results.append((weight, row))
+    seconds = time.monotonic() - began
+    for linear, (_, row) in zip(linears, results, strict=True):
+        row["seconds"] = round(seconds * linear.stored.numel() / sum(other.stored.numel() for other in linears), 3)
+    return results
+
+
+def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> list[_Part]:
+    kind = recipe.rotation_of(grid)
+    groups = linear.factors.row_groups()
+    if kind and len(groups) > 1:
+        raise SchemeError("groups of rows with curvature of their own cannot be rotated together; use --rotate none or another curvature")
+    parts = []
+    for rows, group in groups:
+        factors = KroneckerFactors(H_out=group.H_out.to(device), H_in=group.H_in.to(device), scale=group.scale)
+        W, basis, rotation = linear.stored[rows].to(device).float(), factors, None
+        if kind:
+            digest = hashlib.sha256(f"{recipe.seed} {linear.name}".encode()).digest()
+            rotation = Rotation.draw(W.shape[0], W.shape[1], kind=kind, seed=int.from_bytes(digest[:6], "big"))
+            basis = rotation.rotate_factors(factors)
+        target = W if linear.target is None else linear.target[rows].to(device)
+        problem = make_problem(rotation.rotate_weight(target) if rotation else target, basis, damping=linear.damping)
+        parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem))
+    return parts
+
+
+def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
+    weights, proxy_loss = [], 0.0
+    for part, weight in zip(parts, found, strict=True):
+        E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
+        curved = part.factors.H_out @ E @ part.factors.H_in
+        proxy_loss += 0.5 * part.factors.scale * torch.sum(curved * E, dtype=torch.float64).item()
+        scales = {key: scale.cpu() for key, scale in weight.scales.items()}
+        weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
+    result = stacked(weights)
+    row = {
+        "shape": list(linear.stored.shape),
+        "bits": grid.bits,
+        "scheme": grid.name,
+        "dtype": str(linear.stored.dtype).removeprefix("torch."),
+        "damping": max(part.problem.damping for part in parts),
+        "proxy_loss": proxy_loss,
+        "sweeps": len(result.trace) - 1,
+        "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
+    }
+    return result, row
+
+
+def decoder_layers(names: Iterable[str]) -> list[list[str]]:
+    """Runs of linears of one decoder layer: what is rounded together, and so in memory together."""
+    return [list(group) for _, group in itertools.groupby(names, key=lambda name: re.match(r"(?:.*?\.\d+)?", name)[0])]  # type: ignore[index]
+
+
+def _stored_bits(recipe: Recipe, grid: Grid, stored: Tensor) -> int:
+    """Of all that the linear's weight takes in the recipe's format; in dense ones of codes, scales and a rotation's signs."""
+    shape, form, rotation = (stored.shape[0], stored.shape[1]), recipe.written_format(), recipe.rotation_of(grid)
+    if form in FORMATS:
+        return 8 * FORMATS[form].packed_bytes(shape, grid, _scale_dtype(recipe, stored), rotation)
+    return grid.stored_bits(shape, _scale_dtype(recipe, stored)) + (sum(shape) if rotation else 0)
+
+
+def _scale_dtype(recipe: Recipe, weight: Tensor) -> torch.dtype:
+    """Scales are stored in the format's type, if it has one, else in the weight's own, but never in more than 16 bits.
+
+    float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.
+    """
+    form = recipe.written_format()
+    fixed = FORMATS[form].scale_dtype if form in FORMATS else None
+    if fixed is not None:
+        return fixed
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    largest = weight.abs().max().item()
+    return torch.float16 if 1e-2 < largest < 1e4 else torch.bfloat16

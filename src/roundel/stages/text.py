@@ -1,0 +1,118 @@
+"""The text of a call: calibration and evaluation sequences, from what the recipe names.
+
+Sequences are all of one length. The seed chooses among up to four times as many as are needed; what is held out is never calibrated on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from roundel.artifacts.source import Source
+from roundel.calibration import Fingerprint, Split, read_documents, sample_from_model, split_tokens, windows
+from roundel.curvature import parse_curvature
+from roundel.curvature.collect import pilot_first
+from roundel.errors import DataError, ModelError
+from roundel.progress import Progress
+from roundel.recipes import Recipe
+from roundel.stages.notes import Notes
+from roundel.types import TokenBatch
+
+__all__ = [
+    "BATCH_TOKENS",
+    "OVERLAP_WARNING",
+    "check_vocabulary",
+    "default_batch",
+    "evaluation_tokens",
+    "fingerprinted",
+    "positions",
+    "read_text",
+    "sequence_length",
+    "set_apart",
+    "split_text",
+]
+
+BATCH_TOKENS = 4096
+BATCH_SEQUENCES = 16
+OVERLAP_WARNING = 0.01
+"""Part of the evaluation text that may occur in the calibration text."""
+
+
+def read_text(recipe: Recipe, source: Source, notes: Notes, *, known: frozenset[int] | None = None) -> Split:
+    """All sequences of the recipe, of which the model has all tokens; `known` are the ids of those that factors have seen."""
+    length = sequence_length(source.model, recipe)
+    with notes.timed("text"):
+        split = split_text(recipe, source, length, notes.progress, known=known)
+    check_vocabulary(source.model, split.used, split.heldout)
+    return split
+
+
+def split_text(recipe: Recipe, source: Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
+    """Calibration and evaluation sequences; `known` are the ids of those that factors have seen."""
+    heldout = 0 if recipe.eval_data else recipe.eval_sequences
+    wanted = recipe.sequences + heldout
+    if recipe.calibration == "self":
+        with progress.stage("sampling text from the model", wanted) as advance:
+            available = sample_from_model(source.model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
+    else:
+        # Up to four times what is needed, so that the seed has something to choose from.
+        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
+    choice = parse_curvature(recipe.curvature).held_out(recipe.sequences)
+    split = split_tokens(
+        available, calibration=recipe.sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
+    )
+    split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
+    if recipe.eval_data:
+        other = evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
+        split = dataclasses.replace(split, heldout=other)
+    return split
+
+
+def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
+    """Up to `most` sequences, as many as the text has."""
+    available = windows(read_documents(source), tokenizer, length, most=most)
+    if not len(available):
+        raise DataError(f"too little text in {source}: not one sequence of {length} tokens; give more text or a smaller --seq-len")
+    return TokenBatch.of(available)
+
+
+def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
+    """Refuses text with tokens that the model does not have."""
+    largest, size = max(int(tokens.ids.max()) for tokens in texts), int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    if largest >= size:
+        raise ModelError(f"the text has token {largest}, but the model's vocabulary has {size} tokens: the tokenizer is another model's")
+
+
+def fingerprinted(split: Split, notes: Notes) -> tuple[Fingerprint, float]:
+    """Of the calibration text, and how much of the held-out text is in it, which is warned of."""
+    fingerprint = Fingerprint.of(split.used)
+    overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
+    if overlap > OVERLAP_WARNING:
+        notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")
+    return fingerprint, overlap
+
+
+def set_apart(split: Split) -> tuple[TokenBatch, TokenBatch]:
+    """Calibration text to tune on, and to choose by: the sequences that factors are chosen by, if there are any, else the last eighth."""
+    if len(split.choice):
+        return split.calibration, split.choice
+    kept = max(1, len(split.calibration) // 8)
+    if len(split.calibration) <= kept:
+        raise DataError("tuning needs two calibration sequences at least: one of them to choose by")
+    return split.calibration[: len(split.calibration) - kept], split.calibration[len(split.calibration) - kept :]
+
+
+def sequence_length(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Tokens in a sequence: as asked for, at most the model's positions."""
+    return min(recipe.seq_len, positions(model.config))
+
+
+def default_batch(length: int) -> int:
+    """Sequences per pass that make about `BATCH_TOKENS` tokens, but not many: the first batch is also run one by one, to compare."""
+    return max(1, min(BATCH_TOKENS // length, BATCH_SEQUENCES))
+
+
+def positions(config: PretrainedConfig) -> int:
+    """How many tokens a model can take."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

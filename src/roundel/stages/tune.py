@@ -1,0 +1,131 @@
+"""`tune`: the last stages of `quantize`, from a directory that it has written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roundel.artifacts.checkpoints import Stored, read
+from roundel.artifacts.source import Source, load_source
+from roundel.errors import ModelError, SchemeError
+from roundel.progress import Progress, Silent
+from roundel.recipes import TUNINGS, Recipe
+from roundel.stages.evaluation import evaluate_written, predict
+from roundel.stages.notes import Notes
+from roundel.stages.report import Quantized, report_details, write_report
+from roundel.stages.rounding import Rounded
+from roundel.stages.text import default_batch, fingerprinted, read_text, sequence_length
+from roundel.stages.tuning import rest_of, tune_model
+from roundel.stages.writing import write_model
+from roundel.store import check_output, staged_directory
+
+__all__ = ["tune"]
+
+NEAR = 0.7
+"""How far a tuned embedding is from its original at most, in units of that; two others are about 1.4 apart."""
+
+
+def tune(
+    directory: str | Path,
+    *,
+    output: str | Path,
+    model: str | Path | None = None,
+    work: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Quantized:
+    """Tunes the codes of a directory that `quantize` has written, and writes them in the same format.
+
+    Args:
+        directory: In a format that keeps codes: any but dense and gguf.
+        output: Directory to make; must not exist, or be empty.
+        model: The original, where it is not what roundel.json names.
+        work: As for `quantize`.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: As for `quantize`.
+        progress: As for `quantize`.
+        settings: Fields of `Recipe` that are to differ from those in roundel.json: of text, tuning and the seed.
+
+    Returns:
+        As `quantize`.
+
+    Raises:
+        RoundelError: see `roundel.errors`; no output is left then.
+    """
+    notes, target, path = Notes(progress or Silent()), Path(output), Path(directory)
+    check_output(target)
+    stored = read(path)
+    try:
+        old = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.report["recipe"].items()}
+        recipe = Recipe(**{**old, "tune": "end-to-end", "format": stored.form, **settings})
+        name = str(model or stored.report["model"]["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}/roundel.json does not say how it was made: {error!r}; it is damaged or of another version") from error
+    if recipe.tune == "none":
+        raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
+
+    with notes.timed("load"):
+        source = load_source(name, recipe, device, dtype)
+    if not _is_original(source, stored):
+        raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
+
+    split = read_text(recipe, source, notes)
+    batch = batch_size or default_batch(sequence_length(source.model, recipe))
+    source.skipped.update(stored.report.get("skipped", {}))
+    rounded = Rounded(
+        weights=stored.rounded,
+        layers=stored.report["layers"],
+        carried={"allocation": stored.report.get("allocation"), "tuned_from": str(path)},
+        others=_moved(source, stored),
+    )
+    seen = fingerprinted(split, notes)
+    rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=None if work is None else Path(work))
+    prediction = predict(recipe, source, split, rounded, notes, batch_size=batch)
+    with staged_directory(target) as staging:
+        written = write_model(staging, recipe, source, rounded, notes)
+        divergence = evaluate_written(staging, recipe, source, split, rounded, notes, batch_size=batch)
+        details = report_details(
+            recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=written, seen=seen
+        )
+        write_report(staging, details)
+    return Quantized(path=target, report=divergence, details=details)
+
+
+def _is_original(source: Source, stored: Stored) -> bool:
+    """Whether linears have the same names and shapes, and the first matrix that is not quantized is the same, or close to it if it was
+    tuned."""
+    shapes = {name: tuple(linear.weight.shape) for name, linear in source.linears.items()}
+    if any(shapes.get(name) != weight.shape for name, weight in stored.rounded.items()):
+        return False
+    if stored.report["model"].get("parameters") != source.parameters:
+        return False
+    quantized = set(stored.frame.weights.values())
+    for name in stored.frame.sizes:
+        if name not in quantized and (tensor := stored.frame.reader(name)).ndim > 1:
+            if name not in source.checkpoint.files:
+                return False
+            own = source.checkpoint.read(name)
+            if _has_moved(stored) and own.shape == tensor.shape:
+                return bool((tensor.float() - own.float()).norm() < NEAR * own.float().norm())
+            return torch.equal(tensor, own)
+    return True
+
+
+def _has_moved(stored: Stored) -> bool:
+    """Whether an earlier tuning has moved anything but quantized weights."""
+    return bool((stored.report.get("tuning") or {}).get("other_parameters"))
+
+
+def _moved(source: Source, stored: Stored) -> dict[str, Tensor]:
+    """What of the rest an earlier tuning has moved, and where to."""
+    if not _has_moved(stored):
+        return {}
+    found = {name: stored.frame.reader(name) for name in rest_of(source) if name in stored.frame.sizes}
+    return {name: value for name, value in found.items() if not torch.equal(value, source.checkpoint.read(name))}

@@ -1,0 +1,87 @@
+"""Tuning of a rounded model's codes and scales, and of what is not quantized: the stage that chooses the method and its text.
+
+The methods themselves are in `roundel.tuning`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from roundel.artifacts.source import Source
+from roundel.calibration import Split
+from roundel.formats import FORMATS
+from roundel.grids import TileGrid, parse_scheme
+from roundel.recipes import Recipe
+from roundel.rotation import Rotation
+from roundel.stages.notes import Notes
+from roundel.stages.rounding import Rounded
+from roundel.stages.text import set_apart
+from roundel.tuning import Job, tune_blocks, tune_end_to_end
+from roundel.tuning.blocks import layers_of
+from roundel.types import RoundedWeight
+
+__all__ = ["rest_of", "tune_model"]
+
+
+def tune_model(
+    recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Path | None
+) -> Rounded:
+    """As the recipe says, from the codes and other parameters in `rounded`; `work` keeps the state of unfinished steps."""
+    if recipe.tune == "none":
+        return rounded
+    steps_on, judged_by = set_apart(split)
+    method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
+    turns = 1 if recipe.tune == "end-to-end" else sum(map(bool, layers_of(source.model, rounded.weights).values()))
+    codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())
+    wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
+    with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
+        job = Job(
+            source=source,
+            rounded=rounded.weights,
+            tokens=steps_on,
+            unseen=judged_by,
+            steps=recipe.steps,
+            step_tokens=recipe.step_tokens,
+            others=rest_of(source) if wanted else {},
+            moved=rounded.others,
+            seed=recipe.seed,
+            batch_size=batch_size,
+            work=work,
+            advance=advance,
+        )
+        tuned = method(job)
+    if tuned.best_step == 0:
+        notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
+    report = {
+        "method": recipe.tune,
+        "best_step": tuned.best_step,
+        "held_out_kl": {"before": tuned.held_out_kl[0], "after": tuned.held_out_kl[1]},
+        "other_parameters": len(tuned.parameters),
+        "history": tuned.history,
+    }
+    layers = {name: {**row, **_bits_with_vectors(tuned.rounded[name], recipe)} for name, row in rounded.layers.items()}
+    return dataclasses.replace(rounded, weights=tuned.rounded, layers=layers, others=tuned.parameters, tuning=report)
+
+
+def rest_of(source: Source) -> dict[str, torch.dtype]:
+    """Norms, biases, embedding and output head, if it is not quantized, and the types in which they are stored."""
+    ends = {id(module.weight) for module in (source.model.get_input_embeddings(), source.model.get_output_embeddings()) if module}  # type: ignore[no-untyped-call]
+    quantized = {id(linear.weight) for linear in source.linears.values()}
+    names = [
+        name
+        for name, parameter in source.model.named_parameters()
+        if (parameter.ndim == 1 or id(parameter) in ends - quantized) and name in source.checkpoint.files
+    ]
+    return {name: source.checkpoint.read(name).dtype for name in names}
+
+
+def _bits_with_vectors(weight: RoundedWeight, recipe: Recipe) -> dict[str, float]:
+    """Bits per weight where tuning has put vectors in place of signs, which may take more."""
+    form = FORMATS.get(recipe.written_format())
+    if form is None or not (isinstance(weight.rotation, Rotation) and weight.rotation.has_vectors):
+        return {}
+    return {"bits_per_weight": 8 * sum(tensor.nbytes for tensor in form.pack(weight).values()) / math.prod(weight.shape)}

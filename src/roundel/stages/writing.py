@@ -1,0 +1,59 @@
+"""From rounded weights to a checkpoint in the recipe's format, one shard at a time (`artifacts.checkpoints`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from roundel.artifacts.checkpoints import Frame, write
+from roundel.artifacts.source import Source
+from roundel.recipes import Recipe
+from roundel.stages.notes import Notes
+from roundel.stages.rounding import Rounded
+
+__all__ = ["write_model"]
+
+
+def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded, notes: Notes) -> int:
+    """Fills a directory, the report aside; returns the bytes of all tensors."""
+    with notes.timed("writing"), notes.progress.stage("writing", len(source.checkpoint.files)) as advance:
+        frame = _frame(source, {name: row["dtype"] for name, row in rounded.layers.items()}, rounded.others)
+        return write(staging, frame, rounded.weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
+
+
+def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:
+    """The original without the weights of its quantized linears, given by their types, and with `moved` for parameters that were tuned;
+    experts stored one by one become the parameters that the model has."""
+    checkpoint = source.checkpoint
+    names = {id(source.model.get_parameter(name)): name for name in moved}
+    aliases = {  # a tied head may be stored once more
+        name: moved[names[id(parameter)]]
+        for name, parameter in source.model.named_parameters(remove_duplicate=False)
+        if id(parameter) in names
+    }
+    fused = checkpoint.fused_in(source.model)
+    pieces = {piece for stored in fused.values() for piece in stored}
+    kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
+    weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
+
+    def read(tensor: str) -> Tensor:
+        if tensor in aliases:
+            return aliases[tensor]
+        if tensor not in fused:
+            return checkpoint.read(tensor)
+        return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()
+
+    sizes = {tensor: checkpoint.sizes[tensor] for tensor in checkpoint if tensor not in pieces}
+    sizes |= {tensor: source.model.get_parameter(tensor).numel() * kind.itemsize for tensor, kind in kinds.items()}
+    return Frame(
+        directory=source.path,
+        config=source.config,
+        sizes=sizes,
+        reader=read,
+        weights=weights,
+        dtypes={name: getattr(torch, dtypes[name]) for name in weights},
+        linears=frozenset(name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)),
+    )
