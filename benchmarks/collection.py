@@ -3,12 +3,12 @@
     python benchmarks/collection.py [--hidden 256 512] [--tokens 512] [--rounds 3] [--memory 64 512] [-o FILE]
 
 "Plain" is what a training step does: labels, cross entropy, gradients of all weights. "Inputs only" leaves the weight
-gradients out, as collection does. Each round times every variant once, in turn; the ratio is of the rounds' minima. `auto` has its
-two parts: the sums over seven eighths of the sequences, and the inner products of the last eighth's gradients with four errors of
-each linear; its roundings are not in it (`benchmarks/rounding.py`).
+gradients out, as collection does, but of the whole model at once. Each round times every variant once, in turn; the ratio is of the rounds'
+minima. `auto` has its two parts: the sums over seven eighths of the sequences, and the inner products of the last eighth's gradients with
+four errors of each linear; its roundings are not in it (`benchmarks/rounding.py`).
 
-Memory is by how much collecting the default, as `roundel collect` batches it, raises the peak of a fresh process with the model and the
-tokens in memory already, for each number of sequences. It should not depend on it.
+Memory is by how much collecting the default, as `roundel collect` batches it and with hidden states in files, raises the peak of a fresh
+process with the model and the tokens in memory already, for each number of sequences. It should not depend on it.
 """
 
 import argparse
@@ -18,16 +18,19 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from roundel.curvature import collect, inner_products, parse_curvature
+from roundel.curvature import inner_products, parse_curvature
+from roundel.curvature.collect import IN_MEMORY, collect_visit, passes
 from roundel.grids import parse_scheme
 from roundel.models import select_linears
 from roundel.stages.text import default_batch
+from roundel.sweeps import HiddenStore, Layers, gradient_visits
 from roundel.types import TokenBatch
 
 CURVATURES = ("activation", "kfac", "sketch-b", "mean", "auto")
@@ -72,18 +75,21 @@ def inputs_only(model: Qwen3ForCausalLM, tokens: TokenBatch, batch_size: int) ->
     model.requires_grad_(True)
 
 
-def curvature(name: str, model: Qwen3ForCausalLM, tokens: TokenBatch, batch_size: int) -> None:
-    linears = select_linears(model, parse_scheme("int4-g64")).linears
+def curvature(name: str, layers: Layers, tokens: TokenBatch, batch_size: int, store: HiddenStore) -> None:
+    linears, estimator = select_linears(layers.model, parse_scheme("int4-g64").check).linears, parse_curvature(name)
     fit = len(tokens) - len(tokens) // 8 if name == "auto" else len(tokens)
-    collection = collect(model, linears, tokens[:fit], parse_curvature(name), seed=0, batch_size=batch_size)
-    if fit < len(tokens):
-        errors = {str(k): lambda name: linears[name].weight.detach() for k in range(CANDIDATES)}
-        inner_products(model, linears, errors, tokens[fit:], seed=0, batch_size=batch_size, sketches=collection.sketches)
+    parts = {"": passes(estimator, fit)}
+    errors = {str(k): lambda name: linears[name].weight.detach() for k in range(CANDIDATES)}
+    for visit in gradient_visits(layers, linears, tokens, seed=0, labels="sampled", batch_size=batch_size, store=store):
+        found = collect_visit(visit, linears, {"": estimator}, parts, batch_size=batch_size, device=layers.device)[""]
+        if fit < len(tokens):
+            inner_products(visit, errors, range(fit, len(tokens)), batch_size=batch_size, sketches=found.sketches)
 
 
 def times(hidden: int, args: argparse.Namespace) -> dict[str, float]:
     """Over a plain pass."""
     model, tokens = model_of(hidden, args.layers), random_tokens(args.sequences, args.tokens)
+    layers, store = Layers(model), HiddenStore(memory=IN_MEMORY)
     best: dict[str, float] = {}
     for turn in range(args.rounds + 1):  # the first round warms up
         for name in ["plain", "inputs only", *CURVATURES]:
@@ -93,7 +99,7 @@ def times(hidden: int, args: argparse.Namespace) -> dict[str, float]:
             elif name == "inputs only":
                 inputs_only(model, tokens, args.batch_size)
             else:
-                curvature(name, model, tokens, args.batch_size)
+                curvature(name, layers, tokens, args.batch_size, store)
             spent = time.perf_counter() - began
             best[name] = min(best.get(name, float("inf")), spent) if turn else float("inf")
     return {name: round(spent / best["plain"], 2) for name, spent in best.items()}
@@ -107,9 +113,10 @@ def peak() -> int:
 def growth(sequences: int, args: argparse.Namespace) -> int:
     """By how many bytes collecting raises this process's peak."""
     model, tokens = model_of(MEMORY_HIDDEN, args.layers), random_tokens(sequences, args.memory_tokens)
-    linears = select_linears(model, parse_scheme("int4-g64")).linears
+    layers = Layers(model)
     before = peak()
-    collect(model, linears, tokens, parse_curvature("auto"), seed=0, batch_size=default_batch(args.memory_tokens))
+    with tempfile.TemporaryDirectory() as directory:
+        curvature("auto", layers, tokens, default_batch(args.memory_tokens), HiddenStore(memory=0, directory=Path(directory)))
     return peak() - before
 
 

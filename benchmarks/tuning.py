@@ -22,7 +22,8 @@ from roundel.artifacts.checkpoints import read
 from roundel.artifacts.source import load_source
 from roundel.progress import Silent
 from roundel.recipes import NEAREST, Recipe
-from roundel.stages.text import sequence_length, split_text
+from roundel.stages.notes import Notes
+from roundel.stages.text import split_text
 from roundel.tuning import Job, end_to_end, tune_end_to_end
 
 ARMS = {"exact products": (), "fast products": ("fast",), "exact, memory kept": ("keep",), "fast, memory kept": ("fast", "keep")}
@@ -38,7 +39,7 @@ def measure(directory: Path, steps: int, options: list[str]) -> float:
         end_to_end.fast = lambda function: function
     recipe = Recipe(scheme="int3-g64", **TEXT)
     source = load_source("demo", recipe, "cpu", "auto")
-    split = split_text(recipe, source, sequence_length(source.model, recipe), Silent())
+    split = split_text(recipe, source, Notes(Silent()))
     at: list[float] = []
     job = Job(
         source=source,

@@ -2,33 +2,32 @@
 
     python studies/allocation.py MODEL --calibration SPEC [--eval-data SPEC] [--scheme int3-g32] [--extra 0.25] [--seeds 3] [-o FILE]
 
-The budget is that of `--scheme` everywhere plus `--extra` bits per weight. "allocated" is `round_allocated` with that budget over all
-widths of the scheme, unfused; "random" is the scheme with one bit more for linears drawn at random until they use up the extra bits,
-the mean of several draws. "uniform" is the scheme alone and that with one bit more. Same factors and text for all.
+The budget is that of `--scheme` everywhere plus `--extra` bits per weight. "allocated" is `quantize --bits` with that budget over all
+widths of the scheme; "random" is the scheme with one bit more for linears drawn at random until they use up the extra bits,
+the mean of several draws. "uniform" is the scheme alone and that with one bit more. Same factors and text for all, no prefix-aware
+targets, because linears of several roundings are mixed.
 """
 
 import argparse
-import copy
 import importlib.metadata
 import json
 import random
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
 
+import roundel
+from roundel.artifacts.checkpoints import read
 from roundel.artifacts.source import Source, load_source
-from roundel.curvature import collect, parse_curvature
 from roundel.evaluate import compare_models
-from roundel.grids import parse_scheme
 from roundel.progress import Silent
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.notes import Notes
-from roundel.stages.report import versions
-from roundel.stages.rounding.allocation import round_allocated
-from roundel.stages.rounding.round_all import round_all
-from roundel.stages.text import default_batch, sequence_length, split_text
+from roundel.stages.report import Quantized, versions
+from roundel.stages.text import default_batch, split_text
 from roundel.types import RoundedWeight, TokenBatch
 
 DRAWS = 5
@@ -40,36 +39,29 @@ def measured(source: Source, twin: torch.nn.Module, weights: dict[str, RoundedWe
     return compare_models(twin, source.model, text, batch_size=default_batch(text.ids.shape[1])).kl_mean
 
 
-def one_seed(args: argparse.Namespace, seed: int) -> dict[str, float]:
-    base = Recipe(
-        scheme=args.scheme,
-        curvature="auto",
-        format="dense",
-        calibration=args.calibration,
-        eval_data=args.eval_data,
-        eval_sequences=args.eval_sequences,
-        sequences=args.sequences,
-        seq_len=args.seq_len,
-        seed=seed,
-    )
-    source = load_source(args.model, base, "cpu", "float32")
-    notes = Notes(Silent())
-    split = split_text(base, source, sequence_length(source.model, base), notes.progress)
-    batch = default_batch(split.calibration.ids.shape[1])
-    estimator = parse_curvature(base.curvature)
-    sketches = collect(source.model, source.linears, split.calibration, estimator, seed=seed, batch_size=batch).sketches
-    twin = copy.deepcopy(source.model)
+def average(result: Quantized) -> float:
+    """Bits per weight over all linears."""
+    rows = result.details["layers"].values()
+    sizes = [row["shape"][0] * row["shape"][1] for row in rows]
+    return sum(row["bits_per_weight"] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+
+
+def one_seed(args: argparse.Namespace, seed: int, work: Path) -> dict[str, float]:
+    text = {name: getattr(args, name) for name in ("calibration", "eval_data", "eval_sequences", "sequences", "seq_len")} | {"seed": seed}
+    source = load_source(args.model, Recipe(scheme=args.scheme, format="native", **text), "cpu", "float32")
+    heldout = split_text(Recipe(**text), source, Notes(Silent())).heldout
+    twin = load_source(args.model, Recipe(scheme=args.scheme, **text), "cpu", "float32").model
+    roundel.collect_factors(args.model, output=work / "factors", dtype="float32", **text)
+    common = {"factors": work / "factors", "format": "native", "prefix_aware": False, "dtype": "float32", **text}
     width = int(args.scheme[3])
     more = args.scheme.replace(str(width), str(width + 1), 1)
     found, weights, bits = {}, {}, {}
-    sizes = {name: linear.weight.numel() for name, linear in source.linears.items()}
     for scheme in (args.scheme, more):
-        weights[scheme], rows = round_all(
-            base, parse_scheme(scheme), source, copy.deepcopy(sketches), split.choice, notes, batch_size=batch
-        )
-        bits[scheme] = sum(rows[name]["bits_per_weight"] * size for name, size in sizes.items()) / sum(sizes.values())
-        found[scheme] = measured(source, twin, weights[scheme], split.heldout)
+        result = roundel.quantize(args.model, output=work / scheme, scheme=scheme, **common)
+        weights[scheme], bits[scheme] = dict(read(result.path).rounded), average(result)
+        found[scheme] = measured(source, twin, weights[scheme], heldout)
     budget = bits[args.scheme] + args.extra * (bits[more] - bits[args.scheme])
+    sizes = {name: source.linears[name].weight.numel() for name in weights[more]}
     draws = []
     for draw in range(DRAWS):
         order = sorted(sizes)
@@ -78,24 +70,17 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[str, float]:
         for name in order:
             if sizes[name] <= left:
                 chosen[name], left = weights[more][name], left - sizes[name]
-        draws.append(measured(source, twin, chosen, split.heldout))
-    allocated, rows, report = round_allocated(
-        Recipe(**{**base.as_json(), "include": (), "exclude": (), "schemes": (), "bits": budget}),
-        source,
-        sketches,
-        split.choice,
-        notes,
-        batch_size=batch,
-    )
+        draws.append(measured(source, twin, chosen, heldout))
+    result = roundel.quantize(args.model, output=work / "allocated", scheme=args.scheme, bits=budget, **common)
     found |= {
         "random": statistics.fmean(draws),
         "random, best draw": min(draws),
-        "allocated": measured(source, twin, allocated, split.heldout),
+        "allocated": measured(source, twin, dict(read(result.path).rounded), heldout),
         "bits": budget,
-        "allocated bits": sum(rows[name]["bits_per_weight"] * size for name, size in sizes.items()) / sum(sizes.values()),
-        "allocated, predicted": report["predicted_kl"],
+        "allocated bits": average(result),
+        "allocated, predicted": result.details["allocation"]["predicted_kl"],
     }
-    print(json.dumps({"seed": seed, "taken": report["taken"], **found}), flush=True)
+    print(json.dumps({"seed": seed, **found}), flush=True)
     return found
 
 
@@ -112,7 +97,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    rows = [one_seed(args, seed) for seed in range(args.seeds)]
+    rows = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as work:
+            rows.append(one_seed(args, seed, Path(work)))
     mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
     print(json.dumps({"mean": mean}))
     if args.output:

@@ -31,7 +31,7 @@ import roundel
 from roundel.commands.evaluate import evaluate
 from roundel.models import Checkpoint, load_model, locate
 from roundel.models.fuse import PARTS, fuse_rotation
-from roundel.stages.curvature import collect_factors
+from roundel.stages.collecting import collect_factors
 from roundel.stages.report import versions
 from roundel.store import copy_files, write_json, write_shards
 
@@ -89,7 +89,7 @@ def one_variant(args: argparse.Namespace, seed: int, variant: str, work: Path) -
     for scheme in args.schemes:
         began = time.monotonic()
         output = work / f"{variant}-{seed}-{scheme}"
-        result = roundel.quantize(model, output=output, factors=factors, scheme=scheme, error_aware=False, **settings)
+        result = roundel.quantize(model, output=output, factors=factors, scheme=scheme, prefix_aware=False, **settings)
         report = evaluate(output, reference=source, **length).report
         rows.append(
             {

@@ -28,8 +28,9 @@ PEERS = {
     ("autoround", "iters-1000"): "AutoRound, 1000 iterations",
 }
 ARMS = {
-    "untuned": "**Roundel, `--no-error-aware`**",
-    "error-aware": "**Roundel, the default**",
+    "untuned": "**Roundel, `--no-prefix-aware`**",
+    "error-aware": "Roundel until 79edaf3, error-aware",
+    "prefix-aware": "**Roundel, the default**",
     "blocks": "**Roundel, `--tune blocks`**",
     "end-to-end": "**Roundel, `--tune end-to-end`**",
 }

@@ -1,8 +1,8 @@
-"""What each stage after rounding is worth: KL, CPU seconds and peak memory of untuned, error-aware and tuned models.
+"""What each stage after rounding is worth: KL, CPU seconds and peak memory of untuned, prefix-aware and tuned models.
 
     python studies/tuning.py MODEL --calibration SPEC [--eval-data SPEC] --schemes int2-g32,... [--arms ...] [--seeds 0 1 2] -o FILE.json
 
-Arms: `untuned`, `error-aware`, `blocks`, `end-to-end`. All arms of a seed have the same text, labels and factors, which are collected once
+Arms: `untuned`, `prefix-aware`, `blocks`, `end-to-end`. All arms of a seed have the same text, labels and factors, which are collected once
 and kept in `FILE.work`; a seed draws the calibration text. Each arm runs in a process of its own, so that its peak memory is its own; CPU
 seconds are those of the stages after curvature, without writing and evaluation, and stand beside those of collecting. Rows are saved as
 they come, and those that are there are not run again. `--figure DIR` draws KL against steps from the file.
@@ -29,8 +29,8 @@ from roundel.stages.report import versions
 from roundel.store import write_json
 
 ARMS: dict[str, dict[str, Any]] = {
-    "untuned": {"error_aware": False},
-    "error-aware": {"error_aware": True},
+    "untuned": {"prefix_aware": False},
+    "prefix-aware": {"prefix_aware": True},
     "blocks": {"tune": "blocks"},
     "end-to-end": {"tune": "end-to-end"},
 }

@@ -22,7 +22,7 @@ import roundel
 from e2e import tiny
 from laws import test_grids, test_sketches
 from roundel import grids
-from roundel.cli import app
+from roundel.commands.app import app
 from roundel.curvature import sketches
 
 ROOT = Path(__file__).parent.parent

@@ -44,8 +44,9 @@ from roundel.formats import gguf, imatrix
 from roundel.models import load_model
 from roundel.progress import Silent
 from roundel.recipes import Recipe
+from roundel.stages.notes import Notes
 from roundel.stages.report import versions
-from roundel.stages.text import default_batch, sequence_length, split_text
+from roundel.stages.text import default_batch, split_text
 from roundel.store import write_json
 
 HERE = Path(__file__).parent
@@ -187,7 +188,7 @@ class Bench:
         self.reference = source.model
         self.twin: nn.Module = load_model(source.path, device=torch.device("cpu"), dtype=torch.float32)
         self.state = {name: value.clone() for name, value in self.reference.state_dict().items()}
-        self.length = sequence_length(source.model, base)
+        self.length = source.length
         self.splits: dict[int, Any] = {}
         self.squares: dict[int, tuple[dict[str, Tensor], float]] = {}
         self.broken: dict[str, str] = {}
@@ -198,7 +199,7 @@ class Bench:
     def split(self, seed: int) -> Any:
         if seed not in self.splits:
             recipe = Recipe(**{**self.base.as_json(), "seed": seed, "schemes": (), "include": (), "exclude": ()})
-            self.splits[seed] = split_text(recipe, self.source, self.length, Silent())
+            self.splits[seed] = split_text(recipe, self.source, Notes(Silent()))
         return self.splits[seed]
 
     def heldout(self, seed: int) -> Any:

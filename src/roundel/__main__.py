@@ -1,5 +1,5 @@
 """`python -m roundel`."""
 
-from roundel.cli import main
+from roundel.commands.app import main
 
 main()

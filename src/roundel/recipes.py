@@ -11,52 +11,33 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from roundel.curvature import parse_curvature
-from roundel.curvature.fisher import LABEL_KINDS
 from roundel.errors import SchemeError
 from roundel.formats import FORMATS, gguf
 from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
+from roundel.settings import EFFORTS, Settings
+from roundel.sweeps.labels import LABEL_KINDS
 
 __all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "with_block_type"]
 
 TUNINGS = ("none", "end-to-end", "blocks")
-ENOUGH_TOKENS = 16384
-"""Of calibration text, from which on rounding is error-aware: four steps without repetition (`error_aware.TOKENS`)."""
+ENOUGH_TOKENS = 8192
+"""Of calibration text, from which on rounding is prefix-aware."""
+
+STEP_TOKENS = 4096
+"""Of one natural-gradient step."""
 
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 WRITTEN = (*FORMATS, "gguf", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """Settings of one quantization; validated when made.
 
     Raises:
         SchemeError: a name is unknown or a number out of range.
     """
-
-    scheme: str = "int4-g128"
-    bits: float | None = None
-    schemes: tuple[str, ...] = ()
-    rotate: str = "auto"
-    format: str = "auto"
-    curvature: str = "auto"
-    labels: str = "sampled"
-    calibration: str = "self"
-    sequences: int = 512
-    seq_len: int = 512
-    eval_data: str | None = None
-    eval_sequences: int = 64
-    sweeps: int = 4
-    damping: float = 0.1
-    error_aware: bool | None = None
-    tune: str = "none"
-    tune_steps: int | None = None
-    tune_tokens: int | None = None
-    tune_rest: bool | None = None
-    seed: int = 0
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for scheme in (self.scheme, *self.schemes):
@@ -71,8 +52,6 @@ class Recipe:
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
         for scheme in self.used_schemes:
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
-        if self.error_aware and self.bits is not None:
-            raise SchemeError("error-aware rounding needs one scheme for all linears: leave out --bits or --error-aware")
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
         splits_rows = parse_curvature(self.curvature).splits_rows
@@ -84,21 +63,60 @@ class Recipe:
                 )
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
-        lowest = {"sequences": 1, "seq_len": 2, "eval_sequences": 1, "sweeps": 0, "seed": 0, "tune_steps": 1, "tune_tokens": 1}
+        lowest = {
+            "sequences": 1,
+            "prefix_sequences": 1,
+            "natural_places": 0,
+            "seq_len": 2,
+            "eval_sequences": 1,
+            "sweeps": 0,
+            "seed": 0,
+            "tune_steps": 1,
+            "tune_tokens": 1,
+        }
         for name, least in lowest.items():
             if (given := getattr(self, name)) is not None and given < least:
                 raise SchemeError(f"{name} is {getattr(self, name)}: expected {least} or more")
         if not 0 < self.damping <= 10:
             raise SchemeError(f"damping is {self.damping}: expected more than 0 and at most 10, relative to the mean diagonal")
+        if not 0 < self.prefix_damping <= 10:
+            raise SchemeError(
+                f"prefix_damping is {self.prefix_damping}: expected more than 0 and at most 10, relative to the mean diagonal"
+            )
+        for name in ("prefix_strength", "stream_strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SchemeError(f"{name} is {getattr(self, name)}: expected 0 to 1")
+
+    @classmethod
+    def of(cls, **given: Any) -> Recipe:
+        """The recipe of a named `effort`, `normal` if none is named, with what else is given in place of its settings.
+
+        Raises:
+            SchemeError: as for the recipe, or no effort has that name.
+        """
+        effort = given.get("effort", Settings.effort)
+        if effort not in EFFORTS:
+            raise SchemeError(f"effort {effort!r}: expected one of {', '.join(EFFORTS)}")
+        return cls(**{**EFFORTS[effort], **given})
 
     def corrects(self, tokens: int) -> bool:
-        """Whether later layers make up for earlier ones, given so many tokens of calibration text.
+        """Whether rounding is prefix-aware, given so many tokens of calibration text: if it is not said, where there is text for it."""
+        return tokens >= ENOUGH_TOKENS if self.prefix_aware is None else self.prefix_aware
 
-        If it is not said: where nothing follows that does it better (tuning) or rules it out (`bits`), and there is text for it.
+    def prefix_rows(self, sequences: int) -> range:
+        """Which of so many calibration sequences go along both paths; if it is not said, all."""
+        return range(sequences if self.prefix_sequences is None else min(sequences, self.prefix_sequences))
+
+    def natural_steps(self, sequences: int, length: int) -> tuple[int, int]:
+        """At how many places natural-gradient steps are taken, and how many at each, given the calibration text.
+
+        If it is not said: such that they cost about what the collection of so many sequences does, at two places or, with much text, four.
         """
-        if self.error_aware is not None:
-            return self.error_aware
-        return self.bits is None and self.tune == "none" and tokens >= ENOUGH_TOKENS
+        if self.natural_places == 0:
+            return 0, 0
+        whole = 6 * sequences / (2.5 * max(1, STEP_TOKENS // length))
+        places = self.natural_places or (4 if whole >= 48 else 2)
+        return places, min(16, max(4, round(whole / places)))
 
     @property
     def steps(self) -> int:
@@ -197,10 +215,10 @@ def _known(scheme: str) -> bool:
     return True
 
 
-NEAREST: dict[str, Any] = {"curvature": "identity", "sweeps": 0, "error_aware": False}
+NEAREST: dict[str, Any] = {"curvature": "identity", "sweeps": 0, "prefix_aware": False}
 """Nearest rounding with searched, signed scales."""
 
-GPTQ: dict[str, Any] = {"curvature": "activation", "sweeps": 0, "error_aware": False}
+GPTQ: dict[str, Any] = {"curvature": "activation", "sweeps": 0, "prefix_aware": False}
 """LDLQ: one-sided feedback under the input's second moment."""
 
 BEST: dict[str, Any] = {}

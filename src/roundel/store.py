@@ -43,7 +43,7 @@ def check_output(target: Path) -> None:
 
 
 @contextmanager
-def storage(path: Path) -> Iterator[None]:
+def storage(path: Path, doing: str = "writing") -> Iterator[None]:
     """Turns the errors of a full or failing disk into one `StorageError` about `path`."""
     try:
         yield
@@ -53,9 +53,9 @@ def storage(path: Path) -> Iterator[None]:
             errno.EDQUOT: "your disk quota is used up",
             errno.EFBIG: "the file grew too large",
         }
-        raise StorageError(f"writing {path} failed: {reasons.get(error.errno or 0, error.strerror or str(error))}") from error
+        raise StorageError(f"{doing} {path} failed: {reasons.get(error.errno or 0, error.strerror or str(error))}") from error
     except SafetensorError as error:
-        raise StorageError(f"writing {path} failed: {error}") from error
+        raise StorageError(f"{doing} {path} failed: {error}") from error
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 
 import roundel
 from e2e import tiny
-from roundel.cli import main
+from roundel.commands.app import main
 from roundel.evaluate import plots
 from roundel.recipes import Recipe
 
@@ -33,6 +35,22 @@ def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Drawn in shared fixtures and where they are looked at: those of a report take as long as rounding a tiny model."""
     if request.path.name not in ("test_inspect.py", "test_reports.py"):
         monkeypatch.setattr(plots, "_png", lambda _figure: b"not drawn")
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Gradients and sums without products in bfloat16 (`roundel.linalg.fast`), for comparisons with others' sums to the last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("roundel.curvature.collect"), "fast_products", lambda _device: nullcontext())
+        patch.setattr(importlib.import_module("roundel.sweeps.gradients"), "fast", lambda call: call)
+        yield
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """See `exactly`."""
+    with exactly():
+        yield
 
 
 @pytest.fixture(scope="session")

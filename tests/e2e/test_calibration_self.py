@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from e2e.tiny import BOS, VOCABULARY
+from oracles.tiny import label_gradient
 from roundel.calibration import sample_from_model
-from roundel.curvature.fisher import label_gradient
 from roundel.models import load_model, load_tokenizer
 from roundel.types import TokenBatch
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import roundel
 from e2e import tiny
-from roundel.cli import app
+from roundel.commands.app import app
 
 SHORT = ("--sequences", 8, "--seq-len", 32, "--eval-sequences", 4)
 EVALUATION = {

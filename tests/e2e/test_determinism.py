@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.tiny import label_gradient
 from roundel.calibration import read_documents, windows
-from roundel.curvature.collect import safe_batch_size
-from roundel.curvature.fisher import label_gradient
 from roundel.grids import parse_scheme
 from roundel.models import load_model, load_tokenizer, select_linears
+from roundel.sweeps import Layers, safe_batch_size
 from roundel.types import TokenBatch
 
 FILES = ("model.safetensors", "config.json")
@@ -61,23 +61,37 @@ class RowByRow(nn.Linear):
         return torch.stack([nn.functional.linear(row, self.weight, self.bias) for row in x])
 
 
-class Batchy(nn.Module):
-    """A model whose numbers depend, if there is noise, on how many sequences it sees together, and on nothing else of the batch."""
+class Block(nn.Module):
+    """A layer whose numbers depend, if there is noise, on how many sequences it sees together, and on nothing else of the batch."""
 
     def __init__(self, noise: float, noisy_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(50, 8)
-        self.first, self.second, self.head = RowByRow(8, 8), RowByRow(8, 8), RowByRow(8, 50)
+        self.first, self.second = RowByRow(8, 8), RowByRow(8, 8)
         self.noise, self.noisy_size = noise, noisy_size
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if len(x) == self.noisy_size:
+            x = x * (1 + self.noise)
+        return self.second(x)
+
+
+class Batchy(nn.Module):
+    """A model of such layers."""
+
+    def __init__(self, noise: float, noisy_size: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), RowByRow(8, 50)
+        self.layers = nn.ModuleList(Block(noise, noisy_size) for _ in range(2))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
     def forward(self, input_ids, use_cache=False) -> SimpleNamespace:
-        x = self.first(self.embedding(input_ids)).tanh()
-        if len(input_ids) == self.noisy_size:
-            x = x * (1 + self.noise)
-        return SimpleNamespace(logits=self.head(self.second(x)))
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.head(x))
 
 
 @pytest.mark.parametrize(
@@ -93,9 +107,10 @@ def test_batches_that_change_bits_are_not_used(noise, noisy_size, expected) -> N
     torch.manual_seed(0)
     model = Batchy(noise, noisy_size).eval()
     tokens = TokenBatch(ids=torch.randint(50, (10, 16)), sequence_ids=tuple(range(10)))
-    linears = {"first": model.first, "second": model.second}
-    assert safe_batch_size(model, linears, tokens, seed=0, batch_size=4) == expected
-    assert safe_batch_size(model, linears, tokens, seed=0, batch_size=1) == 1
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = Layers(model)
+    assert safe_batch_size(layers, linears, tokens, batch_size=4) == expected
+    assert safe_batch_size(layers, linears, tokens, batch_size=1) == 1
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -104,7 +119,7 @@ def test_never_more_than_there_are_sequences(model, text) -> None:
     tokens = windows(read_documents(str(text)), load_tokenizer(model()), 16, most=3)
     linears = select_linears(loaded, parse_scheme("int4-g32").check).linears
     batch = TokenBatch(ids=tokens, sequence_ids=(0, 1, 2))
-    assert safe_batch_size(loaded, linears, batch, seed=0, batch_size=64) in (1, 3)
+    assert safe_batch_size(Layers(loaded), linears, batch, batch_size=64) in (1, 3)
 
 
 def test_the_seed_decides_the_labels() -> None:

@@ -384,6 +384,9 @@ def small_disk(quantized) -> Iterator[None]:
 @pytest.mark.usefixtures("small_disk")
 def test_file_too_large_for_the_disk(fails) -> None:
     message = fails(code=4)
+    assert "0001.safetensors failed" in message  # the first group's curvature
+    assert "arge" in message
+    message = fails("--curvature", "identity", "--include", "*.k_proj", code=4)  # whose curvature and codes fit
     assert "model.safetensors failed" in message
     assert "arge" in message
 
@@ -423,7 +426,7 @@ def test_signals_while_the_output_is_half_written(number, code, command, model, 
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    monkeypatch.setattr("roundel.stages.evaluation.compare_models", interrupt)
+    monkeypatch.setattr("roundel.stages.finish.evaluate_written", interrupt)
     outcome = command("quantize", model(), "-o", tmp_path / "out", "--calibration", text, *SHORT, "--quiet")
     assert len(seen) == 1
     assert outcome.code == code
@@ -433,13 +436,13 @@ def test_signals_while_the_output_is_half_written(number, code, command, model, 
 
 ANNOUNCED = """
 import roundel.stages.curvature
-from roundel.cli import main
+from roundel.commands.app import main
 
-def announced(*args, collect=roundel.stages.curvature.collect, **options):
+def announced(*args, collect_visit=roundel.stages.curvature.collect_visit, **options):
     print("curvature", flush=True)
-    return collect(*args, **options)
+    return collect_visit(*args, **options)
 
-roundel.stages.curvature.collect = announced
+roundel.stages.curvature.collect_visit = announced
 main()
 """
 

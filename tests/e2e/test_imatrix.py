@@ -11,18 +11,19 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import roundel
 from e2e import tiny
-from e2e.conftest import SETTINGS
-from roundel.artifacts import factors as factor_files
+from e2e.conftest import SETTINGS, exactly
+from roundel.artifacts.factors import FactorsDirectory
 from roundel.calibration import split_tokens, windows
 from roundel.errors import FactorsError, ModelError, OutputError, StorageError
 from roundel.formats import imatrix as imatrix_format
 from roundel.models import load_tokenizer
-from roundel.stages.curvature import collect_factors
+from roundel.stages.collecting import collect_factors
 from roundel.stages.export import export_imatrix
 
 LAYER = {
@@ -45,7 +46,8 @@ def collected(model: Callable[..., Path], text: Path, tmp_path_factory: pytest.T
     def collect(curvature: str) -> Path:
         if curvature not in made:
             made[curvature] = tmp_path_factory.mktemp("factors") / "factors"
-            collect_factors(model(), output=made[curvature], curvature=curvature, calibration=str(text), **SETTINGS)
+            with exactly():
+                collect_factors(model(), output=made[curvature], curvature=curvature, calibration=str(text), **SETTINGS)
         return made[curvature]
 
     return collect
@@ -96,7 +98,7 @@ def test_weights_of_a_fisher_are_its_diagonal_summed_over_rows(curvature: str, c
     factors = collected(curvature)
     export_imatrix(factors, output=tmp_path / "m.gguf")
     sums, counts = read(tmp_path / "m.gguf")
-    own = factor_files.restore(*factor_files.load(factors), torch.device("cpu")).factors()
+    own = FactorsDirectory.open(factors).factors()
     means = []
     for name, stored in LINEARS.items():
         dense = sum(
@@ -138,8 +140,11 @@ def test_a_linear_without_a_name_is_left_out_with_a_warning(collected, command, 
     factors = tmp_path / "factors"
     shutil.copytree(collected("activation"), factors)
     header = json.loads((factors / "header.json").read_text())
-    header["layers"]["model.layers.1.mlp.experts.0.up_proj"] = header["layers"].pop("model.layers.1.mlp.up_proj")
+    named, renamed = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.experts.0.up_proj"
+    header["layers"][renamed] = header["layers"].pop(named)
     (factors / "header.json").write_text(json.dumps(header))
+    stored = factors / "sums-0001.safetensors"
+    save_file({key.replace(named, renamed): value for key, value in load_file(stored).items()}, stored)
     outcome = command("imatrix", factors, "-o", tmp_path / "m.gguf")
     assert outcome.code == 0
     assert "warning: model.layers.1.mlp.experts.0.up_proj is left out" in " ".join(outcome.err.split())
@@ -159,9 +164,11 @@ def test_what_cannot_be_exported_is_refused(collected, model, tmp_path, monkeypa
     part = tmp_path / "part"
     shutil.copytree(factors, part)
     header = json.loads((part / "header.json").read_text())
-    (part / "header.json").write_text(json.dumps({**header, "done": 3}))
+    left, away = part / "sums-0000.safetensors", tmp_path / "away"
+    left.rename(away)
     with pytest.raises(FactorsError, match="not complete"):
         export_imatrix(part, output=target)
+    away.rename(left)
     name = "model.layers.0.self_attn.q_proj"  # GPT-NeoX has one matrix for q, k and v
     (part / "header.json").write_text(json.dumps({**header, "layers": {name: header["layers"][name]}}))
     with pytest.raises(FactorsError, match=r"none of the factors' linears .* gptneox"):

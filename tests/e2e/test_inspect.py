@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 import roundel
 from e2e.conftest import SETTINGS
 from oracles.test_fisher import weight_gradients
-from roundel.artifacts.factors import load, restore
+from roundel.artifacts.factors import FactorsDirectory
 from roundel.calibration import windows
 from roundel.commands.inspect import COLUMNS, _rank, _structure, inspect, table_rows
 from roundel.errors import DataError, FactorsError, SchemeError
@@ -25,7 +26,7 @@ from roundel.evaluate.html import Paragraph, page
 from roundel.evaluate.html import Table as HtmlTable
 from roundel.linalg.ldl import damped_ldl
 from roundel.models import load_model, load_tokenizer
-from roundel.stages.curvature import collect_factors, open_factors
+from roundel.stages.collecting import collect_factors, open_factors
 from roundel.types import GroupedFactors, KroneckerFactors, TokenBatch
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -172,7 +173,7 @@ def test_other_factors_and_other_text(curvature: str, model, text, tmp_path) -> 
     assert all(row["singular_values"] is None for row in layers.values())
     assert all(row["nilpotence"] == {"out": 1, "in": row["shape"][1]} for row in layers.values())
     assert 0 < details["total"]["j_ratio"] < 1
-    seen = set(load(tmp_path / "factors")[0].sequence_ids)
+    seen = set(FactorsDirectory.open(tmp_path / "factors").header.sequence_ids)
     every = TokenBatch.of(windows(iter([text.read_text()]), load_tokenizer(model()), 32, most=16)).sequence_ids
     assert details["held_out"]["sequences"] == len([sequence for sequence in every if sequence not in seen]) < 16
     assert "16 were asked for" in details["warnings"][0]
@@ -191,10 +192,8 @@ def test_what_cannot_be_inspected_is_refused(factors, model, text, tmp_path, com
         inspect(factors, data="self", scheme="int4-g32")
     with pytest.raises(DataError, match="too little text"):
         inspect(factors, sequences=100000, scheme="int4-g32")
-    header = json.loads((factors / "header.json").read_text())
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / header["sums"]).write_bytes((factors / header["sums"]).read_bytes())
-    (tmp_path / "half" / "header.json").write_text(json.dumps({**header, "done": 3}))
+    shutil.copytree(factors, tmp_path / "half")
+    next((tmp_path / "half").rglob("*.safetensors")).unlink()
     outcome = command("inspect", tmp_path / "half")
     assert outcome.code == 2
     assert "not complete" in outcome.err
@@ -211,5 +210,5 @@ def test_command(factors, tmp_path, command) -> None:
     assert "s2/s1" in outcome.out
     details = json.loads((tmp_path / "details.json").read_text())
     assert details == json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert restore(*load(factors), torch.device("cpu")).factors().keys() == details["layers"].keys()
+    assert FactorsDirectory.open(factors).factors().keys() == details["layers"].keys()
     assert details["factors"]["curvature"] == "auto"

@@ -36,7 +36,7 @@ def much_text(tmp_path_factory) -> str:
 def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, method: str, scheme: str) -> None:
     few = 8 if method == "blocks" else 40
     text = {"calibration": much_text, "sequences": 160 if method == "blocks" else 300, "eval_sequences": 40, "tune_tokens": 1024}
-    given = {**SETTINGS, **text, "scheme": scheme, "rotate": "online"}
+    given = {**SETTINGS, **text, "scheme": scheme, "rotate": "online", "prefix_aware": False}
     plain = quantize(model(), tmp_path / "plain", **given)
     tuned = quantize(model(), tmp_path / "tuned", **given, tune=method, tune_steps=few, tune_rest=True)
     assert tuned.report.kl_mean < (0.99 if method == "blocks" else 0.96) * plain.report.kl_mean
@@ -86,7 +86,8 @@ def test_tuned_weights_go_into_every_format(model, quantize, tmp_path, scheme: s
     form = "native" if scheme == "q4_0" else "auto"
     given = {**SETTINGS, "scheme": scheme, "format": form}
     plain = quantize(model(), tmp_path / "plain", **given)
-    result = quantize(model(), tmp_path / "out", **given, tune="end-to-end", tune_steps=8, tune_rest=True)
+    steps = 40 if "4" in scheme else 8  # 4 bits are hardest to make better
+    result = quantize(model(), tmp_path / "out", **given, tune="end-to-end", tune_steps=steps, tune_rest=True)
     assert result.details["tuning"]["best_step"] > 0
     assert (result.path / "model.safetensors").read_bytes() != (plain.path / "model.safetensors").read_bytes()
     ids = torch.arange(5, 45).view(2, 20)
@@ -150,9 +151,9 @@ def test_killed_and_resumed_it_ends_in_the_same_place(model, quantize, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         quantize(model(), tmp_path / "out", **given, work=work)
     assert not (tmp_path / "out").exists()
-    assert sorted(path.name for path in work.iterdir()) == ["factors", "rounded.safetensors", "tuning.safetensors"]
+    assert {"curvature", "rounded", "tuning.safetensors"} <= {path.name for path in work.iterdir()}
     first = taken
-    monkeypatch.setattr("roundel.stages.rounding.model.round_all", None)  # is not called again
+    monkeypatch.setattr("roundel.stages.rounding.model.round_linears", None)  # is not called again
     resumed = quantize(model(), tmp_path / "out", **given, work=work)
     assert taken - first == (8 if method == "blocks" else 3)  # no step of what was saved is taken again
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
@@ -211,7 +212,7 @@ def test_what_cannot_be_tuned_is_refused(model, quantize, tmp_path) -> None:
     with pytest.raises(DataError, match="two calibration sequences"):
         quantize(model(), tmp_path / "out", **{**SETTINGS, "sequences": 1}, scheme="int4-g32", tune="end-to-end")
     with pytest.raises(SchemeError, match="one list of decoder layers"):
-        tuning.blocks.layers_of(torch.nn.Linear(2, 2), {})
+        tuning.blocks.layers_of(torch.nn.Linear(2, 2))
 
 
 def test_the_command(model, quantize, tmp_path, command) -> None:

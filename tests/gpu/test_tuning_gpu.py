@@ -17,7 +17,7 @@ TEXT = {"calibration": "stdlib", "eval_data": "stdlib-heldout", "sequences": 128
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, float]:
     """A type, a checkpoint that is not tuned, and its KL."""
     output = tmp_path_factory.mktemp(request.param) / "plain"
-    result = roundel.quantize("demo", output=output, scheme="int3-g64", format="native", dtype=request.param, error_aware=False, **TEXT)
+    result = roundel.quantize("demo", output=output, scheme="int3-g64", format="native", dtype=request.param, prefix_aware=False, **TEXT)
     return request.param, output, result.report.kl_mean
 
 

@@ -14,6 +14,7 @@ from laws.problems import draw
 from roundel.errors import SchemeError
 from roundel.grids import ScalarGrid, Scales, parse_scheme, search
 from roundel.grids.base import gather, spread
+from roundel.grids.uniform import Uniform
 
 D_IN = 256
 SYMMETRIC = [*(f"int{bits}-g32" for bits in range(2, 9)), "int2-g4", "int4-channel", "int8-channel", "int3-tensor", "int8-tensor"]
@@ -611,3 +612,24 @@ def test_grids_without_groups_take_every_width(name: str) -> None:
         scalar(name).check(*shape)
         W = draw(*shape, seed=1, dtype=torch.float32)
         assert error(W, reconstructed(scalar(name), W)) < 0.1 * W.square().sum().item()
+
+
+@pytest.mark.parametrize("name", ["int2-g16", "int3-channel", "int4-g32", "int8-tensor"])
+def test_the_compiled_search_for_scales_is_as_good_as_its_specification(name: str) -> None:
+    """Sums are in another order: of two candidates that are equally good another may be taken."""
+    grid = parse_scheme(name)
+    assert isinstance(grid, Uniform)
+    W, weights = draw((48, 64), seed=3).float(), draw((64,), seed=4).float().exp()
+    W[5] = 0
+    found = grid.fit_scales(W, weights, torch.float32)
+    exact = grid.fit_scales(W.double(), weights.double(), torch.float32)
+
+    def loss(scales: dict[str, torch.Tensor]) -> torch.Tensor:
+        step = spread(scales["scale"].double(), (48, 64))
+        codes = (W.double() / step).round().clamp(*grid.code_range)
+        rows, columns = scales["scale"].shape
+        return (weights.double() * (W.double() - codes * step).square()).reshape(rows, -1, columns, 64 // columns).sum((1, 3))
+
+    torch.testing.assert_close(loss(found), loss(exact), rtol=1e-4, atol=1e-9)
+    apart = (found["scale"] - exact["scale"]).abs() / exact["scale"].abs()
+    assert (apart < 1e-5).float().mean() > 0.9

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from laws.problems import covariance, draw
 from oracles.test_fisher import weight_gradients
-from oracles.tiny import dense_fisher, linears, random_tokens, repeated, tiny_llama
-from roundel.curvature import collect, parse_curvature, predicted_kl
+from oracles.tiny import collected, dense_fisher, linears, random_tokens, repeated, tiny_llama
+from roundel.curvature import predicted_kl
 from roundel.curvature.diagnose import Diagnosis, diagnose, total
 from roundel.errors import DataError
+from roundel.sweeps import Layers
 from roundel.types import Factors, GroupedFactors, KroneckerFactors, TokenBatch
 
 DAMPING = 0.1
@@ -74,7 +75,7 @@ def test_every_number_equals_its_definition_on_dense_gradients(length: int) -> N
     errors = {name: 0.1 * draw(*linear.weight.shape, seed=5).float() for name, linear in chosen.items()}
     done: list[int] = []
     found = diagnose(
-        model,
+        Layers(model),
         chosen,
         factors,
         tokens,
@@ -84,7 +85,7 @@ def test_every_number_equals_its_definition_on_dense_gradients(length: int) -> N
         advance=done.append,
         errors={"two": errors.__getitem__},
     )
-    assert done == sizes
+    assert sum(done) == 8 * (2 + 1 + 2)
     gradients = {name: G.double() for name, G in weight_gradients(model, chosen, tokens, seed=4).items()}
     for label, own in factors.items():
         for name, layer in own.items():
@@ -100,7 +101,7 @@ def test_every_number_equals_its_definition_on_dense_gradients(length: int) -> N
             expected = jackknifed([cosine(G[kept], left, layer) for kept, left in zip(left_out, remaining, strict=True)])
             assert row.cosine_stderr == pytest.approx(expected, rel=1e-3)
             assert row.j_ratio_stderr == pytest.approx(jackknifed([(J[k].sum() / J0[k].sum()).item() for k in left_out]), rel=1e-3)
-    prediction = predicted_kl(model, chosen, errors.__getitem__, tokens, seed=4, batch_size=3)
+    prediction = predicted_kl(Layers(model), chosen, errors.__getitem__, tokens, seed=4, batch_size=3)
     assert {name: row.predicted_kl for name, row in found["two"].items()} == pytest.approx(prediction.layers, rel=1e-5)
     assert all(row.predicted_kl is None for row in found["one"].values())
     whole = total(found["two"].values())
@@ -113,7 +114,7 @@ def test_the_total_is_that_of_the_block_diagonal_fisher() -> None:
     model, tokens = tiny_llama(), random_tokens(6, 5, seed=2)
     chosen = {name: linears(model)[name] for name in (Q_PROJ, V_PROJ)}
     own = {name: factors_of(linear, 3) for name, linear in chosen.items()}
-    rows = diagnose(model, chosen, {"": own}, tokens, seed=0, batch_size=6, damping=DAMPING)[""]
+    rows = diagnose(Layers(model), chosen, {"": own}, tokens, seed=0, batch_size=6, damping=DAMPING)[""]
     G = {name: value.double() for name, value in weight_gradients(model, chosen, tokens).items()}
     inner = sum(torch.einsum("si,ij,sj->s", G[name].flatten(1), dense(own[name]), G[name].flatten(1)).mean() for name in chosen)
     pairs = [(s, t) for s in range(6) for t in range(6) if s != t]
@@ -135,10 +136,10 @@ def test_the_cosine_is_that_of_the_exact_fisher(name: str) -> None:
     F = dense_fisher(model, [linear.weight], tokens.ids[0])
     factors = {
         "random": factors_of(linear, 0),
-        "collected": collect(model, {name: linear}, repeated(tokens, 300), parse_curvature("mean"), seed=9, batch_size=100).factors()[name],
+        "collected": collected(model, {name: linear}, repeated(tokens, 300), "mean", seed=9, batch_size=100)[name],
     }
     rows = diagnose(
-        model,
+        Layers(model),
         {name: linear},
         {label: {name: own} for label, own in factors.items()},
         repeated(tokens, draws),
@@ -159,11 +160,8 @@ def test_the_cosine_is_that_of_the_exact_fisher(name: str) -> None:
 def test_identity_leaves_all_of_the_loss_and_better_factors_less() -> None:
     model, tokens = tiny_llama(), random_tokens(40, 12, seed=2)
     chosen = {DOWN_PROJ: linears(model)[DOWN_PROJ]}
-    own = {
-        spec: collect(model, chosen, tokens[:24], parse_curvature(spec), seed=0, batch_size=8).factors()
-        for spec in ("identity", "activation", "mean")
-    }
-    rows = diagnose(model, chosen, own, tokens[24:], seed=0, batch_size=8, damping=DAMPING)
+    own = {spec: collected(model, chosen, tokens[:24], spec, seed=0, batch_size=8) for spec in ("identity", "activation", "mean")}
+    rows = diagnose(Layers(model), chosen, own, tokens[24:], seed=0, batch_size=8, damping=DAMPING)
     identity, activation, mean = (rows[spec][DOWN_PROJ] for spec in own)
     assert identity.j_ratio == pytest.approx(1, rel=1e-5)
     assert identity.j_ratio_stderr < 1e-5
@@ -177,12 +175,12 @@ def test_what_cannot_be_judged_is_left_out_or_refused() -> None:
     own: dict[str, Factors] = {name: factors_of(linear, 3) for name, linear in chosen.items()}
     own[V_PROJ] = KroneckerFactors(H_out=own[V_PROJ].H_out, H_in=own[V_PROJ].H_in, scale=0.0)
     settings = {"seed": 0, "damping": DAMPING}
-    assert set(diagnose(model, chosen, {"": own}, tokens, batch_size=4, **settings)[""]) == {Q_PROJ}
+    assert set(diagnose(Layers(model), chosen, {"": own}, tokens, batch_size=4, **settings)[""]) == {Q_PROJ}
     for few, batch in ((tokens[:1], 4), (tokens, 1)):
         with pytest.raises(DataError, match="2 or more"):
-            diagnose(model, chosen, {"": own}, few, batch_size=batch, **settings)
+            diagnose(Layers(model), chosen, {"": own}, few, batch_size=batch, **settings)
     with pytest.raises(ValueError, match="no factors"):
-        diagnose(model, chosen, {"": own}, tokens, batch_size=4, errors={"x": lambda _name: torch.zeros(0)}, **settings)
+        diagnose(Layers(model), chosen, {"": own}, tokens, batch_size=4, errors={"x": lambda _name: torch.zeros(0)}, **settings)
 
 
 def test_as_json() -> None:
@@ -190,7 +188,7 @@ def test_as_json() -> None:
     tokens: TokenBatch = random_tokens(2, 5)
     chosen = {Q_PROJ: linears(model)[Q_PROJ]}
     own = {Q_PROJ: factors_of(chosen[Q_PROJ], 3)}
-    row: Diagnosis = diagnose(model, chosen, {"": own}, tokens, seed=0, batch_size=2, damping=DAMPING)[""][Q_PROJ]
+    row: Diagnosis = diagnose(Layers(model), chosen, {"": own}, tokens, seed=0, batch_size=2, damping=DAMPING)[""][Q_PROJ]
     values = json.loads(json.dumps(row.as_json(), allow_nan=False))
     assert values["cosine"] == row.cosine
     assert values["cosine_stderr"] is None  # without one of two sequences there is no pair

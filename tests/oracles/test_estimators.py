@@ -7,8 +7,8 @@ from torch import Tensor
 
 from laws.problems import draw
 from oracles.test_fisher import weight_gradients
-from oracles.tiny import dense_fisher, linears, random_tokens, repeated, tiny_llama
-from roundel.curvature import Estimator, collect, parse_curvature
+from oracles.tiny import collected, dense_fisher, linears, random_tokens, repeated, tiny_llama
+from roundel.curvature import Estimator, parse_curvature
 from roundel.curvature.sketches import ESTIMATORS
 from roundel.curvature.sketches.triangular import DAMPING
 from roundel.linalg.ldl import damped_ldl, ldl
@@ -61,10 +61,8 @@ def test_power_converges_to_the_leading_singular_pair_of_the_gradients_fisher(na
     rows = G.flatten(1)
     u, v, gap = leading_pair(rows.T @ rows, *G.shape[1:])
     assert gap < 0.7
-    close = collect(model, chosen, tokens, parse_curvature("power:rounds=30"), seed=4, batch_size=1).factors()[name]
-    first, some = (
-        collect(model, chosen, tokens, parse_curvature(spec), seed=4, batch_size=1).factors()[name] for spec in ("sketch-b", "power")
-    )
+    close = collected(model, chosen, tokens, "power:rounds=30", seed=4, batch_size=1)[name]
+    first, some = (collected(model, chosen, tokens, spec, seed=4, batch_size=1)[name] for spec in ("sketch-b", "power"))
     for H, start, between, vector in ((close.H_out, first.H_out, some.H_out, u), (close.H_in, first.H_in, some.H_in, v)):
         assert cosine(H, vector) > 1 - 1e-6
         assert cosine(start, vector) < cosine(between, vector)
@@ -76,8 +74,7 @@ def test_power_approaches_the_leading_singular_pair_of_the_exact_fisher() -> Non
     linear = linears(model)[V_PROJ]
     u, v, gap = leading_pair(dense_fisher(model, [linear.weight], tokens.ids[0]), *linear.weight.shape)
     assert gap < 0.8
-    collection = collect(model, {V_PROJ: linear}, repeated(tokens, 500), parse_curvature("power:rounds=10"), seed=0, batch_size=500)
-    factors = collection.factors()[V_PROJ]
+    factors = collected(model, {V_PROJ: linear}, repeated(tokens, 500), "power:rounds=10", seed=0, batch_size=500)[V_PROJ]
     assert cosine(factors.H_out, u) > 0.99
     assert cosine(factors.H_in, v) > 0.99
 
@@ -132,8 +129,8 @@ def test_pilot_equals_its_formula_on_dense_gradients(spec: str) -> None:
     count = estimator.pilot(len(tokens))
     assert count == 10
     found, own_kfac, mean = (
-        collect(model, chosen, part, kind, seed=4, batch_size=1).factors()[V_PROJ]
-        for part, kind in ((tokens, estimator), (tokens, parse_curvature("kfac")), (tokens[:count], parse_curvature("mean")))
+        collected(model, chosen, part, kind, seed=4, batch_size=1)[V_PROJ]
+        for part, kind in ((tokens, spec), (tokens, "kfac"), (tokens[:count], "mean"))
     )
     G = weight_gradients(model, chosen, tokens, seed=4)[V_PROJ].double()[count:]
     A, B = (torch.linalg.inv(L) for L in damped_factors(mean))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from laws.problems import draw
 from oracles.test_estimators import cosine, gradient_stream
-from oracles.tiny import linears, random_tokens, tiny_llama
+from oracles.tiny import collected, linears, random_tokens, tiny_llama
 from roundel.curvature import collect, parse_curvature
-from roundel.curvature import collect as collecting
+from roundel.curvature.collect import factors_of
 from roundel.curvature.sketches.fastkron import FastKronSums, _positive
+from roundel.sweeps import Layers, Visit
 from roundel.types import KroneckerFactors, LayerGrad, LayerInput
 
 CPU = torch.device("cpu")
@@ -131,8 +133,7 @@ def test_fastkron_and_power_converge_to_the_same_pair() -> None:
     model, tokens = tiny_llama(), random_tokens(8, 6, seed=1)
     chosen = {name: linear for name, linear in linears(model).items() if name.endswith(("1.self_attn.v_proj", "0.mlp.down_proj"))}
     krylov, power = (
-        collect(model, chosen, tokens, parse_curvature(spec), seed=4, batch_size=1).factors()
-        for spec in ("fastkron:steps=12:tolerance=0", "power:rounds=40")
+        collected(model, chosen, tokens, spec, seed=4, batch_size=1) for spec in ("fastkron:steps=12:tolerance=0", "power:rounds=40")
     )
     for name in chosen:
         assert cosine(krylov[name].H_out, power[name].H_out) > 1 - 1e-7
@@ -214,34 +215,36 @@ def test_incomplete_batches_do_not_merge() -> None:
 def test_what_has_converged_is_left_alone_and_passes_stop_when_all_has(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_llama(), random_tokens(6, 5, seed=1)
     chosen = linears(model)
-    runs: list[int] = []
-    real = collecting.__globals__["backward"]
-    monkeypatch.setitem(
-        collecting.__globals__, "backward", lambda model, batch, *a, **k: runs.append(len(batch)) or real(model, batch, *a, **k)
-    )
-    states = {}
-    done: list[int] = []
+    runs: dict[int, int] = {}
+    real = Visit.replay
+
+    def counted(visit: Visit, rows: Sequence[int], consume: Callable[[str, LayerGrad], None]) -> None:
+        runs[visit.index] = runs.get(visit.index, 0) + len(rows)
+        real(visit, rows, consume)
+
+    monkeypatch.setattr(Visit, "replay", counted)
+    states, factors, passes = {}, {}, {}
     for steps in (4, 5, 7, 30):
         runs.clear()
-        done.clear()
         spec = parse_curvature(f"fastkron:steps={steps}:tolerance=0.01")
-        states[steps] = collect(model, chosen, tokens, spec, seed=4, batch_size=2, advance=done.append)
-        assert states[steps].index == steps - 1
-        assert states[steps].done == len(tokens)
-        assert sum(done) == steps * len(tokens)
-    assert sum(runs) == 7 * len(tokens)
-    residuals = {steps: {name: sketch.relative_residual() for name, sketch in state.sketches.items()} for steps, state in states.items()}
+        states[steps] = collect(Layers(model), chosen, tokens, spec, seed=4, batch_size=2)
+        factors[steps] = factors_of(states[steps])
+        assert all(sketch.index == steps - 1 for sketch in states[steps].values())
+        passes[steps] = {index: count // len(tokens) for index, count in runs.items()}
+    assert max(passes[30].values()) == 7
+    assert passes[4] == {0: 4, 1: 4}
+    residuals = {steps: {name: sketch.relative_residual() for name, sketch in state.items()} for steps, state in states.items()}
     assert max(residuals[30].values()) <= 0.01
     settled = {name for name, residual in residuals[4].items() if residual <= 0.01}
     assert settled
     assert settled != set(chosen)
     for name in settled:  # in the fourth pass or before
-        for later in (states[5], states[30]):
-            assert torch.equal(later.factors()[name].H_out, states[4].factors()[name].H_out)
-            assert torch.equal(later.factors()[name].H_in, states[4].factors()[name].H_in)
-            assert later.factors()[name].scale == states[4].factors()[name].scale
-    for name, factors in states[7].factors().items():
-        assert torch.equal(states[30].factors()[name].H_out, factors.H_out)
+        for later in (factors[5], factors[30]):
+            assert torch.equal(later[name].H_out, factors[4][name].H_out)
+            assert torch.equal(later[name].H_in, factors[4][name].H_in)
+            assert later[name].scale == factors[4][name].scale
+    for name, own in factors[7].items():
+        assert torch.equal(factors[30][name].H_out, own.H_out)
 
 
 QS = [0.02, 0.1, 0.3, 0.6, 0.9, 0.98]

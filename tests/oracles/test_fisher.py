@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from laws.problems import draw
-from oracles.tiny import LinearChain, dense_fisher, linears, random_tokens, repeated, tiny_llama
-from roundel.curvature import collect, parse_curvature, predicted_kl
-from roundel.curvature.collect import safe_batch_size
-from roundel.curvature.fisher import backward, label_gradient
+from oracles.tiny import LinearChain, backward, collected, dense_fisher, label_gradient, linears, random_tokens, repeated, tiny_llama
+from roundel.curvature import predicted_kl
 from roundel.curvature.sketches import Estimator, Kfac, Mean, SketchA, SketchB
-from roundel.curvature.tap import tapped
 from roundel.evaluate.divergence import compare_models
+from roundel.sweeps import Layers, safe_batch_size
+from roundel.sweeps.tap import tapped
 from roundel.types import LayerGrad, LayerInput, TokenBatch
 
 CPU = torch.device("cpu")
@@ -28,7 +27,7 @@ def weight_gradients(model: nn.Module, chosen: dict[str, nn.Linear], tokens: Tok
         found[name] = torch.stack([grad.weight_gradient(s) for s in grad.sequences()])
 
     with tapped(model, chosen, consume):
-        backward(model, tokens, seed, device=CPU)
+        backward(model, tokens, seed)
     return found
 
 
@@ -72,7 +71,7 @@ def test_second_moments_approach_the_dense_fisher(name: str) -> None:
 def test_collect_gives_the_partial_traces_of_the_gradients() -> None:
     model, tokens = tiny_llama(), random_tokens(6, 5)
     chosen = {name: linears(model)[name] for name in LAYERS}
-    factors = collect(model, chosen, tokens, parse_curvature("sketch-b"), seed=2, batch_size=1).factors()
+    factors = collected(model, chosen, tokens, "sketch-b", seed=2, batch_size=1)
     gradients = weight_gradients(model, chosen, tokens, seed=2)
     for name in LAYERS:
         G = gradients[name]
@@ -87,16 +86,14 @@ def test_collect_gives_the_partial_traces_of_the_gradients() -> None:
 def test_collecting_in_safe_batches_changes_no_bit(name: str) -> None:
     model, tokens = tiny_llama(), random_tokens(5, 6)
     chosen = linears(model)
-    safe = safe_batch_size(model, chosen, tokens, seed=1, batch_size=3)
+    safe = safe_batch_size(Layers(model), chosen, tokens, batch_size=3)
     done: list[int] = []
-    single, batched = (
-        collect(model, chosen, tokens, parse_curvature(name), seed=1, batch_size=size, advance=done.append).factors() for size in (1, safe)
-    )
+    single, batched = (collected(model, chosen, tokens, name, seed=1, batch_size=size, advance=done.append) for size in (1, safe))
     for layer, factors in single.items():
         assert torch.equal(batched[layer].H_out, factors.H_out)
         assert torch.equal(batched[layer].H_in, factors.H_in)
         assert batched[layer].scale == factors.scale
-    assert sum(done) == 2 * 5 * parse_curvature(name).passes
+    assert sum(done) == 2 * 5 * (2 + 1 + 2)  # two layers forward, the head, two layers back, however many passes
 
 
 def test_label_gradients_do_not_depend_on_the_batch() -> None:
@@ -135,7 +132,7 @@ def test_predicted_kl_is_half_the_dense_fishers_quadratic_form_per_token() -> No
     stacked = torch.linalg.eigh(exact).eigenvectors[:, -1]  # the direction in which the layers' errors interact most
     parts = stacked.float().split([linear.weight.numel() for linear in chosen.values()])
     errors = {name: part.reshape(linear.weight.shape) for part, (name, linear) in zip(parts, chosen.items(), strict=True)}
-    prediction = predicted_kl(model, chosen, errors.__getitem__, repeated(tokens, draws), seed=0, batch_size=1000)
+    prediction = predicted_kl(Layers(model), chosen, errors.__getitem__, repeated(tokens, draws), seed=0, batch_size=1000)
     separate, start = 0.0, 0
     for name, E in errors.items():
         part = slice(start, start + E.numel())

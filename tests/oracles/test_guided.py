@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oracles.test_estimators import gradient_stream
-from oracles.tiny import dense_fisher, linears, random_tokens, repeated, tiny_llama
-from roundel.curvature import collect, parse_curvature
+from oracles.tiny import collected, dense_fisher, linears, random_tokens, repeated, tiny_llama
+from roundel.curvature import parse_curvature
 from roundel.types import GroupedFactors, KroneckerFactors, LayerGrad, LayerInput
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def test_it_approaches_the_exact_fishers_blocks_where_tokens_do_not_interact() -
     linear = linears(model)[name]
     d_out, d_in = linear.weight.shape
     exact = dense_fisher(model, [linear.weight], tokens.ids[0]).reshape(d_out, d_in, d_out, d_in) / 5
-    collection = collect(model, {name: linear}, repeated(tokens, draws), parse_curvature("guided:groups=4"), seed=0, batch_size=500)
+    factors = collected(model, {name: linear}, repeated(tokens, draws), "guided:groups=4", seed=0, batch_size=500)[name]
     blocks = torch.einsum("oioj->oij", exact)
-    for rows, group in collection.factors()[name].row_groups():
+    for rows, group in factors.row_groups():
         block = blocks[rows].mean(0)
         assert torch.linalg.norm(group.scale * group.H_in - block) < 0.1 * torch.linalg.norm(block)

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from laws.problems import draw
-from oracles.tiny import dense_fisher, linears, random_tokens, repeated, tiny_llama
-from roundel.curvature import collect, parse_curvature, predicted_kl
-from roundel.curvature.collect import safe_batch_size
-from roundel.curvature.fisher import LABEL_KINDS, backward, label_gradient
-from roundel.curvature.tap import tapped
+from oracles.tiny import backward, collected, dense_fisher, label_gradient, linears, random_tokens, repeated, tiny_llama
+from roundel.curvature import predicted_kl
 from roundel.errors import SchemeError
 from roundel.recipes import Recipe
+from roundel.sweeps import Layers, safe_batch_size
+from roundel.sweeps.labels import LABEL_KINDS, Labels
+from roundel.sweeps.tap import tapped
 from roundel.types import LayerGrad, TokenBatch
 
-CPU = torch.device("cpu")
 LAYERS = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]
 
 
@@ -30,7 +29,7 @@ def weight_gradients(
         found[name] = torch.stack([grad.weight_gradient(s).flatten() for s in grad.sequences()]).double()
 
     with tapped(model, chosen, consume):
-        backward(model, tokens, seed, labels, device=CPU)
+        backward(model, tokens, seed, labels)
     return found
 
 
@@ -66,7 +65,7 @@ def test_a_probe_is_one_of_the_signed_roots_and_all_of_them_together_have_the_ex
 
 
 def test_tails_are_lighter_where_a_label_is_improbable_and_heavier_at_a_coin_flip() -> None:
-    """Kurtosis of `v . u` where `v` picks the last label, as the docstring of `fisher` has it."""
+    """Kurtosis of `v . u` where `v` picks the last label, as the docstring of `sweeps.labels` has it."""
     found = {}
     for p in (0.01, 0.5):
         for labels in ("sampled", "probe"):
@@ -106,7 +105,7 @@ def test_labels_of_the_data_give_the_empirical_fisher() -> None:
         for name, gradient in zip(chosen, torch.autograd.grad(nll, weights), strict=True):
             torch.testing.assert_close(found[name][s], gradient.flatten().double(), rtol=1e-4, atol=1e-5)
             empirical[name] += torch.outer(gradient.flatten(), gradient.flatten()).double()
-    factors = collect(model, chosen, tokens, parse_curvature("sketch-b"), seed=0, batch_size=1, labels="data").factors()
+    factors = collected(model, chosen, tokens, "sketch-b", seed=0, batch_size=1, labels="data")
     for name, linear in chosen.items():
         torch.testing.assert_close(found[name].T @ found[name], empirical[name], rtol=1e-3, atol=1e-3)
         d_out, d_in = linear.weight.shape
@@ -140,10 +139,10 @@ def test_gradients_do_not_depend_on_the_batch(labels: str) -> None:
 @pytest.mark.parametrize("labels", ["probe", "data"])
 def test_collecting_in_safe_batches_changes_no_bit(labels: str) -> None:
     model, tokens = tiny_llama(), random_tokens(5, 6)
-    chosen, estimator = linears(model), parse_curvature("mean")
-    safe = safe_batch_size(model, chosen, tokens, seed=1, batch_size=3, labels=labels)
+    chosen = linears(model)
+    safe = safe_batch_size(Layers(model), chosen, tokens, batch_size=3)
     single, batched, other = (
-        collect(model, chosen, tokens, estimator, seed=1, batch_size=size, labels=kind).factors()
+        collected(model, chosen, tokens, "mean", seed=1, batch_size=size, labels=kind)
         for size, kind in ((1, labels), (safe, labels), (1, "sampled"))
     )
     for layer, factors in single.items():
@@ -158,13 +157,25 @@ def test_predictions_are_of_the_true_fisher_whatever_the_labels() -> None:
     exact = dense_fisher(model, [chosen[LAYERS[1]].weight], tokens.ids[0])
     E = 0.01 * draw(*chosen[LAYERS[1]].weight.shape, seed=0, dtype=torch.float32)
     sampled, probe, data = (
-        predicted_kl(model, chosen, lambda _name: E, repeated(tokens, draws), seed=0, batch_size=1000, labels=kind) for kind in LABEL_KINDS
+        predicted_kl(Layers(model), chosen, lambda _name: E, repeated(tokens, draws), seed=0, batch_size=1000, labels=kind)
+        for kind in LABEL_KINDS
     )
     assert data == sampled
     assert probe.total != sampled.total
     expected = 0.5 * (E.flatten().double() @ exact @ E.flatten().double()).item() / 5
     for prediction in (sampled, probe):
         assert abs(prediction.total - expected) < 4 * prediction.total_stderr < 0.15 * expected
+
+
+@pytest.mark.parametrize("labels", LABEL_KINDS)
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_slices_of_a_sequence_draw_what_the_whole_draws(labels: str, size: int) -> None:
+    logits, tokens = 2 * draw(3, 9, 11, seed=1, dtype=torch.float32), random_tokens(3, 9)
+    whole = label_gradient(logits, tokens, 3, labels)
+    for row, own in enumerate(logits):
+        drawn = Labels(tokens, row, 3, labels)
+        parts = [drawn.gradient(own[part], part) for part in (slice(k, min(k + size, 9)) for k in range(0, 9, size))]
+        assert torch.equal(torch.cat(parts), whole[row])
 
 
 def test_unknown_labels_are_refused() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from oracles.tiny import linears, random_tokens, tiny_llama
-from roundel.curvature import collect, together
+from roundel.curvature import Sketch, collect
+from roundel.curvature.collect import Measured, collect_together, factors_of, segments
 from roundel.curvature.sketches import ESTIMATORS, parse_curvature
 from roundel.curvature.sketches.kfac import KfacSums
 from roundel.curvature.sketches.sketch_b import SketchBSums
-from roundel.curvature.together import collect_together, segments
-from roundel.types import TokenBatch
+from roundel.sweeps import Layers, Visit
+from roundel.types import LayerGrad, TokenBatch
 
 SMALL = {
     "auto": "auto:holdout=2",
@@ -29,88 +30,86 @@ EARLY = "fastkron:steps=6:tolerance=0.2"
 SPECS = [*(SMALL.get(name, name) for name in ESTIMATORS), EARLY]
 SEQUENCES, LENGTH, HELD_OUT = 19, 6, 9
 TOKENS = random_tokens(SEQUENCES, LENGTH)
+LAYERS = 2
 
 
-def run(tokens: TokenBatch = TOKENS, *, specs: list[str] = SPECS, batch_size: int = 1, **settings: Any) -> dict[str, together.Measured]:
+def run(tokens: TokenBatch = TOKENS, *, specs: list[str] = SPECS, batch_size: int = 1, **settings: Any) -> dict[str, Measured]:
     model = tiny_llama()
     estimators = {spec: parse_curvature(spec) for spec in specs}
-    return collect_together(model, linears(model), tokens, estimators, seed=3, batch_size=batch_size, **settings)
+    return collect_together(Layers(model), linears(model), tokens, estimators, seed=3, batch_size=batch_size, **settings)
 
 
-def alone(spec: str, **settings: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, int], int]:
-    """Sums and tokens of each linear in the last pass that was run, and how many sequences went through the model."""
-    model, done = tiny_llama(), 0
-
-    def count(_state: object) -> None:
-        nonlocal done
-        done += 1
-
+def alone(spec: str, **settings: Any) -> dict[str, Sketch]:
+    """The sums of the last pass that was run."""
+    model = tiny_llama()
     tokens = TOKENS[: SEQUENCES - HELD_OUT] if spec.startswith("auto") else TOKENS
-    state = collect(model, linears(model), tokens, parse_curvature(spec), seed=3, batch_size=1, each_batch=count, **settings)
-    sums = {name: sketch.sums for name, sketch in state.sketches.items()}
-    return sums, {name: sketch.tokens for name, sketch in state.sketches.items()}, done
+    return collect(Layers(model), linears(model), tokens, parse_curvature(spec), seed=3, batch_size=1, **settings)
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The sequences of every batch that goes through the model."""
-    batches: list[tuple[int, ...]] = []
-    original = together.backward
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, ...]]]:
+    """The sequences of every batch that goes through each group of layers for its gradients."""
+    batches: dict[int, list[tuple[int, ...]]] = {}
+    original = Visit.replay
 
-    def recorded(model: Any, batch: TokenBatch, *args: Any, **settings: Any) -> None:
-        batches.append(batch.sequence_ids)
-        original(model, batch, *args, **settings)
+    def recorded(visit: Visit, rows: Sequence[int], consume: Callable[[str, LayerGrad], None]) -> None:
+        batches.setdefault(visit.index, []).append(tuple(rows))
+        original(visit, rows, consume)
 
-    monkeypatch.setattr(together, "backward", recorded)
+    monkeypatch.setattr(Visit, "replay", recorded)
     return batches
 
 
 @pytest.mark.parametrize(("specs", "labels"), [(SPECS, "sampled"), (["auto:holdout=2", "guided"], "data")])
-def test_sums_and_passes_are_those_of_each_alone_bit_for_bit(specs: list[str], labels: str) -> None:
+def test_sums_and_passes_are_those_of_each_alone_bit_for_bit(specs: list[str], labels: str, seen) -> None:
     found = run(specs=specs, labels=labels)
     assert list(found) == specs
     for spec, measured in found.items():
-        sums, tokens, done = alone(spec, labels=labels)
+        seen.clear()
+        sketches = alone(spec, labels=labels)
+        done = max(sum(map(len, batches)) for batches in seen.values())
         assert measured.passes * (SEQUENCES - HELD_OUT * spec.startswith("auto")) == done, spec
-        assert measured.sketches.keys() == sums.keys()
-        assert all(factors.scale > 0 for factors in (sketch.factors() for sketch in measured.sketches.values()))
+        assert list(measured.sketches) == list(sketches) == list(linears(tiny_llama()))
+        assert all(factors.scale > 0 for factors in factors_of(measured.sketches).values())
         for name, sketch in measured.sketches.items():
-            assert sketch.tokens == tokens[name] > 0
-            assert sketch.sums.keys() == sums[name].keys()
-            for key, total in sums[name].items():
+            assert sketch.tokens == sketches[name].tokens > 0
+            assert sketch.sums.keys() == sketches[name].sums.keys()
+            for key, total in sketches[name].sums.items():
                 assert torch.equal(sketch.sums[key], total), (spec, name, key)
 
 
-def test_passes_end_with_the_longest_estimator(seen) -> None:
+def test_passes_of_a_group_end_with_the_longest_estimator(seen) -> None:
     done: list[int] = []
     specs = ["kfac", "sketch-a:rounds=1", EARLY]
     passes = {spec: measured.passes for spec, measured in run(specs=specs, advance=done.append).items()}
     assert passes == {"kfac": 1, "sketch-a:rounds=1": 2, EARLY: passes[EARLY]}
     assert 2 < passes[EARLY] < 6
-    assert seen == [(k,) for _ in range(passes[EARLY]) for k in TOKENS.sequence_ids]
-    assert sum(done) == SEQUENCES * passes[EARLY]
+    assert list(seen) == [1, 0]
+    own = [len(batches) // SEQUENCES for batches in seen.values()]
+    assert max(own) == passes[EARLY]
+    assert list(seen.values()) == [[(k,) for _ in range(count) for k in range(SEQUENCES)] for count in own]
+    assert sum(done) == SEQUENCES * (2 * LAYERS + 1)
 
 
-def test_a_pilot_is_one_pass_over_the_data_and_nothing_goes_through_in_vain(seen) -> None:
-    done: list[int] = []
-    assert run(specs=["auto:holdout=2"], advance=done.append)["auto:holdout=2"].passes == 1
-    assert seen == [(k,) for k in range(SEQUENCES - HELD_OUT)]
-    assert sum(done) == 2 * SEQUENCES
+def test_a_pilot_is_one_pass_over_the_data_and_nothing_is_replayed_in_vain(seen) -> None:
+    assert run(specs=["auto:holdout=2"])["auto:holdout=2"].passes == 1
+    assert list(seen) == [1, 0]
+    assert all(batches == [(k,) for k in range(SEQUENCES - HELD_OUT)] for batches in seen.values())
 
 
-def test_the_stream_ends_when_all_have_converged(seen) -> None:
+def test_a_group_is_left_when_all_have_converged(seen) -> None:
     found = run(specs=["fastkron:steps=6:tolerance=0.99", "kfac"])
     assert [measured.passes for measured in found.values()] == [2, 1]
-    assert len(seen) == 2 * SEQUENCES
+    assert [len(batches) for batches in seen.values()] == [2 * SEQUENCES] * LAYERS
 
 
 def test_batches_never_cross_the_end_of_an_estimator(seen) -> None:
-    parts = segments(TOKENS, [parse_curvature(spec) for spec in ("kfac", "auto:holdout=2", "mean")])
+    parts = segments(SEQUENCES, [parse_curvature(spec) for spec in ("kfac", "auto:holdout=2", "mean")])
     pilot = 2  # a quarter of the 10 that auto sums up
-    assert [part.sequence_ids for part in parts] == [tuple(range(pilot)), tuple(range(pilot, 10)), tuple(range(10, 19))]
+    assert parts == [range(pilot), range(pilot, 10), range(10, 19)]
     run(specs=["kfac", "auto:holdout=2"], batch_size=5)
     first = [(0, 1), (2, 3, 4, 5, 6), (7, 8, 9), (10, 11, 12, 13, 14), (15, 16, 17, 18)]
-    assert seen == [*first, *first[1:3]]
+    assert all(batches == [*first, *first[1:3]] for batches in seen.values())
 
 
 def test_bytes_are_those_of_the_sums_and_of_what_goes_on() -> None:
@@ -136,14 +135,15 @@ def test_seconds_are_those_of_the_model_and_of_an_estimators_own_sums(monkeypatc
 
         return call
 
-    monkeypatch.setattr(together, "_now", lambda _device: clock)
-    monkeypatch.setattr(together, "backward", ticking(together.backward, 1000))
+    monkeypatch.setattr(import_module("roundel.curvature.collect"), "_now", lambda _device: clock)
+    monkeypatch.setattr(Visit, "replay", ticking(Visit.replay, 1000))
     monkeypatch.setattr(KfacSums, "add_sequence", ticking(KfacSums.add_sequence, 1))
     monkeypatch.setattr(SketchBSums, "add_sequence", ticking(SketchBSums.add_sequence, 10))
     found = run(specs=["kfac", "sketch-b", "power:rounds=2", "pilot"], batch_size=1)
     layers = len(linears(tiny_llama()))
-    assert found["kfac"].seconds == SEQUENCES * (1000 + layers)
-    assert found["sketch-b"].seconds == SEQUENCES * (1000 + 10 * layers)
-    assert found["power:rounds=2"].seconds == SEQUENCES * (2000 + 10 * layers)  # the second pass is another sketch's
+    assert found["kfac"].seconds == SEQUENCES * (1000 * LAYERS + layers)
+    assert found["sketch-b"].seconds == SEQUENCES * (1000 * LAYERS + 10 * layers)
+    assert found["power:rounds=2"].seconds == SEQUENCES * (2000 * LAYERS + 10 * layers)  # the second pass is another sketch's
     pilot = parse_curvature("pilot").pilot(SEQUENCES)
-    assert found["pilot"].seconds == pytest.approx(SEQUENCES * (1000 + layers) + pilot * 10 * layers)  # each sequence once, in either pass
+    expected = SEQUENCES * (1000 * LAYERS + layers) + pilot * 10 * layers  # each sequence once, in either pass
+    assert found["pilot"].seconds == pytest.approx(expected)

@@ -1,12 +1,17 @@
 """Models small enough for their exact Fisher."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from roundel.types import TokenBatch
+from roundel.curvature import collect, parse_curvature
+from roundel.curvature.collect import factors_of
+from roundel.sweeps import Layers
+from roundel.sweeps.labels import Labels
+from roundel.types import Factors, TokenBatch
 
 VOCABULARY = 11
 
@@ -64,6 +69,23 @@ def random_tokens(sequences: int, length: int, *, seed: int = 0, vocabulary: int
 def repeated(tokens: TokenBatch, times: int) -> TokenBatch:
     """One sequence under many sequence ids: many draws of its labels."""
     return TokenBatch(ids=tokens.ids.expand(times, -1), sequence_ids=tuple(range(times)))
+
+
+def label_gradient(logits: Tensor, tokens: TokenBatch, seed: int, labels: str = "sampled") -> Tensor:
+    """What `Labels` sends back from the logits of whole sequences."""
+    whole = slice(0, tokens.ids.shape[1])
+    return torch.stack([Labels(tokens, row, seed, labels).gradient(own, whole) for row, own in enumerate(logits)])
+
+
+def backward(model: nn.Module, tokens: TokenBatch, seed: int, labels: str = "sampled") -> None:
+    """A forward and backward pass of the whole model, all sequences together."""
+    logits = model(input_ids=tokens.ids, use_cache=False).logits
+    logits.backward(label_gradient(logits.detach(), tokens, seed, labels))
+
+
+def collected(model: nn.Module, chosen: dict[str, nn.Linear], tokens: TokenBatch, spec: str, **settings: Any) -> dict[str, Factors]:
+    """Factors of all linears by the estimator of that name."""
+    return factors_of(collect(Layers(model), chosen, tokens, parse_curvature(spec), **settings))
 
 
 def dense_fisher(model: nn.Module, weights: list[nn.Parameter], ids: Tensor) -> Tensor:

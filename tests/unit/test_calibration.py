@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from oracles.tiny import random_tokens, tiny_llama
+from oracles.tiny import label_gradient, random_tokens, tiny_llama
 from roundel import calibration
 from roundel.calibration import Fingerprint, data_hash, read_documents, sample_from_model, split_tokens, windows
-from roundel.curvature.fisher import label_gradient
 from roundel.errors import DataError
 from roundel.types import TokenBatch
 

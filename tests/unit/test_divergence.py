@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from oracles.tiny import random_tokens, tiny_llama
 from roundel.errors import ModelError
 from roundel.evaluate import divergence
-from roundel.evaluate.divergence import compare_models
+from roundel.evaluate.divergence import Part, compare_models
+from roundel.sweeps import layers
 from roundel.types import TokenBatch
 
 
@@ -19,10 +20,23 @@ class Table(nn.Module):
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits)
+        self.logits, self.layers = nn.Embedding.from_pretrained(logits), nn.ModuleList([nn.Identity()])
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.logits
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits[input_ids])
+        return SimpleNamespace(logits=self.layers[0](self.logits(input_ids)))
+
+
+class Stored:
+    """Logits of a model that is not there any more."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def of(self, batch: TokenBatch) -> list[Part]:
+        return [self.logits[sequence].__getitem__ for sequence in batch.sequence_ids]
 
 
 @torch.no_grad()
@@ -36,9 +50,9 @@ def plain(model: nn.Module, reference: nn.Module, ids: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("chunk", [divergence.CHUNK, 40])
-def test_every_number_equals_plain_torch(batch_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "CHUNK", chunk)
+@pytest.mark.parametrize("size", [layers.SLICE, 40])
+def test_every_number_equals_plain_torch(batch_size: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "SLICE", size)
     model, reference, tokens = tiny_llama(1), tiny_llama(2), random_tokens(5, 9)
     kl, agreement, perplexities = plain(model, reference, tokens.ids)
     done: list[int] = []
@@ -53,6 +67,17 @@ def test_every_number_equals_plain_torch(batch_size: int, chunk: int, monkeypatc
     assert found.perplexity_reference == pytest.approx(perplexities[1], rel=1e-4)
     assert (found.tokens, found.sequences) == (45, 5)
     assert sum(done) == 5
+
+
+def test_logits_from_elsewhere_stand_for_a_model() -> None:
+    model, reference, tokens = tiny_llama(1), tiny_llama(2), random_tokens(5, 9)
+    with torch.no_grad():
+        ours, theirs = (Stored(each(input_ids=tokens.ids).logits) for each in (model, reference))
+    found = compare_models(model, reference, tokens, batch_size=5)
+    for pair in ((model, theirs), (ours, reference)):
+        other = compare_models(*pair, tokens, batch_size=2)
+        assert other.kl_mean == pytest.approx(found.kl_mean, rel=1e-5)
+        assert other.sequence_kl == pytest.approx(found.sequence_kl, rel=1e-5)
 
 
 def test_the_interval_holds_the_mean_of_most_other_draws() -> None:

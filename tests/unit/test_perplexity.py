@@ -3,10 +3,13 @@
 import random
 
 import pytest
+import torch
 
 from e2e.tiny import make_tokenizer
-from roundel.errors import DataError
-from roundel.evaluate.perplexity import drawn_windows, perplexity_text
+from oracles.tiny import random_tokens, tiny_llama
+from roundel.errors import DataError, ModelError
+from roundel.evaluate.perplexity import drawn_windows, perplexity_text, window_losses
+from roundel.sweeps import layers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -48,3 +51,20 @@ def test_a_name_a_copy_of_it_and_other_text(tmp_path) -> None:
     for named in (str(path), f"wikitext2={path}"):
         found = perplexity_text(named, tokenizer, 12)
         assert found.ids.flatten().tolist() == joined[: len(joined) // 12 * 12]
+
+
+@pytest.mark.parametrize("size", [layers.SLICE, 40])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_losses_of_windows_are_those_of_plain_torch(size: int, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "SLICE", size)
+    model, tokens, done = tiny_llama(), random_tokens(5, 9), list[int]()
+    found = window_losses(model, tokens, batch_size=batch_size, advance=done.append)
+    with torch.no_grad():
+        logits = model(input_ids=tokens.ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.mT, tokens.ids[:, 1:], reduction="none").mean(1)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
+    assert sum(done) == 5
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        window_losses(model, tokens, batch_size=batch_size)

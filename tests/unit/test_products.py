@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from roundel.tuning.products import fast
+from roundel.linalg.fast import fast
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:

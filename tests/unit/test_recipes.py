@@ -8,6 +8,7 @@ import pytest
 
 from roundel.errors import SchemeError
 from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, Recipe
+from roundel.settings import EFFORTS
 
 
 @pytest.mark.parametrize(
@@ -53,13 +54,46 @@ def test_a_recipe_is_json_and_back() -> None:
     assert Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}) == recipe
 
 
-def test_rounding_is_error_aware_where_it_pays() -> None:
-    """By default with enough text, unless something better follows or rules it out; what is said counts."""
-    assert Recipe().corrects(ENOUGH_TOKENS)
-    assert not Recipe().corrects(ENOUGH_TOKENS - 1)
-    assert not Recipe(tune="blocks").corrects(ENOUGH_TOKENS)
-    assert not Recipe(bits=3.5).corrects(ENOUGH_TOKENS)
+def test_rounding_is_prefix_aware_where_there_is_text_for_it() -> None:
+    """By default; what is said counts."""
+    for recipe in (Recipe(), Recipe(tune="blocks"), Recipe(bits=3.5)):
+        assert recipe.corrects(ENOUGH_TOKENS)
+        assert not recipe.corrects(ENOUGH_TOKENS - 1)
     assert not Recipe(**GPTQ).corrects(ENOUGH_TOKENS)
     assert not Recipe(**NEAREST).corrects(ENOUGH_TOKENS)
-    assert Recipe(tune="end-to-end", error_aware=True).corrects(1)
-    assert not Recipe(error_aware=False).corrects(ENOUGH_TOKENS)
+    assert Recipe(prefix_aware=True).corrects(1)
+    assert not Recipe(prefix_aware=False).corrects(ENOUGH_TOKENS)
+    assert Recipe(prefix_sequences=8).prefix_rows(20) == range(8)
+    assert Recipe(prefix_sequences=8).prefix_rows(5) == range(5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("prefix_sequences", 0, "1 or more"),
+        ("prefix_damping", 0.0, "more than 0"),
+        ("prefix_strength", 1.1, "0 to 1"),
+        ("stream_strength", -0.1, "0 to 1"),
+    ],
+)
+def test_corrections_out_of_their_range_are_refused(setting: str, value: float, expected: str) -> None:
+    with pytest.raises(SchemeError, match=f"{setting} is {value}: expected {expected}"):
+        Recipe(**{setting: value})
+
+
+def test_an_effort_is_what_it_sets_and_what_is_given_comes_first() -> None:
+    assert Recipe.of() == Recipe()
+    quick = Recipe.of(effort="quick", sweeps=3)
+    assert (quick.effort, quick.curvature, quick.sweeps) == ("quick", "kfac", 3)
+    with pytest.raises(SchemeError, match="effort 'slow': expected one of quick, normal, best"):
+        Recipe.of(effort="slow")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_sets_nothing_else_and_never_what_is_given(effort: str) -> None:
+    """Also where what is given is the recipe's own default."""
+    assert Recipe.of(effort=effort).as_json() == {**Recipe().as_json(), "effort": effort, **EFFORTS[effort]}
+    for name in EFFORTS[effort]:
+        default = getattr(Recipe(), name)
+        assert getattr(Recipe.of(effort=effort, **{name: default}), name) == default
+    assert Recipe.of(effort=effort, **GPTQ).curvature == "activation"

@@ -3,16 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import Tensor, nn
 
-from oracles.tiny import linears, random_tokens, tiny_llama
-from roundel.curvature.fisher import backward
-from roundel.curvature.tap import tapped
+from oracles.tiny import backward, linears, random_tokens, tiny_llama
 from roundel.errors import ModelError
+from roundel.sweeps.tap import tapped
 from roundel.types import LayerGrad
-
-CPU = torch.device("cpu")
 
 
 def hooks(model: nn.Module) -> int:
@@ -22,7 +18,7 @@ def hooks(model: nn.Module) -> int:
 def test_linears_with_one_input_share_it_and_others_do_not() -> None:
     model, seen = tiny_llama(), {}
     with tapped(model, linears(model), seen.__setitem__):
-        backward(model, random_tokens(2, 4), 0, device=CPU)
+        backward(model, random_tokens(2, 4), 0)
     inputs = {name.removeprefix("model.layers.0."): grad.input for name, grad in seen.items()}
     assert inputs["self_attn.q_proj"] is inputs["self_attn.k_proj"] is inputs["self_attn.v_proj"]
     assert inputs["mlp.gate_proj"] is inputs["mlp.up_proj"]
@@ -40,7 +36,7 @@ def test_hooks_and_requires_grad_are_put_back_even_after_an_error() -> None:
         raise ModelError("refused")
 
     with pytest.raises(ModelError, match=r"^model\.layers.*: refused$"), tapped(model, linears(model), consume):
-        backward(model, random_tokens(1, 3), 0, device=CPU)
+        backward(model, random_tokens(1, 3), 0)
     assert hooks(model) == 0
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
     assert all(p.grad is None for p in model.parameters())
@@ -65,4 +61,4 @@ class Twice(nn.Module):
 def test_linears_without_one_input_per_token_are_refused(pooled: bool, message: str) -> None:
     model = Twice(pooled=pooled)
     with pytest.raises(ModelError, match=message), tapped(model, {"linear": model.linear}, lambda _n, _g: None):
-        backward(model, random_tokens(3, 2, vocabulary=5), 0, device=CPU)
+        backward(model, random_tokens(3, 2, vocabulary=5), 0)

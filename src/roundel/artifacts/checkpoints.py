@@ -35,7 +35,7 @@ from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
 
-__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "read", "write"]
+__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "owners", "read", "stored_prefix", "write"]
 
 GGUF_FILE = "model.gguf"
 
@@ -184,16 +184,16 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         raise ModelError(
             f"{path}/roundel.json does not say how each linear was rounded: {error!r}; it is damaged or of an older version"
         ) from error
-    owners = _owners(checkpoint, layers)
+    owned = owners(checkpoint, layers)
     tensors_of: dict[str, list[str]] = {}
-    for tensor, module in owners.items():
+    for tensor, module in owned.items():
         tensors_of.setdefault(module, []).append(tensor)
     for tensor in checkpoint:
-        if tensor not in owners:
+        if tensor not in owned:
             sizes[tensor] = checkpoint.sizes[tensor]
-        elif (module := owners[tensor]) not in weights:
+        elif (module := owned[tensor]) not in weights:
             own = tensors_of[module]
-            prefix = _prefix(own[0], module)
+            prefix = stored_prefix(own[0], module)
             scheme, shape, dtype = layers[module]
             with in_layer(module):
                 parts = {other.removeprefix(prefix): checkpoint.read(other) for other in own}
@@ -227,12 +227,12 @@ def _report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _prefix(tensor: str, module: str) -> str:
+def stored_prefix(tensor: str, module: str) -> str:
     """The stored name of a module with a dot, which may lack the leading name of a base model."""
     return f"{module}." if tensor.startswith(f"{module}.") else f"{module.partition('.')[2]}."
 
 
-def _owners(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, str]:
+def owners(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, str]:
     """The quantized linear that each of its tensors, biases aside, belongs to."""
     stored = {name: module for module in modules for name in (module, module.partition(".")[2]) if name}
     found = {tensor: stored.get(tensor.rpartition(".")[0]) for tensor in checkpoint}

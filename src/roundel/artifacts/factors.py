@@ -1,8 +1,8 @@
-"""The factors directory: what a collection has summed up so far, on disk; documented in docs/format.md.
+"""The factors directory: what a collection has summed up, on disk; documented in docs/format.md.
 
-It holds *sums*, not factors, so that collections resume, merge and add up over processes by addition. `header.json`
-names the one sums file that is valid; a new sums file is written completely before the header is replaced, and the
-old one removed after, so a kill at any moment leaves a state to go on from.
+It holds *sums*, not factors, so that collections merge and add up over processes by addition: one file for each group of decoder layers,
+written whole when the backward sweep has visited the group. `header.json` comes first and says what is to be collected; the directory is
+complete when every linear that it names is in a file. So a kill at any moment leaves a state to go on from.
 """
 
 from __future__ import annotations
@@ -10,34 +10,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from roundel.curvature import parse_curvature
-from roundel.curvature.collect import Collection
+from roundel.artifacts.curvatures import pack_lower
+from roundel.curvature import Sketch, parse_curvature
 from roundel.errors import FactorsError
 from roundel.models import Checkpoint
 from roundel.recipes import Recipe
-from roundel.store import storage, umask, write_json
-from roundel.types import KroneckerFactors
+from roundel.store import staged_file, storage, umask, write_json
+from roundel.types import Factors, KroneckerFactors
 
-__all__ = ["Header", "load", "merge", "model_fingerprint", "restore", "save"]
+__all__ = ["FactorsDirectory", "Header", "merge", "model_fingerprint"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SAMPLES = 1024
 """Entries of each weight that go into a model's fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What was collected from what; equal in all fields but `done`, `sequence_ids` and `layers` for two collections that can be merged.
+    """What is collected from what; equal in all fields but `sequence_ids` and `layers` for two collections that can be merged.
 
     `model`, as the user named it, and `revision`, the Hub's commit if it was one of its snapshots, only say where the model was found: the
     fingerprint decides whether two models are the same.
@@ -51,30 +52,18 @@ class Header:
     seed: int
     calibration: str
     sequences: int
-    """How many were asked for: those of all parts, and those that the estimator leaves out to choose by."""
+    """How many there were in all: those of all parts, and those that the estimator leaves out to choose by."""
     seq_len: int
     tokens_sha256: str
     sequence_ids: tuple[int, ...]
     layers: dict[str, tuple[int, int]]
     pilot: int = 0
     """How many of `sequence_ids`, the first, make pass 0 alone."""
-    index: int = 0
-    """The pass that is being summed."""
-    done: int = 0
-    """How many of `sequence_ids` are in its sums."""
-    sums: str = ""
-    """Name of the sums file."""
 
     @property
     def tokens(self) -> int:
         """How many tokens `sequence_ids` have; written to header.json for its readers."""
         return len(self.sequence_ids) * self.seq_len
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to collect."""
-        wanted = len(self.sequence_ids) - (self.pilot if self.index > 0 else 0)
-        return self.index == parse_curvature(self.curvature).passes - 1 and self.done == wanted
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with this collection's curvature, labels, text, sequences and seed."""
@@ -87,15 +76,6 @@ class Header:
             seq_len=self.seq_len,
             seed=self.seed,
         )
-
-    def check_complete(self) -> None:
-        """Refuses a collection that is not finished.
-
-        Raises:
-            FactorsError: something is left to collect.
-        """
-        if not self.complete:
-            raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
 
     def check_same(self, other: Header, *ignored: str) -> None:
         """Refuses another collection's header; `model` and `revision` may differ.
@@ -126,14 +106,6 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _pack(matrix: Tensor) -> Tensor:
-    """The lower triangle of a square matrix, row by row; anything else as it is."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        return matrix.cpu().clone()
-    rows, columns = torch.tril_indices(*matrix.shape)
-    return matrix.cpu()[rows, columns]
-
-
 def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     if like.ndim != 2 or like.shape[0] != like.shape[1]:
         full = packed
@@ -148,99 +120,145 @@ def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def save(directory: Path, header: Header, collection: Collection) -> Header:
-    """Writes the state of a collection; returns the header as written."""
-    header = dataclasses.replace(
-        header, index=collection.index, done=collection.done, sums=f"sums-{collection.index}-{collection.done}.safetensors"
-    )
-    tensors: dict[str, Tensor] = {}
-    for name, sketch in collection.sketches.items():
-        tensors[f"{name}::tokens"] = torch.tensor(sketch.tokens)
-        tensors.update({f"{name}::{key}": _pack(total) for key, total in sketch.sums.items()})
-    for name, factors in collection.previous.items():
-        tensors[f"{name}::previous.H_out"] = _pack(factors.H_out)
-        tensors[f"{name}::previous.H_in"] = _pack(factors.H_in)
-        tensors[f"{name}::previous.scale"] = torch.tensor(factors.scale, dtype=torch.float64)
-        tensors.update({f"{name}::carry.{key}": value.cpu().contiguous() for key, value in factors.carry.items()})
-    temporary = directory / f".{header.sums}.tmp"
-    with storage(directory / header.sums):
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        temporary.chmod(0o666 & ~umask())
-        temporary.replace(directory / header.sums)
-    stored = {"schema_version": SCHEMA_VERSION, "kind": "factors", **dataclasses.asdict(header), "tokens": header.tokens}
-    write_json(directory / "header.json", stored)
-    for old in directory.glob("sums-*.safetensors"):
-        if old.name != header.sums:
-            old.unlink()
-    return header
-
-
-def load(directory: Path) -> tuple[Header, dict[str, Tensor]]:
-    """Header and packed sums of a factors directory.
-
-    Raises:
-        FactorsError: not a factors directory, of an unknown version, or damaged.
-    """
-    try:
-        stored = json.loads((directory / "header.json").read_text(encoding="utf-8"))
-        if stored.pop("kind") != "factors" or stored.pop("schema_version") != SCHEMA_VERSION:
-            raise FactorsError(f"{directory} is no factors directory of version {SCHEMA_VERSION}")
-        stored.pop("tokens")
-        layers = {name: (int(shape[0]), int(shape[1])) for name, shape in stored.pop("layers").items()}
-        header = Header(**{**stored, "layers": layers, "sequence_ids": tuple(stored["sequence_ids"])})
-        if Path(header.sums).name != header.sums:
-            raise FactorsError(f"{directory}/header.json names a file elsewhere: {header.sums}")
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FactorsError(f"{directory} is no factors directory: its header.json cannot be read ({error})") from error
-    try:
-        return header, load_file(directory / header.sums)
-    except (OSError, SafetensorError) as error:
-        raise FactorsError(f"{directory / header.sums} is missing or damaged: {error}; collect again") from error
-
-
-def restore(header: Header, tensors: Mapping[str, Tensor], device: torch.device) -> Collection:
-    """The collection that was saved, to go on with or to read factors from.
-
-    Raises:
-        FactorsError: a sum is missing or has another shape than the header says.
-    """
-    estimator = parse_curvature(header.curvature)
-    collection = Collection(index=header.index, done=header.done)
-    try:
-        for name, (d_out, d_in) in header.layers.items():
-            if f"{name}::previous.scale" in tensors:
-                zeros_out, zeros_in = torch.zeros(d_out, d_out), torch.zeros(d_in, d_in)
-                collection.previous[name] = KroneckerFactors(
-                    H_out=_mirrored(_unpack(tensors[f"{name}::previous.H_out"], zeros_out)).to(device),
-                    H_in=_mirrored(_unpack(tensors[f"{name}::previous.H_in"], zeros_in)).to(device),
-                    scale=tensors[f"{name}::previous.scale"].item(),
-                    carry={
-                        key.removeprefix(f"{name}::carry."): value.to(device)
-                        for key, value in tensors.items()
-                        if key.startswith(f"{name}::carry.")
-                    },
-                )
-            sketch = estimator.sketch(d_out, d_in, device, index=header.index, previous=collection.previous.get(name))
-            sketch.tokens = int(tensors[f"{name}::tokens"])
-            for key, total in sketch.sums.items():
-                total.copy_(_unpack(tensors[f"{name}::{key}"], total))
-            collection.sketches[name] = sketch
-    except KeyError as error:
-        raise FactorsError(f"the sums file lacks {error.args[0]}; it is damaged") from error
-    return collection
+def _pack(matrix: Tensor) -> Tensor:
+    """The lower triangle of a square matrix, row by row; anything else as it is."""
+    return pack_lower(matrix) if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] else matrix.cpu().clone()
 
 
 def _mirrored(lower: Tensor) -> Tensor:
     return lower + lower.tril(-1).T
 
 
-def _same_pilot(one: Collection, other: Collection) -> bool:
-    """Whether the sums of two collections have the same weights."""
-    return one.previous.keys() == other.previous.keys() and all(
-        torch.equal(mine.H_out, other.previous[name].H_out) and torch.equal(mine.H_in, other.previous[name].H_in)
-        for name, mine in one.previous.items()
-    )
+@dataclass(frozen=True, kw_only=True)
+class FactorsDirectory:
+    """A directory and which of its files holds which linear."""
+
+    path: Path
+    header: Header
+    files: dict[str, Path]
+
+    @classmethod
+    def create(cls, path: Path, header: Header) -> FactorsDirectory:
+        """An empty one.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with storage(path):
+            path.mkdir(parents=True, exist_ok=True)
+        stored = {"schema_version": SCHEMA_VERSION, "kind": "factors", **dataclasses.asdict(header), "tokens": header.tokens}
+        write_json(path / "header.json", stored)
+        return cls(path=path, header=header, files={})
+
+    @classmethod
+    def open(cls, path: Path) -> FactorsDirectory:
+        """One that was made.
+
+        Raises:
+            FactorsError: not a factors directory, of an unknown version, or damaged.
+        """
+        try:
+            stored = json.loads((path / "header.json").read_text(encoding="utf-8"))
+            if stored.pop("kind") != "factors" or stored.pop("schema_version") != SCHEMA_VERSION:
+                raise FactorsError(f"{path} is no factors directory of version {SCHEMA_VERSION}: collect again")
+            stored.pop("tokens")
+            layers = {name: (int(shape[0]), int(shape[1])) for name, shape in stored.pop("layers").items()}
+            header = Header(**{**stored, "layers": layers, "sequence_ids": tuple(stored["sequence_ids"])})
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise FactorsError(f"{path} is no factors directory: its header.json cannot be read ({error})") from error
+        files: dict[str, Path] = {}
+        for file in sorted(path.glob("sums-*.safetensors")):
+            with _reading(file), safe_open(file, framework="pt") as tensors:
+                files |= {key.removesuffix("::tokens"): file for key in tensors.keys() if key.endswith("::tokens")}  # noqa: SIM118
+        return cls(path=path, header=header, files={name: files[name] for name in header.layers if name in files})
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to collect."""
+        return set(self.files) == set(self.header.layers)
+
+    def check_complete(self) -> None:
+        """Refuses a directory that is not.
+
+        Raises:
+            FactorsError: it is not.
+        """
+        if not self.complete:
+            raise FactorsError("the factors are not complete; finish them with roundel collect --resume")
+
+    def save(self, index: int, sketches: Mapping[str, Sketch], previous: Mapping[str, KroneckerFactors]) -> None:
+        """Writes the sums of a group, and the factors of the pass before.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, sketch in sketches.items():
+            tensors[f"{name}::tokens"] = torch.tensor(sketch.tokens)
+            tensors.update({f"{name}::{key}": _pack(total) for key, total in sketch.sums.items()})
+        for name, factors in previous.items():
+            tensors[f"{name}::previous.H_out"] = _pack(factors.H_out)
+            tensors[f"{name}::previous.H_in"] = _pack(factors.H_in)
+            tensors[f"{name}::previous.scale"] = torch.tensor(factors.scale, dtype=torch.float64)
+            tensors.update({f"{name}::carry.{key}": value.cpu().contiguous() for key, value in factors.carry.items()})
+        target = self.path / f"sums-{index:04d}.safetensors"
+        with staged_file(target) as temporary:
+            save_file(tensors, temporary)
+            temporary.chmod(0o666 & ~umask())
+        self.files.update(dict.fromkeys(sketches, target))
+
+    def restore(self, name: str, device: torch.device) -> tuple[Sketch, KroneckerFactors | None]:
+        """The sums of a linear, and the factors of the pass before.
+
+        Raises:
+            FactorsError: a sum is missing or has another shape than the header says.
+        """
+        estimator, (d_out, d_in), file = parse_curvature(self.header.curvature), self.header.layers[name], self.files[name]
+        with _reading(file), safe_open(file, framework="pt") as stored:
+            own = {
+                key.removeprefix(f"{name}::"): stored.get_tensor(key)
+                for key in stored.keys()  # noqa: SIM118 (not a dict)
+                if key.startswith(f"{name}::")
+            }
+        try:
+            previous = None
+            if "previous.scale" in own:
+                previous = KroneckerFactors(
+                    H_out=_mirrored(_unpack(own["previous.H_out"], torch.zeros(d_out, d_out))).to(device),
+                    H_in=_mirrored(_unpack(own["previous.H_in"], torch.zeros(d_in, d_in))).to(device),
+                    scale=own["previous.scale"].item(),
+                    carry={key.removeprefix("carry."): value.to(device) for key, value in own.items() if key.startswith("carry.")},
+                )
+            sketch = estimator.sketch(d_out, d_in, device, index=estimator.passes - 1, previous=previous)
+            sketch.tokens = int(own["tokens"])
+            for key, total in sketch.sums.items():
+                total.copy_(_unpack(own[key], total))
+        except KeyError as error:
+            raise FactorsError(f"{file} lacks {error.args[0]} of {name}; it is damaged") from error
+        return sketch, previous
+
+    def sketches(self, names: Iterable[str], device: torch.device) -> dict[str, Sketch]:
+        """The sums of some linears."""
+        return {name: self.restore(name, device)[0] for name in names}
+
+    def factors(self) -> dict[str, Factors]:
+        """Of all linears, in memory."""
+        return {name: self.restore(name, torch.device("cpu"))[0].factors() for name in self.header.layers}
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise FactorsError(f"{file} is missing or damaged: {error}; collect again") from error
+
+
+def _same_pilot(one: KroneckerFactors | None, other: KroneckerFactors | None) -> bool:
+    """Whether sums have the same weights."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.H_out, other.H_out) and torch.equal(one.H_in, other.H_in)
 
 
 def merge(directories: list[Path], output: Path) -> Header:
@@ -251,34 +269,49 @@ def merge(directories: list[Path], output: Path) -> Header:
     """
     if len(directories) < 2:
         raise FactorsError("expected at least two factors directories")
-    parts = []
-    for directory in directories:
-        header, tensors = load(directory)
-        if not header.complete:
+    parts = [FactorsDirectory.open(directory) for directory in directories]
+    for directory, part in zip(directories, parts, strict=True):
+        if not part.complete:
             raise FactorsError(f"{directory} is not complete; finish it with roundel collect --resume")
-        parts.append((header, restore(header, tensors, torch.device("cpu"))))
-    header, total = parts[0]
-    for other, collection in parts[1:]:
-        header.check_same(other, "sequence_ids", "layers", "tokens_sha256", "done", "sums")
+    header = parts[0].header
+    terms = {name: [parts[0]] for name in header.layers}
+    for part in parts[1:]:
+        other = part.header
+        header.check_same(other, "sequence_ids", "layers", "tokens_sha256")
         if header.sequence_ids == other.sequence_ids and header.tokens_sha256 == other.tokens_sha256:
-            twice = set(header.layers) & set(other.layers)
-            if twice:
+            if twice := set(header.layers) & set(other.layers):
                 raise FactorsError(f"both hold {sorted(twice)[0]} from the same sequences; nothing is to be merged")
-            total.sketches.update(collection.sketches)
-            total.previous.update(collection.previous)
             header = dataclasses.replace(header, layers={**header.layers, **other.layers})
+            terms |= {name: [part] for name in other.layers}
             continue
-        header.check_same(other, "sequence_ids", "tokens_sha256", "done", "sums")
+        header.check_same(other, "sequence_ids", "tokens_sha256")
         if set(header.sequence_ids[header.pilot :]) & set(other.sequence_ids[header.pilot :]):
             raise FactorsError("the collections share sequences, which would count twice")
-        if header.index > 0 and not (header.pilot and _same_pilot(total, collection)):
-            raise FactorsError(
-                f"{header.curvature} weights its sums by those of a pass before, and these sums have other weights: they cannot be added; "
-                "collect parts of the same sequences with --part"
-            )
-        for name, sketch in total.sketches.items():
-            sketch.merge(collection.sketches[name])
         combined = hashlib.sha256((header.tokens_sha256 + other.tokens_sha256).encode()).hexdigest()
         header = dataclasses.replace(header, sequence_ids=header.sequence_ids + other.sequence_ids[header.pilot :], tokens_sha256=combined)
-        total.done += collection.done
-    return save(output, header, total)
+        for own in terms.values():
+            own.append(part)
+    cpu, weighted = torch.device("cpu"), parse_curvature(header.curvature).passes > 1
+    made: FactorsDirectory | None = None
+    places: dict[Path, list[str]] = {}
+    for name, own in terms.items():
+        places.setdefault(own[0].files[name], []).append(name)
+    for index, names in enumerate(places.values()):
+        sketches: dict[str, Sketch] = {}
+        kept: dict[str, KroneckerFactors] = {}
+        for name in names:
+            sketch, previous = terms[name][0].restore(name, cpu)
+            for part in terms[name][1:]:
+                more, theirs = part.restore(name, cpu)
+                if weighted and not (header.pilot and _same_pilot(previous, theirs)):
+                    raise FactorsError(
+                        f"{header.curvature} weights its sums by those of a pass before, and these sums have other weights: they cannot be "
+                        "added; collect parts of the same sequences with --part"
+                    )
+                sketch.merge(more)
+            sketches[name] = sketch
+            if previous is not None:
+                kept[name] = previous
+        made = made or FactorsDirectory.create(output, header)
+        made.save(index, sketches, kept)
+    return header

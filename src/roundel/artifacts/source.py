@@ -6,25 +6,28 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from roundel.artifacts.work import Work
 from roundel.errors import ModelError
 from roundel.evaluate import compare_models
 from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
+from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
+from roundel.sweeps import Layers
 from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl"]
+__all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl", "positions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,25 @@ class Source:
     """What a fused rotation has changed in the model, for the report."""
     linears: dict[str, nn.Linear]
     skipped: dict[str, str]
+    length: int
+    """Tokens in a sequence: as asked for, at most the model's positions."""
+    weights: FileWeights | None = None
+    """Brings the decoder layers, where they are not in memory."""
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The model, layer by layer."""
+        return Layers(self.model, self.weights)
+
+    def whole(self, what: str) -> PreTrainedModel:
+        """The model, for what needs all of it at once.
+
+        Raises:
+            ModelError: it is not in memory.
+        """
+        if self.weights is not None:
+            raise ModelError(f"{what} needs the whole model in memory, which is larger than the budget: give more (--memory)")
+        return self.model
 
     @property
     def revision(self) -> str | None:
@@ -51,12 +73,19 @@ class Source:
         return self.path.name if self.path.parent.name == "snapshots" else None
 
 
-def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
-    """The original model and the linears that the recipe chooses of it: those that all its schemes can store."""
+def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Work | None = None) -> Source:
+    """The original model and the linears that the recipe chooses of it: those that all its schemes can store.
+
+    Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run.
+    """
     path = locate(name)
     place = pick_device(device)
-    kind = pick_dtype(dtype, place)
-    model = load_model(path, device=place, dtype=torch.float32 if recipe.rotate == "fused" else kind)
+    kind = torch.float32 if recipe.rotate == "fused" else pick_dtype(dtype, place)
+    weights: FileWeights | None = None
+    if work is not None and recipe.rotate != "fused" and parameter_bytes(path, kind) > work.memory // 2:
+        model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / "converted")
+    else:
+        model = load_model(path, device=place, dtype=kind)
     config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise ModelError(f"{path} is quantized already; start from the original model")
@@ -68,7 +97,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
     if recipe.rotate == "fused":
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint), fused.config(config), fused.as_json()
-        nn.Module.to(model, kind)
+        nn.Module.to(model, pick_dtype(dtype, place))
     first, *others = (
         select_linears(model, partial(recipe.check_shape, scheme), include=recipe.include, exclude=recipe.exclude)
         for scheme in recipe.used_schemes
@@ -95,7 +124,14 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str) -> Source:
         fusion=fusion,
         linears=found,
         skipped={**selection.skipped, **absent},
+        length=min(recipe.seq_len, positions(model.config)),
+        weights=weights,
     )
+
+
+def positions(config: PretrainedConfig) -> int:
+    """How many tokens a model can take."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 @torch.no_grad()

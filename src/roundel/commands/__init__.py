@@ -1,1 +1,1 @@
-"""What the commands beside `quantize` compute, one file for each: comparisons, measurements, diagnoses."""
+"""The commands: what each computes, and in `app.py` and `line/` how it is typed."""

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from roundel.artifacts.checkpoints import load_written
+from roundel.artifacts.source import positions as positions_of
 from roundel.errors import SchemeError
 from roundel.models import load_model, locate
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.stages.report import versions
-from roundel.stages.text import positions as positions_of
 
 __all__ = ["bench"]
 

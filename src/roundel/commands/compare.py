@@ -1,12 +1,13 @@
 """Curvature estimators side by side, under one rounding and one measure: `roundel compare`.
 
-For each seed and number of sequences all estimators collect from one gradient stream (`curvature.together`). Then each linear is rounded
-with each estimator's factors to each scheme, exactly as `quantize` does it, and the KL of the whole model is measured on held-out text,
-the same for all seeds and numbers of sequences: what `quantize` holds out with seed 0 and the largest number. Beside it: the held-out J and
-cosine of the factors (`curvature.diagnose`), tokens, passes, seconds and memory.
+For each seed and number of sequences all estimators collect in one sweep over the decoder layers. Then each linear is rounded with each
+estimator's factors to each scheme, exactly as `quantize` does it, and the KL of the whole model is measured on held-out text, the same for
+all seeds and numbers of sequences: what `quantize` holds out with seed 0 and the largest number. Beside it: the held-out J and cosine of
+the factors (`curvature.diagnose`), tokens, passes, seconds and memory.
 
-Cost: a collection, then for each method and scheme a rounding and a forward pass of both models over the held-out text. Each seed and
-number of sequences is saved when it is done, and `resume` goes on after it.
+Cost: a collection, then for each method and scheme a rounding and a forward pass of both models over the held-out text. Memory: two models,
+the sums of all estimators for one group of layers, the factors of all. Each seed and number of sequences is saved when it is done, and
+`resume` goes on after it.
 """
 
 from __future__ import annotations
@@ -14,62 +15,49 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from roundel.artifacts.curvatures import Curvatures
 from roundel.artifacts.source import Source, load_source
+from roundel.artifacts.work import Work, open_work
 from roundel.calibration import Fingerprint, Split, data_hash
-from roundel.curvature import parse_curvature
-from roundel.curvature.collect import safe_batch_size
+from roundel.curvature import Estimator, Sketch, parse_curvature
+from roundel.curvature.collect import Measured, collect_visit, factors_of, passes, segments
 from roundel.curvature.diagnose import Diagnosis, diagnose, total
-from roundel.curvature.together import Measured, collect_together, segments
 from roundel.errors import OutputError, SchemeError
 from roundel.evaluate import compare_models
-from roundel.evaluate.comparison import summary_rows, write_comparison
-from roundel.grids import parse_scheme
+from roundel.evaluate.comparison import PRINTED, compared_rows, summary_rows, write_comparison
 from roundel.models import select_linears
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.recipes import GPTQ, NEAREST, Recipe
 from roundel.rounding.round import dequantized
+from roundel.settings import ABLATION
+from roundel.stages.curvature import Measured as Settled
+from roundel.stages.curvature import measured_in, settle
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
-from roundel.stages.rounding.round_all import round_all
-from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, sequence_length, split_text
+from roundel.stages.rounding import round_model
+from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, split_text
 from roundel.store import check_output, storage, write_json
-from roundel.types import TokenBatch
+from roundel.sweeps import Visit, gradient_visits, safe_batch_size
+from roundel.sweeps.gradients import steps
+from roundel.types import Factors, TokenBatch
 
-__all__ = ["ABLATION", "compare"]
+__all__ = ["ABLATION", "PRINTED", "compare", "compared_rows"]
 
 SCHEMA_VERSION = 1
 
 NAMED: dict[str, dict[str, Any]] = {"nearest": NEAREST, "gptq": GPTQ}
 """Methods that are more than a curvature."""
-
-ABLATION = (
-    "auto",
-    "pilot",
-    "mean",
-    "kfac",
-    "sketch-b",
-    "sketch-a",
-    "triangular",
-    "power",
-    "fastkron",
-    "fastkron:batch=16",
-    "fastkron:batch=128",
-    "guided",
-    "diagonal:of=mean",
-    "activation",
-    "gptq",
-    "nearest",
-)
-"""All rows of the papers' ablations, and ours."""
 
 DIAGNOSED = 32
 """Held-out sequences for J and the cosine."""
@@ -160,7 +148,8 @@ def compare(
             if (seed, count) != (0, most):
                 split = _split(source, dataclasses.replace(base, seed=seed, sequences=count), notes)
                 split = dataclasses.replace(split, heldout=first.heldout)  # lies behind what any of them calibrates on
-            rows += _one_setting(source, linears, twin, these, split, notes, batch_size)
+            with open_work(None, beside=target, memory=None) as work:
+                rows += _one_setting(source, linears, twin, these, split, notes, batch_size, work)
             write_json(target / "compare.json", _details(details, rows, notes))
     details = _details(details, rows, notes)
     with storage(target):
@@ -202,7 +191,7 @@ def _load(
 
 def _split(source: Source, recipe: Recipe, notes: Notes) -> Split:
     """The sequences of a recipe whose curvature is `auto`: what others hold nothing out of, in the same order."""
-    split = split_text(recipe, source, sequence_length(source.model, recipe), notes.progress)
+    split = split_text(recipe, source, notes, given=recipe.as_json())
     check_vocabulary(source.model, split.used, split.heldout)
     return split
 
@@ -215,6 +204,7 @@ def _one_setting(
     split: Split,
     notes: Notes,
     batch_size: int | None,
+    work: Work,
 ) -> list[dict[str, Any]]:
     """All methods and schemes with one seed and number of sequences."""
     some, tokens = next(iter(recipes.values())), split.used
@@ -223,33 +213,39 @@ def _one_setting(
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: every KL is too good")
     wanted = batch_size or default_batch(tokens.ids.shape[1])
     estimators = {recipe.curvature: parse_curvature(recipe.curvature) for recipe in recipes.values()}
-    batch = _safe_batch(source, segments(tokens, estimators.values()), some, wanted)
-    with notes.progress.stage("curvature", len(tokens) * max(estimator.passes for estimator in estimators.values())) as advance:
-        measured = collect_together(
-            source.model, source.linears, tokens, estimators, seed=some.seed, batch_size=batch, labels=some.labels, advance=advance
+    batch = _safe_batch(source, tokens, estimators.values(), wanted)
+    rounded = [
+        _Rounding(
+            label=label,
+            recipe=dataclasses.replace(recipe, scheme=scheme),
+            source=dataclasses.replace(source, linears=own, skipped={}),
+            work=dataclasses.replace(work, path=work.path / f"{some.seed}-{some.sequences}" / f"{scheme}-{place}"),
         )
-    diagnoses = _diagnosed(source, measured, split, some, notes)
+        for scheme, own in linears.items()
+        for place, (label, recipe) in enumerate(recipes.items())
+    ]
+    measured, factors = _collected(source, estimators, rounded, tokens, notes, batch)
+    diagnoses = _diagnosed(source, factors, split, some, notes)
     rows = []
-    work = [(scheme, label) for scheme in linears for label in recipes]
-    for scheme, label in work:
-        recipe = dataclasses.replace(recipes[label], scheme=scheme)
-        own, grid = measured[recipe.curvature], parse_scheme(scheme)
+    for one in rounded:
+        recipe, label = one.recipe, one.label
+        own, began = measured[recipe.curvature], time.monotonic()
         seen = len(tokens) - estimators[recipe.curvature].held_out(len(tokens))
-        within = dataclasses.replace(source, linears=linears[scheme], skipped={})
-        began = time.monotonic()
-        rounded, layers = round_all(recipe, grid, within, copy.deepcopy(own.sketches), tokens[seen:], notes, batch_size=batch)
-        seconds = time.monotonic() - began
+        parts = dataclasses.replace(split, calibration=tokens[:seen], choice=tokens[seen:])
+        result = round_model(recipe, one.source, parts, one.measured(notes), notes, batch_size=batch, work=one.work)
+        one.seconds += time.monotonic() - began
         modules = dict(twin.named_modules())
-        for name, result in rounded.items():
-            modules[name].weight.data.copy_(dequantized(result))
+        for name, weight in result.weights.items():
+            modules[name].weight.data.copy_(dequantized(weight))
         divergence = compare_models(twin, source.model, split.heldout, batch_size=wanted)
-        for name in rounded:
+        for name in result.weights:
             modules[name].weight.data.copy_(source.linears[name].weight.data)
+        shutil.rmtree(one.work.path, ignore_errors=True)
         diagnosis = diagnoses.get(recipe.curvature)
         rows.append(
             {
                 "method": label,
-                "scheme": scheme,
+                "scheme": recipe.scheme,
                 "sequences": recipe.sequences,
                 "seed": recipe.seed,
                 "kl": divergence.kl_mean,
@@ -257,50 +253,117 @@ def _one_setting(
                 "top1_agreement": divergence.top1_agreement,
                 "perplexity": divergence.perplexity_model,
                 "perplexity_reference": divergence.perplexity_reference,
-                "proxy_kl": sum(row["proxy_loss"] for row in layers.values()),
+                "proxy_kl": sum(row["proxy_loss"] for row in result.layers.values()),
                 **({} if diagnosis is None else diagnosis.as_json()),
                 "tokens": tokens.ids.numel(),
                 "passes": own.passes,
                 "collect_seconds": round(own.seconds, 3),
-                "rounding_seconds": round(seconds, 3),
+                "rounding_seconds": round(one.seconds, 3),
                 "state_bytes": own.state_bytes,
-                "bits_per_weight": _bits(source, layers),
-                "quantized_linears": len(rounded),
+                "bits_per_weight": _bits(source, result.layers),
+                "quantized_linears": len(result.weights),
                 "tokens_sha256": data_hash(tokens),
                 "heldout_sha256": data_hash(split.heldout),
                 "sequence_kl": [float(f"{value:.6g}") for value in divergence.sequence_kl],
             }
         )
-        notes.progress.say(f"{scheme} {label}: KL {divergence.kl_mean:.5f}")
+        notes.progress.say(f"{recipe.scheme} {label}: KL {divergence.kl_mean:.5f}")
     return rows
 
 
-def _bits(source: Source, layers: dict[str, dict[str, Any]]) -> float:
+@dataclass(kw_only=True)
+class _Rounding:
+    """One method with one scheme."""
+
+    label: str
+    recipe: Recipe
+    source: Source
+    work: Work
+    seconds: float = 0.0
+    """Of the choice of factors and of rounding."""
+
+    def settle(self, visit: Visit, sketches: Mapping[str, Sketch], rows: tuple[int, range], batch_size: int) -> None:
+        """Keeps what linears of a visit are rounded with; `rows`: how many sequences calibrate, and those to choose by."""
+        began = time.monotonic()
+        own = {name: copy.deepcopy(sketch) for name, sketch in sketches.items() if name in self.source.linears}  # others join the sums
+        if own:
+            settled = settle(visit, self.recipe, self.source, own, *rows, batch_size)
+            Curvatures(path=self.work.curvature).save(visit.index, *settled)
+        self.seconds += time.monotonic() - began
+
+    def measured(self, notes: Notes) -> Settled:
+        """Of all visits."""
+        return measured_in(Curvatures(path=self.work.curvature), self.source, notes)
+
+
+def _collected(
+    source: Source,
+    estimators: Mapping[str, Estimator],
+    roundings: Sequence[_Rounding],
+    tokens: TokenBatch,
+    notes: Notes,
+    batch_size: int,
+) -> tuple[dict[str, Measured], dict[str, dict[str, Factors]]]:
+    """What each curvature has cost, and its factors; the sums of one group of layers are in memory at a time."""
+    recipe, layers, count = roundings[0].recipe, source.layers, len(tokens)
+    held = {label: estimator.held_out(count) for label, estimator in estimators.items()}
+    parts = {label: passes(estimator, count - held[label]) for label, estimator in estimators.items()}
+    kinds, text = [recipe.labels] * count, tokens
+    if recipe.labels == "data":  # sequences to choose by have the model's own labels: once more, behind all others
+        again = max(held.values())
+        kinds, text = kinds + ["sampled"] * again, tokens.select([*range(count), *range(count - again, count)])
+    choice = {label: (count - own, range(len(text) - own, len(text))) for label, own in held.items()}
+    found = {label: Measured() for label in estimators}
+    factors: dict[str, dict[str, Factors]] = {label: {} for label in estimators}
+    with notes.progress.stage("curvature", steps(layers, source.linears) * len(text)) as advance:
+        visits = gradient_visits(
+            layers,
+            source.linears,
+            text,
+            seed=recipe.seed,
+            labels=kinds,
+            batch_size=batch_size,
+            store=roundings[0].work.passing("gradients"),
+            advance=advance,
+            quickly=True,
+        )
+        for visit in visits:
+            measured = collect_visit(visit, source.linears, estimators, parts, batch_size=batch_size, device=layers.device, fast=True)
+            for rounding in roundings:
+                label = rounding.recipe.curvature
+                rounding.settle(visit, measured[label].sketches, choice[label], batch_size)
+            for label, own in measured.items():
+                factors[label] |= factors_of(own.sketches)
+                own.sketches = {}
+                found[label].join(own, parts[label])
+    return found, factors
+
+
+def _bits(source: Source, layers: Mapping[str, dict[str, Any]]) -> float:
     """Mean over all weights of the rounded linears."""
     sizes = {name: source.linears[name].weight.numel() for name in layers}
     total: float = sum(layers[name]["bits_per_weight"] * size for name, size in sizes.items())
     return total / sum(sizes.values())
 
 
-def _safe_batch(source: Source, parts: Sequence[TokenBatch], recipe: Recipe, wanted: int) -> int:
-    """`wanted`, if batches of all the sizes that occur in `parts` give the same bits as single sequences; else 1."""
-    for part in parts:
-        found = safe_batch_size(source.model, source.linears, part, seed=recipe.seed, batch_size=wanted, labels=recipe.labels)
-        if found < min(wanted, len(part)):
+def _safe_batch(source: Source, tokens: TokenBatch, estimators: Iterable[Estimator], wanted: int) -> int:
+    """`wanted`, if batches of all the sizes that occur give the same bits as single sequences; else 1."""
+    for rows in (*segments(len(tokens), estimators), range(len(tokens))):
+        found = safe_batch_size(source.layers, source.linears, tokens.select(rows), batch_size=wanted, quickly=True)
+        if found < min(wanted, len(rows)):
             return 1
     return wanted
 
 
-def _diagnosed(source: Source, measured: dict[str, Measured], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:
+def _diagnosed(source: Source, factors: dict[str, dict[str, Factors]], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:
     """Held-out J and cosine of each curvature, all linears together; nothing with fewer than two held-out sequences."""
     heldout: TokenBatch = split.heldout[:DIAGNOSED]
     if len(heldout) < 2:
         return {}
-    factors = {label: {name: sketch.factors() for name, sketch in own.sketches.items()} for label, own in measured.items()}
     batch = max(2, default_batch(heldout.ids.shape[1]))
-    with notes.progress.stage("held-out gradients", len(heldout)) as advance:
+    with notes.progress.stage("held-out gradients", steps(source.layers, source.linears) * len(heldout)) as advance:
         found = diagnose(
-            source.model,
+            source.layers,
             source.linears,
             factors,
             heldout,

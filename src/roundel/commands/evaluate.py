@@ -24,17 +24,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from roundel.artifacts.checkpoints import load_written
+from roundel.artifacts.source import positions
 from roundel.calibration import Fingerprint, data_hash
 from roundel.errors import DataError
-from roundel.evaluate import Divergence, Logits, compare_models
+from roundel.evaluate import Divergence, Logits, ModelLogits, compare_models
 from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
+from roundel.evaluate.divergence import Part
 from roundel.evaluate.perplexity import perplexity_text, window_losses
 from roundel.evaluate.tasks import open_tasks, task_results
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import load_config, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.stages.report import versions
-from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens, positions
+from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens
 from roundel.types import TokenBatch
 
 __all__ = ["Evaluation", "evaluate"]
@@ -214,27 +216,26 @@ class _Reference:
             yield self.model, {"duplicate": duplicate, "reference_logits": "run"}
             return
         with cache.entry(key, size, {**about, "model": str(self.path), "duplicate": duplicate}) as keep:
-            yield RunLogits(model=self.model, keep=keep), {"duplicate": duplicate, "reference_logits": "run"}
+            yield RunLogits(model=ModelLogits(self.model), keep=keep), {"duplicate": duplicate, "reference_logits": "run"}
 
     def _duplicate(self, tokens: TokenBatch, batch_size: int) -> dict[str, Any]:
         """The KL of the original against itself, one sequence at a time against several."""
         some = tokens[:DUPLICATED]
         together = min(len(some), batch_size) if batch_size > 1 else min(len(some), 2)
-        single = compare_models(_OneByOne(self.model), self.model, some, batch_size=together)
+        model = ModelLogits(self.model)
+        single = compare_models(_OneByOne(model), model, some, batch_size=together)
         return {"kl": single.kl_mean, "batch_sizes": [1, together], "sequences": len(some)}
 
 
-class _OneByOne(nn.Module):
-    """A model that looks at one sequence at a time."""
+@dataclass(frozen=True)
+class _OneByOne:
+    """Logits of a model that looks at one sequence at a time."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.inner = model
+    model: ModelLogits
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
-        parts = [self.inner(input_ids=row[None], use_cache=use_cache) for row in input_ids]
-        parts[0].logits = torch.cat([part.logits for part in parts])
-        return parts[0]
+    def of(self, batch: TokenBatch) -> list[Part]:
+        """See `evaluate.Logits`."""
+        return [part for single in batch.split(1) for part in self.model.of(single)]
 
 
 def _perplexities(ours: nn.Module, theirs: PreTrainedModel, tokens: TokenBatch, batch: int, progress: Progress) -> dict[str, Any]:

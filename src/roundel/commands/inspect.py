@@ -12,8 +12,8 @@ Of the Fisher itself: `sigma_2 / sigma_1` of the *rearranged* Fisher, whose rank
 product is all of it. The Ritz values of a few Krylov passes (`sketches.fastkron`), in-sample: the sums and the spectrum are of the same
 held-out sequences, and with few of them the second value is too large.
 
-Cost: one rounding as in `quantize`, one forward and backward pass for `diagnose`, one for each of `spectrum_passes`, and eigenvalues and
-an LDL factor of every factor, about `2 d^3` flops in float64. Memory: all factors twice, and the Krylov vectors.
+Cost: one rounding of all linears to their own weights, one forward and backward pass for `diagnose`, one for each of `spectrum_passes`, and
+eigenvalues and an LDL factor of every factor, about `2 d^3` flops in float64. Memory: all factors twice, and the Krylov vectors.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
 from roundel.progress import Progress, Silent
 from roundel.rounding.round import dequantized
-from roundel.stages.curvature import OpenFactors, open_factors
-from roundel.stages.rounding.linears import Linear, decoder_layers, round_linears
+from roundel.stages.collecting import OpenFactors, open_factors
+from roundel.stages.linears import Linear, decoder_layers, round_linears
 from roundel.stages.text import BATCH_TOKENS
 from roundel.store import check_output, staged_directory, storage, write_json, write_text
+from roundel.sweeps.gradients import steps
 from roundel.types import Factors, RoundedWeight
 
 __all__ = ["COLUMNS", "SHORT", "inspect", "table_rows"]
@@ -126,9 +127,9 @@ def inspect(
         raise NumericalError("no factors can be inspected: no usable gradient reached any linear")
     rounded, rounding, structure = _rounded(opened, usable, progress)
     batch = batch_size or max(2, BATCH_TOKENS // opened.header.seq_len)
-    with progress.stage("held-out gradients", len(opened.heldout)) as advance:
+    with progress.stage("held-out gradients", steps(opened.source.layers, usable) * len(opened.heldout)) as advance:
         found = diagnose(
-            opened.source.model,
+            opened.source.layers,
             usable,
             {"": opened.factors},
             opened.heldout,
@@ -262,16 +263,16 @@ def _spectrum(
 ) -> dict[str, list[float] | None]:
     """Leading singular values of each rearranged Fisher, in-sample; None where there are not two."""
     estimator = parse_curvature(f"fastkron:steps={passes}:tolerance=0")  # the second value converges after the first
-    with progress.stage("spectrum of the Fisher", len(opened.heldout) * passes) as advance:
+    with progress.stage("spectrum of the Fisher", steps(opened.source.layers, linears) * len(opened.heldout)) as advance:
         sketches = collect(
-            opened.source.model,
+            opened.source.layers,
             linears,
             opened.heldout,
             estimator,
             seed=opened.recipe.seed,
             batch_size=batch,
             advance=advance,
-        ).sketches
+        )
     found: dict[str, list[float] | None] = {}
     for name, sketch in sketches.items():
         assert isinstance(sketch, FastKronSums)

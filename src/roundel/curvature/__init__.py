@@ -1,7 +1,7 @@
 """Curvature of the model's KL in each linear, from one stream of per-sequence gradients.
 
-`fisher` sends label gradients back through the model, `tap` catches each linear's input and output gradient, a sketch
-from `sketches` sums them up inside the backward pass, `collect` runs the passes. Nothing is stored but the sums.
+The backward sweep (`sweeps.gradient_visits`) brings each linear's input and output gradient, a sketch from `sketches` sums them up inside
+the backward pass, `collect` runs the passes. Nothing is stored but the sums.
 """
 
 from roundel.curvature.choose import choose

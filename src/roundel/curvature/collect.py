@@ -1,57 +1,94 @@
-"""Running an estimator over calibration data, and predicting the KL of an error from gradients that the factors have not seen.
+"""Sums of estimators over calibration data, and the KL that gradients which the factors have not seen predict for an error.
+
+Both are visitors of the backward sweep (`sweeps.gradient_visits`): the sums of the linears of one group of decoder layers are in memory at
+a time, whatever the number of passes that an estimator makes, and all of them see the same gradients.
 
 Each sequence's contribution is formed by itself, with products of the same shape, and added in order. The forward and
 backward pass is shared by a batch; whether this machine's kernels give a batch the same bits as its sequences one by
-one is *checked* on the first batch, and if they do not, sequences go one by one. So the batch size changes speed and
+one is *checked* (`sweeps.safe_batch_size`), and if they do not, sequences go one by one. So the batch size changes speed and
 memory, never a result.
 
-Cost: one forward pass and one backward pass to the inputs (no weight gradients) for each of the estimator's passes, plus its sums.
+Cost: one forward pass for all, one forward and backward pass to the inputs (no weight gradients) for each of the estimators' passes, and
+their sums.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from bisect import bisect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from roundel.curvature.fisher import backward
 from roundel.curvature.sketches import Estimator, Sketch
-from roundel.curvature.tap import tapped
-from roundel.types import Factors, KroneckerFactors, LayerGrad, TokenBatch
+from roundel.linalg.fast import fast_products
+from roundel.sweeps import HiddenStore, Layers, Visit, gradient_visits
+from roundel.sweeps.gradients import batches
+from roundel.types import Factors, KroneckerFactors, LayerGrad, LayerInput, TokenBatch
 
-__all__ = ["Collection", "Prediction", "collect", "inner_products", "passes", "pilot_first", "predicted_kl", "safe_batch_size"]
+__all__ = [
+    "Measured",
+    "Prediction",
+    "collect",
+    "collect_together",
+    "collect_visit",
+    "factors_of",
+    "inner_products",
+    "inner_products_of",
+    "passes",
+    "pilot_first",
+    "predicted_kl",
+    "prediction_of",
+    "segments",
+]
 
 Advance = Callable[[int], None]
+
+IN_MEMORY = 1 << 40
 
 
 def _ignore(_sequences: int) -> None:
     pass
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 @dataclass
-class Collection:
-    """A collection under way: the sums of pass `index` over the first `done` sequences, and the factors of the pass before."""
+class Measured:
+    """What one estimator has collected, of all linears or of those of one visit."""
 
-    index: int = 0
-    done: int = 0
     sketches: dict[str, Sketch] = field(default_factory=dict)
+    """The sums of each linear in the last pass."""
     previous: dict[str, KroneckerFactors] = field(default_factory=dict)
+    """The factors of the pass before, where there was one."""
+    passes: int = 0
+    """How often it has seen each sequence that is not left out."""
+    seconds: float = 0.0
+    """As if it had run alone."""
+    state_bytes: int = 0
+    """Of sums and of what goes from pass to pass, at their largest, of the linears of one visit or the sum over visits."""
 
-    def factors(self) -> dict[str, Factors]:
-        """Factors from the sums so far."""
-        return {name: sketch.factors() for name, sketch in self.sketches.items()}
+    def join(self, visit: Measured, parts: Sequence[Sequence[int]]) -> None:
+        """Adds what has been collected in one more visit; `parts`: the sequences of each pass."""
+        seen = len({row for rows in parts for row in rows})
+        self.sketches |= visit.sketches
+        self.passes = max(self.passes, sum(len(rows) for rows in parts[: visit.passes]) // seen)
+        self.seconds += visit.seconds
+        self.state_bytes += visit.state_bytes
+
+
+def factors_of(sketches: Mapping[str, Sketch]) -> dict[str, Factors]:
+    """Factors from the sums so far."""
+    return {name: sketch.factors() for name, sketch in sketches.items()}
 
 
 def collect(
-    model: nn.Module,
+    layers: Layers,
     linears: Mapping[str, nn.Linear],
     tokens: TokenBatch,
     estimator: Estimator,
@@ -59,66 +96,180 @@ def collect(
     seed: int,
     batch_size: int,
     labels: str = "sampled",
-    parts: Sequence[TokenBatch] | None = None,
+    store: HiddenStore | None = None,
     advance: Advance = _ignore,
-    start: Collection | None = None,
-    each_batch: Callable[[Collection], None] = lambda _state: None,
-    each_pass: Callable[[Collection], None] = lambda _state: None,
-) -> Collection:
-    """Sums of every linear over all sequences, in as many passes as the estimator needs.
+) -> dict[str, Sketch]:
+    """Sums of every linear over all sequences, in as many passes as the estimator needs, all in memory.
 
     Args:
-        model: A causal language model in evaluation mode.
+        layers: A causal language model.
         linears: The modules to measure, by name.
         tokens: Calibration sequences.
         estimator: Which curvature.
         seed: Seeds the labels, together with each sequence's id; the same in every pass.
-        batch_size: Sequences per forward pass (see `safe_batch_size`).
-        labels: What is sent back from the logits (see `fisher`).
-        parts: The sequences of each pass, where they are not `passes(estimator, tokens)`.
-        advance: Called with the number of sequences done after each batch.
-        start: Where an interrupted collection stopped; it is continued in place.
-        each_batch: Called with the state after each batch, to save it.
-        each_pass: Called with the state when a pass has seen all of `tokens`, before its factors are used: to add other processes' sums.
+        batch_size: Sequences per forward pass (see `sweeps.safe_batch_size`).
+        labels: What is sent back from the logits (see `sweeps.labels`).
+        store: Where hidden states go; in memory by default.
+        advance: Called with the number of sequences done by one group of layers.
     """
-    device = _device(model)
-    state = start or Collection()
-    parts = passes(estimator, tokens) if parts is None else parts
-    if start is not None:
-        advance(sum(map(len, parts[: start.index])) + start.done)
-    while True:
-        for name, linear in linears.items():
-            if name not in state.sketches:
-                state.sketches[name] = estimator.sketch(
-                    linear.out_features, linear.in_features, device, index=state.index, previous=state.previous.get(name)
+    parts = passes(estimator, len(tokens))
+    found: dict[str, Sketch] = {}
+    store = store or HiddenStore(memory=IN_MEMORY)
+    for visit in gradient_visits(layers, linears, tokens, seed=seed, labels=labels, batch_size=batch_size, store=store, advance=advance):
+        own = collect_visit(visit, linears, {"": estimator}, {"": parts}, batch_size=batch_size, device=layers.device)[""]
+        found |= own.sketches
+    return {name: found[name] for name in linears}
+
+
+def collect_visit(
+    visit: Visit,
+    linears: Mapping[str, nn.Linear],
+    estimators: Mapping[str, Estimator],
+    parts: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    batch_size: int,
+    device: torch.device,
+    each_pass: Callable[[dict[str, Sketch]], None] = lambda _sketches: None,
+    fast: bool = False,
+) -> dict[str, Measured]:
+    """Sums of the linears of one visit, for each estimator, by label.
+
+    Args:
+        visit: The group of layers.
+        linears: All modules by name.
+        estimators: By label; all see the same gradients.
+        parts: The sequences of each pass, for each label.
+        batch_size: Sequences together; batches do not cross a point where an estimator begins or stops in any pass (`segments`).
+        device: Where the sums are.
+        each_pass: Called with the sums of a pass that has seen all of its sequences, before its factors are used: to add other processes'.
+        fast: Whether products of the sums may round their factors to bfloat16, where the CPU has units for it (`linalg.fast`): an error
+            of 2^-9 that is independent from entry to entry and far below the sampling error of any number of sequences.
+    """
+    found = {label: Measured() for label in estimators}
+    cuts = sorted({edge for own in parts.values() for rows in own if rows for edge in (rows[0], rows[-1] + 1)})
+    active, index = dict(estimators), 0
+    while active:
+        for label, estimator in active.items():
+            measured = found[label]
+            measured.sketches = {
+                name: estimator.sketch(
+                    linears[name].out_features, linears[name].in_features, device, index=index, previous=measured.previous.get(name)
                 )
-        with tapped(model, linears, lambda name, grad: state.sketches[name].update(grad)):
-            for batch in parts[state.index][state.done :].split(batch_size):
-                backward(model, batch, seed, labels, device=device)
-                state.done += len(batch)
-                each_batch(state)
-                advance(len(batch))
-        for sketch in state.sketches.values():
-            sketch.finish()
-        each_pass(state)
-        left = estimator.passes - 1 - state.index
-        if left and all(estimator.converged(sketch) for sketch in state.sketches.values()):
-            # the passes that are left would change nothing: they count as done
-            advance(sum(map(len, parts[state.index + 1 :])))
-            state.index += left
-        if state.index + 1 == estimator.passes:
-            return state
-        state.previous = {name: kept for name, kept in state.factors().items() if isinstance(kept, KroneckerFactors)}
-        state.sketches = {}
-        state.index, state.done = state.index + 1, 0
+                for name in visit.names
+            }
+        rows = {label: parts[label][index] for label in active}
+        seconds = _one_pass(visit, {label: (found[label].sketches, set(rows[label])) for label in active}, cuts, batch_size, device, fast)
+        for label, estimator in list(active.items()):
+            measured = found[label]
+            for sketch in measured.sketches.values():
+                sketch.finish()
+            each_pass(measured.sketches)
+            measured.passes += 1
+            measured.seconds += seconds[label]
+            measured.state_bytes = max(measured.state_bytes, _bytes(measured.sketches, measured.previous))
+            if index + 1 == estimator.passes or all(estimator.converged(sketch) for sketch in measured.sketches.values()):
+                for sketch in measured.sketches.values():
+                    sketch.index = estimator.passes - 1  # the passes that are left would change nothing
+                del active[label]
+            else:
+                kept = factors_of(measured.sketches)
+                measured.previous = {name: own for name, own in kept.items() if isinstance(own, KroneckerFactors)}
+        index += 1
+    return found
 
 
-def passes(estimator: Estimator, tokens: TokenBatch) -> list[TokenBatch]:
-    """The sequences of each pass: all of them, or the estimator's pilot in pass 0 and the others in each later one."""
-    pilot = estimator.pilot(len(tokens))
+def _one_pass(
+    visit: Visit,
+    wanted: Mapping[str, tuple[Mapping[str, Sketch], set[int]]],
+    cuts: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    fast: bool,
+) -> dict[str, float]:
+    """Feeds all sketches with their sequences; returns the seconds that each label would have taken alone."""
+    own = dict.fromkeys(wanted, 0.0)
+    inputs: WeakKeyDictionary[LayerInput, dict[str, LayerInput]] = WeakKeyDictionary()
+    labels: list[str] = []
+
+    def consume(name: str, grad: LayerGrad) -> None:
+        copies = inputs.setdefault(grad.input, {})
+        for label in labels:
+            began = _now(device)
+            # an input of its own: else the first to ask would pay for the Gram matrices of all
+            input = copies.setdefault(label, LayerInput(grad.input.x)) if len(wanted) > 1 else grad.input
+            with fast_products(device) if fast else nullcontext():
+                wanted[label][0][name].update(LayerGrad(input=input, g=grad.g))
+            own[label] += _now(device) - began
+
+    began = _now(device)
+    everything = sorted(set[int]().union(*(rows for _, rows in wanted.values())))
+    members = {row: [label for label, (_, rows) in wanted.items() if row in rows] for row in everything}
+    for (_, now), run in itertools.groupby(everything, key=lambda row: (bisect(cuts, row), members[row])):
+        labels[:] = now
+        for rows in batches(list(run), batch_size):
+            visit.replay(rows, consume)
+    shared = _now(device) - began - sum(own.values())
+    return {label: own[label] + shared * len(rows) / max(1, len(everything)) for label, (_, rows) in wanted.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _bytes(sketches: Mapping[str, Sketch], previous: Mapping[str, KroneckerFactors]) -> int:
+    tensors: list[Tensor] = [total for sketch in sketches.values() for total in sketch.sums.values()]
+    for factors in previous.values():
+        tensors += [factors.H_out, factors.H_in, *factors.carry.values()]
+    distinct = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(distinct.values())
+
+
+def collect_together(
+    layers: Layers,
+    linears: Mapping[str, nn.Linear],
+    tokens: TokenBatch,
+    estimators: Mapping[str, Estimator],
+    *,
+    seed: int,
+    batch_size: int,
+    labels: str = "sampled",
+    store: HiddenStore | None = None,
+    advance: Advance = _ignore,
+) -> dict[str, Measured]:
+    """What `collect` gives for each estimator, by label, over one stream of gradients.
+
+    An estimator that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones. A Gram matrix of inputs that two
+    estimators need is formed for each, so that `seconds` are what each would have taken alone.
+    """
+    ends = {label: len(tokens) - estimator.held_out(len(tokens)) for label, estimator in estimators.items()}
+    parts = {label: passes(estimator, ends[label]) for label, estimator in estimators.items()}
+    found = {label: Measured() for label in estimators}
+    store = store or HiddenStore(memory=IN_MEMORY)
+    for visit in gradient_visits(layers, linears, tokens, seed=seed, labels=labels, batch_size=batch_size, store=store, advance=advance):
+        for label, own in collect_visit(visit, linears, estimators, parts, batch_size=batch_size, device=layers.device).items():
+            found[label].join(own, parts[label])
+    for measured in found.values():
+        measured.sketches = {name: measured.sketches[name] for name in linears}
+    return found
+
+
+def segments(count: int, estimators: Iterable[Estimator]) -> list[range]:
+    """So many sequences, cut where an estimator's pilot ends or where it stops; batches are made within each part."""
+    cuts = {0, count}
+    for estimator in estimators:
+        end = count - estimator.held_out(count)
+        cuts |= {end, estimator.pilot(end)}
+    return [range(start, stop) for start, stop in itertools.pairwise(sorted(cuts))]
+
+
+def passes(estimator: Estimator, count: int) -> list[Sequence[int]]:
+    """Which of so many sequences each pass sees: all of them, or the estimator's pilot in pass 0 and the others in each later one."""
+    pilot = estimator.pilot(count)
     if not pilot:
-        return [tokens] * estimator.passes
-    return [tokens[:pilot], *[tokens[pilot:]] * (estimator.passes - 1)]
+        return [range(count)] * estimator.passes
+    return [range(pilot), *[range(pilot, count)] * (estimator.passes - 1)]
 
 
 def pilot_first(estimator: Estimator, tokens: TokenBatch) -> TokenBatch:
@@ -126,47 +277,6 @@ def pilot_first(estimator: Estimator, tokens: TokenBatch) -> TokenBatch:
     count = estimator.pilot(len(tokens))
     chosen = [row * len(tokens) // count for row in range(count)]
     return tokens.select([*chosen, *sorted(set(range(len(tokens))) - set(chosen))])
-
-
-def safe_batch_size(
-    model: nn.Module, linears: Mapping[str, nn.Linear], tokens: TokenBatch, *, seed: int, batch_size: int, labels: str = "sampled"
-) -> int:
-    """`batch_size`, if the first batch gives every linear the same bits as its sequences one by one; else 1.
-
-    The last, smaller batch of the data is checked too.
-    """
-    batch_size = min(batch_size, len(tokens))
-    if batch_size == 1:
-        return 1
-    sizes = {batch_size, len(tokens) % batch_size} - {0, 1}
-
-    def digests(size: int, of: TokenBatch) -> dict[tuple[str, int], tuple[int, int]]:
-        found: dict[tuple[str, int], tuple[int, int]] = {}
-        offset = 0
-
-        def consume(name: str, grad: LayerGrad) -> None:
-            for sequence in grad.sequences():
-                found[name, offset + sequence] = (_bits(grad.input.x[sequence]), _bits(grad.g[sequence]))
-
-        with tapped(model, linears, consume):
-            for batch in of.split(size):
-                backward(model, batch, seed, labels, device=_device(model))
-                offset += len(batch)
-        return found
-
-    single = digests(1, tokens[:batch_size])
-    for size in sizes:
-        together = digests(size, tokens[:size])
-        if any(single[key] != bits for key, bits in together.items()):
-            return 1
-    return batch_size
-
-
-def _bits(values: Tensor) -> int:
-    """A checksum of the exact bits."""
-    words = values.contiguous().view(torch.int32 if values.element_size() == 4 else torch.int16).flatten().long()
-    weights = torch.arange(words.numel(), device=words.device) % 65521 + 1
-    return int((words * weights).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +294,45 @@ class Prediction:
 
 
 def inner_products(
-    model: nn.Module,
+    visit: Visit,
+    errors: Mapping[str, Callable[[str], Tensor]],
+    rows: Sequence[int],
+    *,
+    batch_size: int,
+    sketches: Mapping[str, Sketch] | None = None,
+    names: Iterable[str] | None = None,
+) -> dict[str, dict[str, Float[Tensor, " sequences"]]]:
+    """`<G_s, E>` of sequences, for each label of `errors` and each linear of a visit: `1/2 <G_s, E>^2` divided by the tokens predicts a KL.
+
+    The gradients are added to `sketches`, which so far have not seen these sequences. `names`: of those linears only.
+
+    Cost: one forward and one backward pass for all, `2 d_in d_out` flops per token and linear for `G_s`, as many per sequence for each `E`.
+    Memory: the errors of the visit's linears, and one `G_s`.
+    """
+    wanted = list(visit.names if names is None else names)
+    inner = {label: {name: torch.zeros(len(rows), dtype=torch.float64) for name in wanted} for label in errors}
+    known = {(label, name): error(name) for label, error in errors.items() for name in wanted}
+    start = 0
+
+    def consume(name: str, grad: LayerGrad) -> None:
+        if sketches and name in sketches:
+            sketches[name].update(grad)
+        if name not in wanted:
+            return
+        for sequence in grad.sequences():
+            G = grad.weight_gradient(sequence)  # once for all errors
+            for label in errors:
+                E = known[label, name].to(G.device)
+                inner[label][name][start + sequence] = (G * E).sum(dtype=torch.float64).item()
+
+    for part in batches(rows, batch_size):
+        visit.replay(part, consume)
+        start += len(part)
+    return inner
+
+
+def inner_products_of(
+    layers: Layers,
     linears: Mapping[str, nn.Linear],
     errors: Mapping[str, Callable[[str], Tensor]],
     tokens: TokenBatch,
@@ -192,39 +340,23 @@ def inner_products(
     seed: int,
     batch_size: int,
     labels: str = "sampled",
+    store: HiddenStore | None = None,
     advance: Advance = _ignore,
-    sketches: Mapping[str, Sketch] | None = None,
 ) -> dict[str, dict[str, Float[Tensor, " sequences"]]]:
-    """`<G_s, E>` of every sequence, for each label of `errors` and each linear: `1/2 <G_s, E>^2` divided by the tokens predicts a KL.
+    """`inner_products` of all linears, by a backward sweep of its own.
 
-    The gradients are added to `sketches`, which so far have not seen these sequences.
-
-    The KL's Hessian is the Fisher of the model's own labels, whatever the factors were collected with: `labels="data"` counts as "sampled".
-    Cost: one forward and one backward pass for all, `2 d_in d_out` flops per token and linear for `G_s`, as many per sequence for each `E`.
-    Memory: the errors of one linear at a time, and one `G_s`.
+    The KL's Hessian is the Fisher of the model's own labels, whatever factors were collected with: `labels="data"` counts as "sampled".
     """
-    inner = {label: {name: torch.zeros(len(tokens), dtype=torch.float64) for name in linears} for label in errors}
-    start = 0
-
-    def consume(name: str, grad: LayerGrad) -> None:
-        if sketches and name in sketches:
-            sketches[name].update(grad)
-        E = {label: error(name).to(grad.g.device) for label, error in errors.items()}
-        for sequence in grad.sequences():
-            G = grad.weight_gradient(sequence)  # once for all errors
-            for label in errors:
-                inner[label][name][start + sequence] = (G * E[label]).sum(dtype=torch.float64).item()
-
-    with tapped(model, linears, consume):
-        for batch in tokens.split(batch_size):
-            backward(model, batch, seed, "sampled" if labels == "data" else labels, device=_device(model))
-            start += len(batch)
-            advance(len(batch))
-    return inner
+    found: dict[str, dict[str, Tensor]] = {label: {} for label in errors}
+    store, labels = store or HiddenStore(memory=IN_MEMORY), "sampled" if labels == "data" else labels
+    for visit in gradient_visits(layers, linears, tokens, seed=seed, labels=labels, batch_size=batch_size, store=store, advance=advance):
+        for label, own in inner_products(visit, errors, range(len(tokens)), batch_size=batch_size).items():
+            found[label] |= own
+    return {label: {name: own[name] for name in linears} for label, own in found.items()}
 
 
 def predicted_kl(
-    model: nn.Module,
+    layers: Layers,
     linears: Mapping[str, nn.Linear],
     error: Callable[[str], Tensor],
     tokens: TokenBatch,
@@ -232,18 +364,25 @@ def predicted_kl(
     seed: int,
     batch_size: int,
     labels: str = "sampled",
+    store: HiddenStore | None = None,
     advance: Advance = _ignore,
 ) -> Prediction:
     """Predicts the KL of the errors `error(name) = W - W_hat` from gradients of `tokens`, which should be held out from the factors.
 
-    Labels and cost: `inner_products`.
+    Labels and cost: `inner_products_of`.
     """
-    errors = {"": error}
-    inner = inner_products(model, linears, errors, tokens, seed=seed, batch_size=batch_size, labels=labels, advance=advance)[""]
-    length = tokens.ids.shape[1]
+    inner = inner_products_of(
+        layers, linears, {"": error}, tokens, seed=seed, batch_size=batch_size, labels=labels, store=store, advance=advance
+    )
+    return prediction_of(inner[""], tokens.ids.shape[1])
+
+
+def prediction_of(inner: Mapping[str, Float[Tensor, " sequences"]], length: int) -> Prediction:
+    """The prediction of `<G_s, E>` of each linear, in sequences of so many tokens."""
+    count = len(next(iter(inner.values())))
     per_sequence = {name: 0.5 * values.square() / length for name, values in inner.items()}
-    separate = sum(per_sequence.values(), torch.zeros(len(tokens), dtype=torch.float64))
-    together = 0.5 * sum(inner.values(), torch.zeros(len(tokens), dtype=torch.float64)).square() / length
+    separate = sum(per_sequence.values(), torch.zeros(count, dtype=torch.float64))
+    together = 0.5 * sum(inner.values(), torch.zeros(count, dtype=torch.float64)).square() / length
     return Prediction(
         layers={name: values.mean().item() for name, values in per_sequence.items()},
         total=separate.mean().item(),

@@ -46,10 +46,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from roundel.curvature.fisher import backward
-from roundel.curvature.tap import tapped
+from roundel.curvature.collect import IN_MEMORY
 from roundel.errors import DataError, in_layer
 from roundel.linalg.ldl import damped_ldl
+from roundel.sweeps import HiddenStore, Layers, gradient_visits
+from roundel.sweeps.gradients import batches
 from roundel.types import Factors, LayerGrad, TokenBatch
 
 __all__ = ["Diagnosis", "Samples", "diagnose", "total"]
@@ -239,7 +240,7 @@ class _Gradients:
 
 
 def diagnose(
-    model: nn.Module,
+    layers: Layers,
     linears: Mapping[str, nn.Linear],
     factors: Mapping[str, Mapping[str, Factors]],
     tokens: TokenBatch,
@@ -249,19 +250,21 @@ def diagnose(
     damping: float,
     advance: Callable[[int], None] = lambda _sequences: None,
     errors: Mapping[str, Callable[[str], Tensor]] | None = None,
+    store: HiddenStore | None = None,
 ) -> dict[str, dict[str, Diagnosis]]:
     """Judges factors of several origins by the same gradients, with labels sampled from the model.
 
     Args:
-        model: A causal language model in evaluation mode.
+        layers: A causal language model.
         linears: The modules to look at, by name.
         factors: For each label (such as an estimator's name) the factors of linears, by name.
         tokens: Sequences that no factors have seen; two or more.
         seed: Seeds the labels, together with each sequence's id.
         batch_size: Sequences in a forward pass and in the pairs that give the Fisher's norm: two or more, better 16.
         damping: Relative, for `J`.
-        advance: Called with the number of sequences done after each batch.
+        advance: Called with the number of sequences done by one group of layers.
         errors: For some of the labels, `error(name) = W - W_hat` of each linear in `factors[label]`, to predict its KL.
+        store: Where hidden states go; in memory by default.
 
     Returns:
         By label and linear. Left out are linears whose factors are unusable (`scale` 0) and those that no gradient reached.
@@ -292,10 +295,9 @@ def diagnose(
     squares, pairs = {name: zeros() for name in diagnosed}, {name: zeros() for name in diagnosed}
     inner, remaining = {key: zeros() for key in groups}, {key: zeros() for key in groups}
     along = {key: zeros() for key in groups if key[0] in errors}
-    start = 0
+    here = slice(0, 0)
 
     def consume(name: str, grad: LayerGrad) -> None:
-        here = slice(start, start + len(grad.sequences()))
         with torch.no_grad():
             gradients = _Gradients(grad)
             products = gradients.products()
@@ -308,11 +310,13 @@ def diagnose(
                 if (label, name) in along:
                     along[label, name][here] = gradients.inner(errors[label](name)).cpu()
 
-    with tapped(model, diagnosed, consume):
-        for part in parts:
-            backward(model, part, seed, device=next(model.parameters()).device)
-            start += len(part)
-            advance(len(part))
+    store = HiddenStore(memory=IN_MEMORY) if store is None else store
+    for visit in gradient_visits(
+        layers, diagnosed, tokens, seed=seed, labels="sampled", batch_size=batch_size, store=store, advance=advance
+    ):
+        for rows in batches(range(len(tokens)), batch_size):
+            here = slice(rows[0], rows[-1] + 1)
+            visit.replay(rows, consume)
 
     length = tokens.ids.shape[1]
     found: dict[str, dict[str, Diagnosis]] = {label: {} for label in factors}

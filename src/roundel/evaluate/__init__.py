@@ -1,5 +1,5 @@
 """How far a model's output distribution is from another's, and the page that says so."""
 
-from roundel.evaluate.divergence import Divergence, Logits, Span, compare_models
+from roundel.evaluate.divergence import Comparison, Divergence, Logits, ModelLogits, Span, compare_models
 
-__all__ = ["Divergence", "Logits", "Span", "compare_models"]
+__all__ = ["Comparison", "Divergence", "Logits", "ModelLogits", "Span", "compare_models"]

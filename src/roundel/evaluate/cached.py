@@ -1,10 +1,10 @@
 """The original's logits on disk: whoever compares many quantizations of one model runs the original once.
 
-Layout: `DIR/KEY/00000.safetensors`, one file of one tensor `logits`, `(tokens, vocabulary)`, for each sequence, in the type in which the
-model gives them, so that a KL from the cache has the same bits; and `DIR/KEY/about.json`. The key is a digest of all that the logits depend
-on: the files of the model (path, size, time of change), the tokens, the type, the device, the batch size and the versions. An entry is
-whole or not there. When a new one would make the cache larger than its cap the entries that have not been used for longest go; one that is
-larger than the cap is not kept.
+Layout: `DIR/KEY/SEQUENCE-START.safetensors`, one file of one tensor `logits`, `(slice, vocabulary)`, for each slice of tokens of each
+sequence (`sweeps.Layers.slices`), in the type in which the model gives them, so that a KL from the cache has the same bits; and
+`DIR/KEY/about.json`. The key is a digest of all that the logits depend on: the files of the model (path, size, time of change), the tokens,
+the type, the device, the batch size and the versions. An entry is whole or not there. When a new one would make the cache larger than its
+cap the entries that have not been used for longest go; one that is larger than the cap is not kept.
 
 Cost: `tokens * vocabulary` numbers; 64 sequences of 512 tokens with 150k words take 20 GB in float32, 10 GB in bfloat16.
 """
@@ -18,16 +18,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from roundel.errors import StorageError
+from roundel.evaluate.divergence import ModelLogits, Part
 from roundel.store import staged_directory, storage, write_json
+from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
 __all__ = ["CachedLogits", "LogitCache", "RunLogits", "reference_key"]
@@ -50,16 +52,16 @@ class CachedLogits:
     path: Path
     about: dict[str, Any]
 
-    def logits(self, batch: TokenBatch) -> Tensor:
+    def of(self, batch: TokenBatch) -> list[Part]:
         """Of sequences of the entry's text.
 
-        Raises:
+        Raises (when a slice is asked for):
             StorageError: the entry has been damaged.
         """
-        return torch.stack([self._read(sequence) for sequence in batch.sequence_ids])
+        return [partial(self._read, sequence) for sequence in batch.sequence_ids]
 
-    def _read(self, sequence: int) -> Tensor:
-        path = _file(self.path, sequence)
+    def _read(self, sequence: int, part: slice) -> Tensor:
+        path = _file(self.path, sequence, part)
         try:
             with safe_open(path, framework="pt") as stored:
                 found: Tensor = stored.get_tensor("logits")
@@ -72,16 +74,23 @@ class CachedLogits:
 class RunLogits:
     """A model whose logits go through `keep` as they are formed."""
 
-    model: nn.Module
-    keep: Callable[[int, Tensor], None]
+    model: ModelLogits
+    keep: Callable[[int, slice, Tensor], None]
 
-    def logits(self, batch: TokenBatch) -> Tensor:
+    @property
+    def layers(self) -> Layers:
         """Of the model."""
-        ids = batch.ids.to(next(self.model.parameters()).device)
-        found: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        for sequence, own in zip(batch.sequence_ids, found, strict=True):
-            self.keep(sequence, own)
-        return found
+        return self.model.layers
+
+    def of(self, batch: TokenBatch) -> list[Part]:
+        """Of the model."""
+
+        def kept(sequence: int, own: Part, part: slice) -> Tensor:
+            found = own(part)
+            self.keep(sequence, part, found)
+            return found
+
+        return [partial(kept, sequence, own) for sequence, own in zip(batch.sequence_ids, self.model.of(batch), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +111,7 @@ class LogitCache:
         return CachedLogits(path=place, about=about)
 
     @contextlib.contextmanager
-    def entry(self, key: str, size: int, about: dict[str, Any]) -> Iterator[Callable[[int, Tensor], None]]:
+    def entry(self, key: str, size: int, about: dict[str, Any]) -> Iterator[Callable[[int, slice, Tensor], None]]:
         """What keeps a sequence's logits in a new entry, which is there when the block ends well; `size` bytes must fit into the cap.
 
         Raises:
@@ -112,8 +121,8 @@ class LogitCache:
         self._make_room(size, key)
         with staged_directory(self.path / key) as staging:
 
-            def keep(sequence: int, logits: Tensor) -> None:
-                target = _file(staging, sequence)
+            def keep(sequence: int, part: slice, logits: Tensor) -> None:
+                target = _file(staging, sequence, part)
                 with storage(target):
                     save_file({"logits": logits.detach().cpu().contiguous()}, target)
 
@@ -133,5 +142,5 @@ class LogitCache:
             del sizes[path]
 
 
-def _file(directory: Path, sequence: int) -> Path:
-    return directory / f"{sequence:012x}.safetensors"
+def _file(directory: Path, sequence: int, part: slice) -> Path:
+    return directory / f"{sequence:012x}-{part.start:06d}.safetensors"

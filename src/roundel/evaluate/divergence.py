@@ -6,13 +6,13 @@ independent, and so is the interval: the middle 95 % of the means of sequences d
 With few or skewed sequences it is not symmetric, and wider than the error suggests. Perplexities are of the next token, `exp` of the mean
 negative log-likelihood.
 
-Cost: one forward pass of each model, and a few passes over `(tokens, vocabulary)` in chunks.
+Cost: one forward pass of each model, and a few passes over `(tokens, vocabulary)`, of which only slices exist at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from roundel.errors import ModelError
+from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
-__all__ = ["Divergence", "Logits", "Span", "compare_models"]
-
-CHUNK = 1 << 24
-"""Logits of each model turned into float32 log-probabilities at a time."""
+__all__ = ["Comparison", "Divergence", "Logits", "ModelLogits", "Part", "Span", "compare_models"]
 
 SPANS = 16
 """Parts of a sequence that the KL is told of."""
@@ -34,11 +32,32 @@ DRAWS = 2000
 """Of the bootstrap: the ends of the interval are then known to some hundredths of its width."""
 
 
-class Logits(Protocol):
-    """What can stand for a reference model: its logits from somewhere else."""
+Part = Callable[[slice], Tensor]
+"""Logits of some tokens of a sequence, `(slice, vocabulary)`."""
 
-    def logits(self, batch: TokenBatch) -> Tensor:
-        """`(sequences, tokens, vocabulary)`."""
+
+class Logits(Protocol):
+    """What can stand for a model: its logits from somewhere else."""
+
+    def of(self, batch: TokenBatch) -> list[Part]:
+        """For each sequence of a batch what gives the logits of its tokens, slice after slice."""
+
+
+class ModelLogits:
+    """Logits of a model in memory: the decoder layers for a whole batch, then the head for each slice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = Layers(model)
+
+    def of(self, batch: TokenBatch) -> list[Part]:
+        """See `Logits`."""
+        ids = batch.ids.to(self.layers.device)
+        hidden = self.layers.through(ids)
+
+        def part_of(row: int) -> Part:
+            return lambda part: self.layers.logits(ids[row : row + 1, part], hidden[row : row + 1, part])[0]
+
+        return [part_of(row) for row in range(len(batch))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,53 +113,82 @@ class Divergence:
         }
 
 
+class Comparison:
+    """What is measured of two models, sequence after sequence."""
+
+    def __init__(self) -> None:
+        self._kl: list[Tensor] = []
+        self._agreement: list[Tensor] = []
+        self._nll: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, ids: Tensor, ours: Part, theirs: Part, slices: Sequence[slice]) -> None:
+        """Measures one sequence of tokens.
+
+        Raises:
+            ModelError: the models' vocabularies differ.
+        """
+        following = torch.cat([ids[1:], ids[-1:]])  # the last position has no next token; its likelihood is dropped
+        found = []
+        for part in slices:
+            own = ours(part)
+            other = theirs(part).to(own.device)
+            if own.shape != other.shape:
+                raise ModelError(f"the models have vocabularies of {own.shape[-1]} and {other.shape[-1]} tokens and cannot be compared")
+            found.append(_compare(own, other, following[part].to(own.device)))
+        self._kl.append(torch.cat([each[0] for each in found]))
+        self._agreement.append(torch.cat([each[1] for each in found]))
+        self._nll.append(torch.cat([each[2] for each in found], dim=1)[:, :-1])
+
+    def result(self) -> Divergence:
+        """Of all sequences so far.
+
+        Raises:
+            ModelError: a logit was not finite.
+        """
+        divergence = torch.stack(self._kl).double()
+        if not torch.isfinite(divergence).all():
+            raise ModelError("a model gives logits that are not finite; try --dtype float32")
+        sequence_means, flat = divergence.mean(1), divergence.flatten()
+        perplexities = torch.stack(self._nll).double().mean((0, 2)).exp()
+        return Divergence(
+            kl_mean=flat.mean().item(),
+            kl_stderr=_stderr(sequence_means),
+            kl_interval=_interval(sequence_means),
+            kl_median=flat.median().item(),
+            kl_p99=flat.kthvalue(max(1, math.ceil(0.99 * len(flat)))).values.item(),
+            top1_agreement=torch.cat(self._agreement).double().mean().item(),
+            perplexity_model=perplexities[0].item(),
+            perplexity_reference=perplexities[1].item(),
+            tokens=len(flat),
+            sequences=len(sequence_means),
+            spans=_spans(divergence),
+            sequence_kl=tuple(sequence_means.tolist()),
+        )
+
+
 @torch.no_grad()
 def compare_models(
-    model: nn.Module,
+    model: nn.Module | Logits,
     reference: nn.Module | Logits,
     tokens: TokenBatch,
     *,
     batch_size: int,
     advance: Callable[[int], None] = lambda _n: None,
 ) -> Divergence:
-    """Measures `KL(reference || model)` on `tokens`.
+    """Measures `KL(reference || model)` on `tokens`, both models in memory.
 
     Raises:
-        ModelError: the models' vocabularies differ, or a logit is not finite.
+        ModelError: the models' vocabularies differ, a logit is not finite, or a model has no decoder layers.
     """
-    kl, agreement, nll = [], [], []
+    ours, theirs = (ModelLogits(each) if isinstance(each, nn.Module) else each for each in (model, reference))
+    slices = next(each.layers for each in (ours, theirs) if hasattr(each, "layers")).slices(tokens.ids.shape[1])
+    found = Comparison()
     for batch in tokens.split(batch_size):
-        ours = _logits(model, batch)
-        theirs = _logits(reference, batch) if isinstance(reference, nn.Module) else reference.logits(batch).to(ours.device)
-        if ours.shape != theirs.shape:
-            raise ModelError(f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens and cannot be compared")
-        for row in range(len(batch)):
-            parts = [_compare(*pair) for pair in _chunks(ours[row], theirs[row], batch.ids[row].to(ours.device))]
-            kl.append(torch.cat([p[0] for p in parts]))
-            agreement.append(torch.cat([p[1] for p in parts]))
-            nll.append(torch.cat([p[2] for p in parts], dim=1)[:, :-1])
+        for ids, own, other in zip(batch.ids, ours.of(batch), theirs.of(batch), strict=True):
+            found.add(ids, own, other, slices)
         advance(len(batch))
-    divergence = torch.stack(kl).double()
-    if not torch.isfinite(divergence).all():
-        raise ModelError("a model gives logits that are not finite; try --dtype float32")
-    sequence_means = divergence.mean(1)
-    flat = divergence.flatten()
-    perplexities = torch.stack(nll).double().mean((0, 2)).exp()
-    count = len(sequence_means)
-    return Divergence(
-        kl_mean=flat.mean().item(),
-        kl_stderr=_stderr(sequence_means),
-        kl_interval=_interval(sequence_means),
-        kl_median=flat.median().item(),
-        kl_p99=flat.kthvalue(max(1, math.ceil(0.99 * len(flat)))).values.item(),
-        top1_agreement=torch.cat(agreement).double().mean().item(),
-        perplexity_model=perplexities[0].item(),
-        perplexity_reference=perplexities[1].item(),
-        tokens=len(flat),
-        sequences=count,
-        spans=_spans(divergence),
-        sequence_kl=tuple(sequence_means.tolist()),
-    )
+    return found.result()
 
 
 def _stderr(values: Tensor) -> float:
@@ -165,17 +213,6 @@ def _spans(divergence: Tensor) -> tuple[Span, ...]:
         first = number * length
         found.append(Span(first=first, last=first + part.shape[1] - 1, kl=means.mean().item(), stderr=_stderr(means)))
     return tuple(found)
-
-
-def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    device = next(model.parameters()).device
-    return model(input_ids=batch.ids.to(device), use_cache=False).logits  # type: ignore[no-any-return]
-
-
-def _chunks(ours: Tensor, theirs: Tensor, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    size = max(1, CHUNK // ours.shape[-1])
-    following = torch.cat([ids[1:], ids[-1:]])  # the last position has no next token; its likelihood is dropped by the caller
-    return list(zip(ours.split(size), theirs.split(size), following.split(size), strict=True))
 
 
 def _compare(ours: Tensor, theirs: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roundel.calibration import read_documents
 from roundel.errors import DataError, ModelError
+from roundel.evaluate.divergence import ModelLogits
 from roundel.types import TokenBatch
 
 __all__ = ["NAMED", "drawn_windows", "joined_windows", "perplexity_text", "window_losses"]
@@ -100,13 +101,12 @@ def window_losses(model: nn.Module, tokens: TokenBatch, *, batch_size: int, adva
     Raises:
         ModelError: a logit is not finite.
     """
-    device = next(model.parameters()).device
-    losses = []
+    logits = ModelLogits(model)
+    slices, losses = logits.layers.slices(tokens.ids.shape[1] - 1), []
     for batch in tokens.split(batch_size):
-        ids = batch.ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        for row, own in zip(logits, ids, strict=True):  # one window in float32 at a time: vocabularies are large
-            losses.append(nn.functional.cross_entropy(row[:-1].float(), own[1:]).double().cpu())
+        for own, ids in zip(logits.of(batch), batch.ids.to(logits.layers.device), strict=True):
+            parts = [nn.functional.cross_entropy(own(part).float(), ids[1:][part], reduction="sum").double() for part in slices]
+            losses.append((torch.stack(parts).sum() / (len(ids) - 1)).cpu())
         advance(len(batch))
     found = torch.stack(losses)
     if not torch.isfinite(found).all():

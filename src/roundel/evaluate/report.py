@@ -51,7 +51,6 @@ def quantized_page(details: Mapping[str, Any]) -> str:
         _heat_map(layers),
         *_positions({"": measured}),
         *_tuning(details["tuning"]),
-        *_error_aware(layers),
         *_bits(layers),
         Table(
             heading="All linears",
@@ -218,29 +217,6 @@ def _tuning(tuning: Mapping[str, Any] | None) -> list[Part]:
             heading="Tuning",
             png=plots.curves({tuning["method"]: lines}, title="KL against steps", xlabel="step", ylabel="nats per token", doubling=False),
             caption=f"The state of step {tuning['best_step']} was taken. Calibration text: the mean over the steps since the point before.",
-        )
-    ]
-
-
-def _error_aware(layers: Mapping[str, Any]) -> list[Part]:
-    moves: dict[int, Mapping[str, Any]] = {}
-    for linear, row in layers.items():
-        if row.get("error_aware"):
-            moves[plots.place(linear)[1]] = row["error_aware"]
-    if not moves:
-        return []
-    lines = {
-        which: [(layer, move["held_out_kl"][index], 0.0) for layer, move in sorted(moves.items())]
-        for index, which in enumerate(("rounded so far", "after the rest has moved"))
-    }
-    return [
-        Picture(
-            heading="Error-aware rounding",
-            png=plots.curves(
-                {"": lines}, title="KL while decoder layers are rounded", xlabel="decoder layer", ylabel="nats per token", doubling=False
-            ),
-            caption="On calibration text that the steps have not seen: with all linears up to this decoder layer rounded and the others "
-            "real numbers, before and after those have moved to make up for it.",
         )
     ]
 

@@ -1,7 +1,7 @@
 """What a checkpoint format can do: a Hugging Face directory in which tensors of its own stand for the weights of quantized linears.
 
 Everything else in the directory - norms, embeddings, biases, tokenizer - is as in the original, or has been tuned. A format is pure: from
-`RoundedWeight` to named tensors and back, and what `config.json` says about it. Files are written by `checkpoints`. (GGUF, in
+`RoundedWeight` to named tensors and back, and what `config.json` says about it. Files are written by `artifacts.checkpoints`. (GGUF, in
 `formats.gguf`, is one file with metadata of its own.)
 """
 

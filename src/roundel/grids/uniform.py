@@ -21,6 +21,7 @@ from torch import Tensor
 
 from roundel.errors import SchemeError
 from roundel.grids.base import ScalarGrid, Scales, divisor_hint, spread
+from roundel.kernels import scales as kernels
 
 __all__ = ["Uniform", "parse", "storable"]
 
@@ -85,26 +86,35 @@ class Uniform(ScalarGrid):
         grouped = blocks.flatten(2)
         size = _nonzero(grouped.abs().amax(-1))  # groups are searched at size 1, where squares neither overflow nor vanish
         grouped = grouped / size.unsqueeze(-1)
-        column = weights.to(W.dtype).reshape(1, columns, 1, -1).expand(1, columns, blocks.shape[2], -1).flatten(2)
-        low, high = self.code_range
-        top, bottom = grouped.amax(-1).clamp(min=0), (-grouped.amin(-1)).clamp(min=0)
-        best_scale = torch.zeros_like(top)
-        best_gain = torch.full_like(top, -1.0)
-        for sign in (1.0, -1.0):
-            # The smallest magnitude that clips neither tail, given which of them has the extra level.
-            positive, negative = (top, bottom) if sign > 0 else (bottom, top)
-            unclipped = torch.maximum(positive / high, negative / -low)
-            for fraction in torch.linspace(0.35, 1.05, CANDIDATES).tolist():
-                scale = sign * fraction * unclipped
-                codes = (grouped / _nonzero(scale).unsqueeze(-1)).round_().clamp_(low, high)
-                # For fixed codes the best scale is <w, q> / <q, q>, and it explains <w, q>^2 / <q, q> of the weighted norm.
-                cross = (column * grouped * codes).sum(-1)
-                norm = (column * codes * codes).sum(-1)
-                gain = torch.where(norm > 0, cross * cross / norm, 0.0)
-                better = gain > best_gain
-                best_gain = torch.where(better, gain, best_gain)
-                best_scale = torch.where(better, torch.where(norm > 0, cross / norm, scale), best_scale)
-        return {"scale": storable(best_scale * size, dtype)}
+        column = weights.to(W.dtype).reshape(columns, 1, -1).expand(columns, blocks.shape[2], -1).flatten(1)
+        fractions = torch.linspace(0.35, 1.05, CANDIDATES)
+        compiled = W.device.type == "cpu" and W.dtype == torch.float32
+        best = (kernels.search if compiled else search)(grouped, column, *self.code_range, fractions)
+        return {"scale": storable(best * size, dtype)}
+
+
+def search(
+    grouped: Float[Tensor, "rows columns size"], weights: Float[Tensor, "columns size"], low: int, high: int, fractions: Tensor
+) -> Float[Tensor, "rows columns"]:
+    """The best scale of each group of size about 1; specification of `kernels.scales.search`."""
+    top, bottom = grouped.amax(-1).clamp(min=0), (-grouped.amin(-1)).clamp(min=0)
+    best_scale = torch.zeros_like(top)
+    best_gain = torch.full_like(top, -1.0)
+    for sign in (1.0, -1.0):
+        # The smallest magnitude that clips neither tail, given which of them has the extra level.
+        positive, negative = (top, bottom) if sign > 0 else (bottom, top)
+        unclipped = torch.maximum(positive / high, negative / -low)
+        for fraction in fractions.tolist():
+            scale = sign * fraction * unclipped
+            codes = (grouped / _nonzero(scale).unsqueeze(-1)).round_().clamp_(low, high)
+            # For fixed codes the best scale is <w, q> / <q, q>, and it explains <w, q>^2 / <q, q> of the weighted norm.
+            cross = (weights * grouped * codes).sum(-1)
+            norm = (weights * codes * codes).sum(-1)
+            gain = torch.where(norm > 0, cross * cross / norm, 0.0)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best_scale = torch.where(better, torch.where(norm > 0, cross / norm, scale), best_scale)
+    return best_scale
 
 
 def _nonzero(scales: Tensor) -> Tensor:

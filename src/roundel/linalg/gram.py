@@ -8,6 +8,8 @@ end. The product with a lower triangular matrix is formed by the same block rows
 On a GPU 16-bit tokens are multiplied as they are and summed in float32: products of two 16-bit numbers are exact there, so this is the
 float32 result at the tensor cores' speed. The CPU has no such product and converts first.
 
+On a CPU with bfloat16 units `fast.fast_products` makes both whole products again: three times as fast as block rows in float32.
+
 Not done: float32 emulation by three bfloat16 products.
 """
 
@@ -18,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from roundel.linalg.fast import are_fast
 
 __all__ = ["add_gram", "add_symmetric_product", "gram", "lower_product", "symmetrise"]
 
@@ -50,12 +54,17 @@ def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"]) -> None:
 
 def add_symmetric_product(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> None:
     """Adds `x^T y`, known to be symmetric (as for `y = M x` with a symmetric `M`), as `add_gram` adds `x^T x`; both are float32."""
+    if are_fast(x.device):
+        total.addmm_(x.T, y)
+        return
     for rows, columns in _rectangles(0, x.shape[1], LEAF, STRIP[x.device.type]):
         total[rows, columns].addmm_(x[:, rows].T, y[:, columns])
 
 
 def lower_product(lower: Float[Tensor, "d d"], y: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
     """`lower @ y` of a lower triangular matrix, in both matrices' type; above the diagonal there must be zeros."""
+    if are_fast(y.device):
+        return lower @ y
     product = torch.zeros_like(y)
     strip = STRIP[y.device.type]
     for rows, columns in _rectangles(0, len(lower), 2 * strip, strip):

@@ -22,7 +22,7 @@ from roundel.models.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
+__all__ = ["guarded", "load_config", "load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
@@ -111,7 +111,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
+def guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
     """Transformers raises a dozen types, bare `Exception` among them, for a directory that it cannot read; users get one."""
     try:
         with _quiet():
@@ -129,7 +129,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that Transformers can read.
     """
-    tokenizer: PreTrainedTokenizerBase = _guarded("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    tokenizer: PreTrainedTokenizerBase = guarded("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     return tokenizer
 
 
@@ -139,7 +139,7 @@ def load_config(path: Path) -> PretrainedConfig:
     Raises:
         ModelError: it cannot be read, or the architecture is unknown.
     """
-    config: PretrainedConfig = _guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    config: PretrainedConfig = guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     return config
 
 
@@ -169,7 +169,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_fil
         "ignore_mismatched_sizes": True,  # found and named below
         **({} if gguf_file is None else {"gguf_file": gguf_file, "config": config}),
     }
-    model, info = _guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    model, info = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
@@ -196,7 +196,7 @@ def _decompress(model: nn.Module, compressor: Any, path: Path, zero_points: Sequ
         stored = name if name in checkpoint.files else name.partition(".")[2]
         module, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(module), parameter, nn.Parameter(checkpoint.read(stored), requires_grad=False))
-    _guarded("packed weights", path, lambda: compressor.decompress_model(model))
+    guarded("packed weights", path, lambda: compressor.decompress_model(model))
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -1,303 +1,264 @@
-"""Curvature: from text to the factors of every linear, in memory for `quantize` or as a factors directory (`artifacts.factors`).
+"""Curvature: from text to what every linear is rounded with, by one backward sweep (`sweeps.gradient_visits`).
 
-A directory is collected in parts, by several processes, or resumed; its sums add up to those of a single run. Under torchrun each process
-takes every n-th run of sequences, and only the first one writes, at the end of it all.
+In the visit of a group of layers, while its gradients are there:
+
+    sums of the estimator over the calibration sequences, or those of a factors directory
+    where sequences are left out to choose by: each linear is rounded as a draft under every candidate of the estimator (or to every scheme
+        that bits are allocated over), the KL of these errors is predicted on them, `1/2 E_s <G_s, E>^2`, one is chosen, and their gradients
+        join the sums
+    the factors go to disk (`artifacts.curvatures`), the sums are dropped
+
+Cost: a forward pass, a forward and backward pass for each pass of the estimator, drafts with one sweep. Memory: the sums of one group.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor
 
 from roundel.artifacts import factors as factor_files
-from roundel.artifacts.factors import Header
-from roundel.artifacts.source import Source, device_of, load_source
-from roundel.calibration import Split, data_hash
-from roundel.curvature import Sketch, collect, parse_curvature
-from roundel.curvature.collect import Collection, passes, safe_batch_size
-from roundel.errors import DataError, FactorsError, SchemeError
-from roundel.grids import Grid, parse_scheme
-from roundel.progress import Progress, Silent
+from roundel.artifacts.curvatures import Curvatures, LinearCurvature
+from roundel.artifacts.factors import FactorsDirectory
+from roundel.artifacts.source import Source
+from roundel.artifacts.work import Work
+from roundel.calibration import Split
+from roundel.curvature import Candidate, Sketch, choose, parse_curvature
+from roundel.curvature.collect import collect_visit, inner_products, passes
+from roundel.errors import FactorsError, NumericalError
+from roundel.grids import parse_scheme
 from roundel.recipes import Recipe
+from roundel.rounding.round import dequantized
+from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
 from roundel.stages.notes import Notes
-from roundel.stages.text import check_vocabulary, default_batch, evaluation_tokens, sequence_length, split_text
-from roundel.store import check_output
-from roundel.types import Factors, TokenBatch
+from roundel.sweeps import Visit, gradient_visits, safe_batch_size
+from roundel.sweeps.gradients import steps
 
-__all__ = ["OpenFactors", "check_model", "collect_factors", "collect_for", "measure_curvature", "open_factors"]
+__all__ = ["Measured", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
 
-COLLECTED = ("curvature", "labels", "calibration", "sequences", "seq_len", "eval_sequences", "seed")
-"""Settings of a recipe that factors depend on, fused rotations aside."""
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the rounding stage reads."""
+
+    curvatures: Curvatures
+    rows: dict[str, dict[str, Any]]
+    """What the report says of each linear that can be rounded, by name."""
 
 
 def measure_curvature(
     recipe: Recipe,
     source: Source,
     split: Split,
-    stored: tuple[Header, dict[str, Tensor]] | None,
+    stored: FactorsDirectory | None,
     notes: Notes,
     *,
-    batch_size: int | None,
-) -> tuple[dict[str, Sketch], int]:
-    """Sums for the factors of each linear, collected from the text, or those that are `stored`; and a batch size that is safe for it."""
+    batch_size: int,
+    work: Work,
+) -> Measured:
+    """What each linear is rounded with, collected from the text or from sums that are `stored`.
+
+    Linears that no gradient reached are moved to `source.skipped`.
+
+    Raises:
+        NumericalError: no linear is left.
+    """
+    curvatures = Curvatures(path=work.curvature)
     with notes.timed("curvature"):
-        estimator = parse_curvature(recipe.curvature)
-        parts = passes(estimator, split.calibration)
-        wanted = batch_size or default_batch(sequence_length(source.model, recipe))
-        batch = _safe_batch(source.model, source.linears, parts, recipe, wanted)
-        if stored is not None:
-            return factor_files.restore(*stored, torch.device("cpu")).sketches, batch
-        with notes.progress.stage("curvature", sum(map(len, parts))) as advance:
-            collected = collect(
-                source.model,
-                source.linears,
-                split.calibration,
-                estimator,
+        tokens, linears = split.used, source.linears
+        total = steps(source.layers, linears) * len(tokens)
+        with notes.progress.stage("curvature", total) as advance:
+            kinds = [recipe.labels] * len(split.calibration) + ["sampled" if recipe.labels == "data" else recipe.labels] * len(split.choice)
+            visits = gradient_visits(
+                source.layers,
+                linears,
+                tokens,
                 seed=recipe.seed,
-                batch_size=batch,
-                labels=recipe.labels,
+                labels=kinds,
+                batch_size=batch_size,
+                store=work.store("curvature"),
                 advance=advance,
+                finished=curvatures.has,
+                quickly=True,
             )
-        return collected.sketches, batch
+            for visit in visits:
+                _measure(visit, recipe, source, split, stored, curvatures, batch_size)
+    return measured_in(curvatures, source, notes)
 
 
-def collect_factors(
-    model: str | Path,
-    *,
-    output: str | Path,
-    resume: bool = False,
-    part: tuple[int, int] = (1, 1),
-    layers: tuple[int, int] | None = None,
-    save_every: float = 120.0,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> Header:
-    """Collects curvature into a factors directory, for `quantize(factors=...)`.
-
-    Under `torchrun` the sequences are split over the processes and their sums added; only the first process writes, at the end.
-
-    Args:
-        model: As for `quantize`.
-        output: The factors directory.
-        resume: Go on with what `output` holds of the same collection, if anything.
-        part: `(k, n)`: only the k-th of n parts of the sequences; `factors.merge` adds the parts up.
-        layers: `(a, b)`: only decoder layers `a .. b - 1`, to bound memory; `factors.merge` joins the windows.
-        save_every: Seconds between saved states.
-        device: As for `quantize`.
-        dtype: As for `quantize`.
-        batch_size: As for `quantize`.
-        progress: As for `quantize`.
-        settings: The fields of `Recipe` that concern curvature and text.
+def measured_in(curvatures: Curvatures, source: Source, notes: Notes) -> Measured:
+    """What a directory holds of a whole model; linears that cannot be rounded are moved to `source.skipped`.
 
     Raises:
-        RoundelError: see `roundel.errors`.
+        NumericalError: no linear is left.
     """
-    recipe, target = Recipe(**{**settings, "scheme": "int8-channel"}), Path(output)
-    rank, world = _processes()
-    progress = progress if progress is not None and rank == 0 else Silent()
-    going_on = resume and (target / "header.json").exists()
-    if not going_on and rank == 0:
-        check_output(target)
-    source = load_source(str(model), recipe, device, dtype)
-    linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
-    if not linears:
-        raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
-    length = sequence_length(source.model, recipe)
-    tokens = split_text(recipe, source, length, progress).calibration
-    check_vocabulary(source.model, tokens)
-    estimator = parse_curvature(recipe.curvature)
-    pilot = estimator.pilot(len(tokens))
-    rest = range(pilot, len(tokens))[part[0] - 1 :: part[1]]
-    parts = [tokens.select(range(pilot)), tokens.select(rest)] if pilot else [tokens.select(rest)] * estimator.passes
-    tokens = tokens.select([*range(pilot), *rest])
-    header = Header(
-        model=str(model),
-        revision=source.revision,
-        model_fingerprint=factor_files.model_fingerprint(source.checkpoint),
-        curvature=recipe.curvature,
-        labels=recipe.labels,
-        seed=recipe.seed,
-        calibration=recipe.calibration,
-        sequences=recipe.sequences,
-        seq_len=length,
-        tokens_sha256=data_hash(tokens),
-        sequence_ids=tokens.sequence_ids,
-        pilot=pilot,
-        layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
-    )
-    start = None
-    if going_on:
-        found, tensors = factor_files.load(target)
-        found.check_same(header, "index", "done", "sums")
-        if found.complete:
-            return found
-        start = factor_files.restore(found, tensors, device_of(source.model))
-    shares = [_share(each, estimator.together, rank, world) for each in parts]
-    batch = _safe_batch(source.model, linears, shares, recipe, batch_size or default_batch(length))
-    saved = time.monotonic()
-
-    def each_batch(state: Collection) -> None:
-        nonlocal saved
-        if world == 1 and time.monotonic() - saved >= save_every:
-            factor_files.save(target, header, state)
-            saved = time.monotonic()
-
-    with _joined(world), progress.stage("curvature", sum(map(len, shares))) as advance:
-        state = collect(
-            source.model,
-            linears,
-            tokens,
-            estimator,
-            parts=shares,
-            seed=recipe.seed,
-            batch_size=batch,
-            labels=recipe.labels,
-            advance=advance,
-            start=start if world == 1 else None,
-            each_batch=each_batch,
-            each_pass=lambda state: _add_processes(state, world),
-        )
-    state.done = len(parts[-1])
-    return factor_files.save(target, header, state) if rank == 0 else header
+    found: dict[str, dict[str, Any]] = {}
+    for index in [*range(len(source.layers)), len(source.layers)]:
+        if curvatures.has(index):
+            known = curvatures.notes(index)
+            found |= {name: own["row"] for name, own in known["linears"].items()}
+            for name, reason in known["skipped"].items():
+                source.skipped[name] = reason
+                notes.warn(f"{name} stays in its precision: {reason}")
+    if not found:
+        raise NumericalError("no linear could be quantized: no usable gradient reached any")
+    return Measured(curvatures=curvatures, rows={name: found[name] for name in source.linears if name in found})
 
 
-def collect_for(recipe: Recipe, model: str | Path, output: Path, **running: Any) -> Path:
-    """Collects, or goes on to collect, what this recipe needs; where and how it runs is as for `collect_factors`."""
-    shared = {name: getattr(recipe, name) for name in COLLECTED} | {"rotate": "fused" if recipe.rotate == "fused" else "auto"}
-    collect_factors(model, output=output, resume=True, **running, **shared)
-    return output
+def safe_batch(source: Source, split: Split, recipe: Recipe, wanted: int) -> int:
+    """A batch size that is safe for all that sequences are gone through for (`sweeps.safe_batch_size`)."""
+    count = len(split.calibration)
+    parts = [len(rows) for rows in passes(parse_curvature(recipe.curvature), count)]
+    parts += [len(split.choice), count + len(split.choice), len(recipe.prefix_rows(count))]
+    return safe_batch_size(source.layers, source.linears, split.used, batch_size=wanted, parts=parts, quickly=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenFactors:
-    """A factors directory with its model, and text that the factors have not seen."""
-
-    header: Header
-    recipe: Recipe
-    grid: Grid
-    source: Source
-    factors: dict[str, Factors]
-    heldout: TokenBatch
-
-
-def open_factors(
-    factors: str | Path,
-    *,
-    model: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress | None = None,
-    **settings: Any,
-) -> OpenFactors:
-    """Loads complete factors, their model and held-out text, as `quantize(factors=...)` does.
-
-    Args:
-        factors: A directory that `collect_factors` made.
-        model: By default the one that the factors name.
-        device: As for `quantize`.
-        dtype: As for `quantize`.
-        progress: As for `quantize`.
-        settings: The fields of `Recipe` that concern rounding and held-out text; the others are the factors'.
-
-    Raises:
-        RoundelError: see `roundel.errors`.
-    """
-    header, sums = factor_files.load(Path(factors))
-    header.check_complete()
-    recipe = header.applied_to(Recipe(**settings))
-    if recipe.eval_data == "self":
-        raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
-    grid = parse_scheme(recipe.scheme)
-    source = load_source(str(model or header.model), recipe, device, dtype)
-    check_model(header, source)
-    known = frozenset(header.sequence_ids)
-    if recipe.eval_data:
-        heldout = evaluation_tokens(recipe.eval_data, source.tokenizer, header.seq_len, recipe.eval_sequences)
-        unseen = [row for row, sequence in enumerate(heldout.sequence_ids) if sequence not in known]
-        heldout = TokenBatch(ids=heldout.ids[unseen], sequence_ids=tuple(heldout.sequence_ids[row] for row in unseen))
+def _measure(
+    visit: Visit, recipe: Recipe, source: Source, split: Split, stored: FactorsDirectory | None, curvatures: Curvatures, batch_size: int
+) -> None:
+    """One group of layers, from its gradients to its file."""
+    estimator, device = parse_curvature(recipe.curvature), source.layers.device
+    count = len(split.calibration)
+    held = range(count, count + len(split.choice))
+    if stored is not None:
+        sketches = stored.sketches(visit.names, device)
     else:
-        heldout = split_text(recipe, source, header.seq_len, progress or Silent(), known=known).heldout
-    if len(heldout):
-        check_vocabulary(source.model, heldout)
-    measured = factor_files.restore(header, sums, torch.device("cpu")).factors()
-    return OpenFactors(header=header, recipe=recipe, grid=grid, source=source, factors=measured, heldout=heldout)
+        measured = collect_visit(
+            visit, source.linears, {"": estimator}, {"": passes(estimator, count)}, batch_size=batch_size, device=device, fast=True
+        )
+        sketches = measured[""].sketches
+    curvatures.save(visit.index, *settle(visit, recipe, source, sketches, count, held, batch_size))
 
 
-def check_model(header: Header, source: Source) -> None:
+def settle(
+    visit: Visit,
+    recipe: Recipe,
+    source: Source,
+    sketches: Mapping[str, Sketch],
+    count: int,
+    held: Sequence[int],
+    batch_size: int,
+) -> tuple[dict[str, LinearCurvature], dict[str, str]]:
+    """What linears of a visit are rounded with, and which cannot be rounded and why.
+
+    Args:
+        visit: The group of layers.
+        recipe: How they will be rounded.
+        source: The model.
+        sketches: The sums of those linears that are looked at, over `count` sequences; others may join them.
+        count: How many sequences calibrate.
+        held: Sequences to choose by.
+        batch_size: Sequences in a pass.
+    """
+    estimator = parse_curvature(recipe.curvature)
+    skipped: dict[str, str] = {}
+    for name in sketches:
+        if any(candidate.factors.scale == 0 for candidate in estimator.candidates(sketches[name]).values()):
+            skipped[name] = "no usable gradient reached it"
+    names = [name for name in sketches if name not in skipped]
+    labels = {name: next(iter(estimator.candidates(sketches[name]))) for name in names}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if recipe.bits is not None:
+        _draft_schemes(visit, recipe, source, sketches, names, held or range(count), rows, batch_size)
+    elif held and names:
+        _choose_factors(visit, recipe, source, sketches, names, held, labels, rows, batch_size)
+    final: dict[str, LinearCurvature] = {}
+    for name in names:
+        candidate = estimator.candidates(sketches[name])[labels[name]]
+        final[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=rows[name])
+    return final, skipped
+
+
+def _choose_factors(
+    visit: Visit,
+    recipe: Recipe,
+    source: Source,
+    sketches: Mapping[str, Sketch],
+    names: Sequence[str],
+    held: Sequence[int],
+    labels: dict[str, str],
+    rows: dict[str, dict[str, Any]],
+    batch_size: int,
+) -> None:
+    """Puts the candidate that each linear is to be rounded with into `labels`; the gradients that were chosen by join the sums."""
+    estimator, grid = parse_curvature(recipe.curvature), parse_scheme(recipe.scheme)
+    draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
+    drafts: dict[str, dict[str, Draft]] = {}
+    for name in names:
+        candidates: dict[str, Candidate] = estimator.candidates(sketches[name])
+        drafts[name] = draft_rounding(draft, grid.draft(), source, name, candidates, kept=False)
+    joins = recipe.labels != "data"  # the prediction's labels are the model's own, those sums have others
+    predicted = _predicted(visit, source, drafts, held, batch_size, sketches if joins else None)
+    for name, own in predicted.items():
+        labels[name] = choose(own)
+        means = {label: values.mean().item() for label, values in own.items()}
+        rows[name] |= {"candidate": labels[name], "candidates_predicted_kl": means}
+
+
+def _draft_schemes(
+    visit: Visit,
+    recipe: Recipe,
+    source: Source,
+    sketches: Mapping[str, Sketch],
+    names: Sequence[str],
+    held: Sequence[int],
+    rows: dict[str, dict[str, Any]],
+    batch_size: int,
+) -> None:
+    """Puts into `rows` what each of the recipe's schemes would take and cost each linear, for `stages.rounding.allocation`."""
+    estimator = parse_curvature(recipe.curvature)
+    drafts: dict[str, dict[str, Draft]] = {}
+    draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
+    for name in names:
+        candidate = next(iter(estimator.candidates(sketches[name]).values()))
+        drafts[name] = {
+            scheme: draft_rounding(draft, parse_scheme(scheme), source, name, {"": candidate}, kept=True)[""]
+            for scheme in recipe.candidate_schemes()
+        }
+    for name, own in _predicted(visit, source, drafts, held, batch_size, None).items():
+        rows[name]["schemes"] = {
+            scheme: {
+                "bits_per_weight": drafts[name][scheme].row["bits_per_weight"],
+                "proxy_loss": drafts[name][scheme].row["proxy_loss"],
+                "predicted_kl": values.mean().item(),
+            }
+            for scheme, values in own.items()
+        }
+
+
+def _predicted(
+    visit: Visit,
+    source: Source,
+    drafts: Mapping[str, Mapping[str, Draft]],
+    held: Sequence[int],
+    batch_size: int,
+    sketches: Mapping[str, Sketch] | None,
+) -> dict[str, dict[str, Tensor]]:
+    """For each linear and label the predicted KL of each held-out sequence, in nats per token; the gradients are added to the sketches."""
+
+    def error_of(label: str) -> Callable[[str], Tensor]:
+        return lambda name: source.linears[name].weight.float().cpu() - dequantized(drafts[name][label].weight)
+
+    labels = list(next(iter(drafts.values())))
+    inner = inner_products(
+        visit, {label: error_of(label) for label in labels}, held, batch_size=batch_size, sketches=sketches, names=drafts
+    )
+    length = source.length
+    return {name: {label: 0.5 * inner[label][name].square() / length for label in labels} for name in drafts}
+
+
+def check_model(stored: FactorsDirectory, source: Source) -> None:
     """Refuses incomplete factors and those of another model; linears that they do not hold are skipped."""
-    header.check_complete()
-    if header.model_fingerprint != factor_files.model_fingerprint(source.checkpoint):
+    stored.check_complete()
+    if stored.header.model_fingerprint != factor_files.model_fingerprint(source.checkpoint):
         raise FactorsError(
             f"the factors are of another model than {source.name}, or of another --rotate or --seed with fused rotation; collect them again"
         )
-    for name in set(source.linears) - set(header.layers):
+    for name in set(source.linears) - set(stored.header.layers):
         source.skipped[name] = "not in the factors directory"
         del source.linears[name]
     if not source.linears:
         raise FactorsError("the factors hold none of the linears to be quantized")
-
-
-def _safe_batch(model: nn.Module, linears: dict[str, nn.Linear], parts: Sequence[TokenBatch], recipe: Recipe, wanted: int) -> int:
-    """A batch size that is safe for each of these texts."""
-    sizes = [
-        safe_batch_size(model, linears, part, seed=recipe.seed, batch_size=wanted, labels=recipe.labels) for part in parts if len(part) > 0
-    ]
-    return min(sizes, default=1)
-
-
-def _share(tokens: TokenBatch, together: int, rank: int, world: int) -> TokenBatch:
-    """The sequences of one of `world` processes: every `world`-th run of `together`."""
-    rows = [
-        row for start in range(rank * together, len(tokens), world * together) for row in range(start, min(start + together, len(tokens)))
-    ]
-    return TokenBatch(ids=tokens.ids[rows], sequence_ids=tuple(tokens.sequence_ids[row] for row in rows))
-
-
-def _layer_of(name: str) -> int:
-    """Index of the decoder layer in a module's name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
-
-
-def _processes() -> tuple[int, int]:
-    """This process's rank and the number of processes that torchrun started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), world) if world > 1 else (0, 1)
-
-
-@contextmanager
-def _joined(world: int) -> Iterator[None]:
-    """The processes connected for as long as it lasts.
-
-    gloo sometimes aborts a process that exits with its group open, upon which torchrun ends the first process, that may still be writing.
-    """
-    own = world > 1 and not distributed.is_initialized()
-    if own:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        if own:
-            distributed.destroy_process_group()
-
-
-def _add_processes(state: Collection, world: int) -> None:
-    """Adds up the sums of all processes, in each of them."""
-    if world == 1:
-        return
-    for sketch in state.sketches.values():
-        for total in sketch.sums.values():
-            distributed.all_reduce(total)
-        tokens = torch.tensor(sketch.tokens, device=sketch.device)
-        distributed.all_reduce(tokens)
-        sketch.tokens = int(tokens)

@@ -1,44 +1,96 @@
-"""What the rounded model costs: predicted from held-out gradients, and measured on the written directory as engines load it."""
+"""What the rounded model costs: measured on held-out text by one forward sweep, and predicted from gradients of some of it.
+
+All sequences pass each group of decoder layers twice, with the original's weights and with those that were written, before the next group
+is loaded; at the end the head compares them in slices of tokens.
+
+Cost: two forward passes; for the prediction a forward and a backward pass of `PREDICTED` sequences. Memory: one group, and hidden states as
+the store decides.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import torch
 
-from roundel.artifacts.checkpoints import load_written
-from roundel.artifacts.source import Source, device_of
+from roundel.artifacts.source import Source
+from roundel.artifacts.work import Work
+from roundel.artifacts.written import Written
 from roundel.calibration import Split
 from roundel.curvature import predicted_kl
 from roundel.curvature.collect import Prediction
-from roundel.evaluate import Divergence, compare_models
+from roundel.evaluate import Comparison, Divergence
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
+from roundel.sweeps.gradients import batches, steps
 
 __all__ = ["evaluate_written", "predict"]
 
+PREDICTED = 16
+"""Sequences that the KL is predicted on."""
 
-def predict(recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int) -> Prediction:
+
+def predict(recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Work) -> Prediction:
     """The KL that gradients on held-out text predict for the errors of all linears."""
-    chosen = {name: source.linears[name] for name in rounded.weights}
-    with notes.timed("prediction"), notes.progress.stage("prediction", len(split.heldout)) as advance:
+    chosen, some = {name: source.linears[name] for name in rounded.weights}, split.heldout[:PREDICTED]
+    with notes.timed("prediction"), notes.progress.stage("prediction", steps(source.layers, chosen) * len(some)) as advance:
         return predicted_kl(
-            source.model,
+            source.layers,
             chosen,
             lambda name: chosen[name].weight.float().cpu() - dequantized(rounded.weights[name]),
-            split.heldout,
+            some,
             seed=recipe.seed,
             batch_size=batch_size,
             labels=recipe.labels,
+            store=work.passing("prediction"),
             advance=advance,
         )
 
 
-def evaluate_written(
-    staging: Path, recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int
-) -> Divergence:
-    """The KL on held-out text of the model that a directory holds."""
-    with notes.timed("evaluation"), notes.progress.stage("evaluation", len(split.heldout)) as advance:
-        known = {"format": recipe.written_format(), "layers": rounded.layers}
-        engine = load_written(staging, device=device_of(source.model), dtype=source.model.dtype, report=known)
-        return compare_models(engine, source.model, split.heldout, batch_size=batch_size, advance=advance)
+@torch.no_grad()
+def evaluate_written(written: Written, source: Source, split: Split, notes: Notes, *, batch_size: int, work: Work) -> Divergence:
+    """The KL on held-out text of what a directory holds."""
+    layers, tokens, store = source.layers, split.heldout, work.passing("evaluation")
+    rows, (count, length) = range(len(tokens)), tokens.ids.shape
+    with notes.timed("evaluation"), notes.progress.stage("evaluation", (len(layers) + 1) * count) as advance:
+
+        def ids(part: object) -> torch.Tensor:
+            return tokens.ids[list(part)].to(layers.device)  # type: ignore[call-overload]
+
+        outer = written.outside()
+        first = layers.embed(ids([0]))
+        shape = (count, length, first.shape[-1])
+        x, xq = (store.new(f"{path}-000", shape, first.dtype) for path in ("original", "written"))
+        for part in batches(rows, batch_size):
+            x.write(part, layers.embed(ids(part)))
+        with layers.replaced(outer):
+            for part in batches(rows, batch_size):
+                xq.write(part, layers.embed(ids(part)))
+        for index in range(len(layers)):
+            after, afterq = (store.new(f"{path}-{index + 1:03d}", shape, first.dtype) for path in ("original", "written"))
+            with layers.loaded(index):
+                for part in batches(rows, batch_size):
+                    after.write(part, layers.run(index, ids(part), x.read(part).to(layers.device)))
+                with layers.replaced(written.of_group(index)):
+                    for part in batches(rows, batch_size):
+                        afterq.write(part, layers.run(index, ids(part), xq.read(part).to(layers.device)))
+                        advance(len(part))
+            store.drop(x)
+            store.drop(xq)
+            x, xq = after, afterq
+        found, slices = Comparison(), layers.slices(length)
+        for row in rows:
+            h, hq, own = x.read([row]).to(layers.device), xq.read([row]).to(layers.device), ids([row])
+
+            def theirs(part: slice, own: torch.Tensor = own, h: torch.Tensor = h) -> torch.Tensor:
+                return layers.logits(own[:, part], h[:, part])[0]
+
+            def ours(part: slice, own: torch.Tensor = own, hq: torch.Tensor = hq) -> torch.Tensor:
+                with layers.replaced(outer):
+                    return layers.logits(own[:, part], hq[:, part])[0]
+
+            found.add(tokens.ids[row], ours, theirs, slices)
+            advance(1)
+        store.drop(x)
+        store.drop(xq)
+    return found.result()

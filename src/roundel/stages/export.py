@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.artifacts import factors as factor_files
 from roundel.artifacts.checkpoints import read, write
+from roundel.artifacts.factors import FactorsDirectory
 from roundel.curvature import Sketch
 from roundel.errors import FactorsError, ModelError, OutputError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf, imatrix
@@ -95,8 +95,9 @@ def export_imatrix(
     if target.is_dir():
         raise OutputError(f"{target} is a directory: expected the name of a file to write")
     check_output(target)
-    header, sums = factor_files.load(Path(factors))
-    header.check_complete()
+    stored = FactorsDirectory.open(Path(factors))
+    stored.check_complete()
+    header = stored.header
     try:
         kind = model_type(str(model or header.model))
     except ModelError as error:
@@ -107,12 +108,11 @@ def export_imatrix(
     names = imatrix.tensor_names(architecture, header.layers)
     values: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    for module, shape in header.layers.items():
+    for module in header.layers:
         if module not in names:
             progress.warn(f"{module} is left out: llama.cpp has no matrix with its columns")
             continue
-        one = dataclasses.replace(header, layers={module: shape})  # one at a time: the sums of all of them are large
-        sketch = factor_files.restore(one, sums, torch.device("cpu")).sketches[module]
+        sketch, _ = stored.restore(module, torch.device("cpu"))  # one at a time: the sums of all of them are large
         weights = _column_weights(sketch)
         if weights is None:
             progress.warn(f"{module} is left out: no usable gradient reached it")

@@ -1,7 +1,8 @@
-"""`quantize`: all stages, from a model and text to a checkpoint with its report.
+"""`quantize`: all stages, from a model and text to a checkpoint with its report; each is entered once and reads what the one before made.
 
-The reference model stays in memory throughout; factors of a linear are dropped as soon as it is rounded. The output directory appears when
-everything is measured.
+    text -> tokens -> curvature of every linear -> codes -> tuned codes -> checkpoint -> measured and predicted KL -> report
+
+Everything between is in the job's directory (`artifacts.work`); the output directory appears when everything is measured.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from roundel.artifacts import factors as factor_files
+from roundel.artifacts.factors import FactorsDirectory
 from roundel.artifacts.source import load_source
+from roundel.artifacts.work import open_work
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe, with_block_type
-from roundel.stages.curvature import check_model, collect_for, measure_curvature
-from roundel.stages.evaluation import evaluate_written, predict
+from roundel.stages.curvature import check_model, measure_curvature, safe_batch
+from roundel.stages.finish import finish, warn_of_fusion, weights_of
 from roundel.stages.notes import Notes
-from roundel.stages.report import Quantized, report_details, write_report
-from roundel.stages.rounding import round_model
-from roundel.stages.text import fingerprinted, read_text
+from roundel.stages.report import Quantized
+from roundel.stages.rounding import round_model, rounding_digest
+from roundel.stages.text import default_batch, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
-from roundel.stages.writing import write_model
-from roundel.store import check_output, staged_directory
+from roundel.store import check_output
 
 __all__ = ["quantize"]
 
@@ -32,6 +33,7 @@ def quantize(
     output: str | Path,
     factors: str | Path | None = None,
     work: str | Path | None = None,
+    memory: str | int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -45,8 +47,10 @@ def quantize(
         output: Directory to make; must not exist, or be empty.
         factors: A directory that `collect_factors` made of the same model: nothing is collected then, and its curvature, labels, text,
             sequences and seed take the place of the recipe's.
-        work: A directory for what is finished or half done: factors, rounded weights, the state of tuning. The same call goes on from there
-            after a crash, and ends with the same checkpoint. It may be removed afterwards.
+        work: A directory for what is finished or half done: hidden states, factors, rounded weights, the state of tuning. The same call
+            goes on from there after a crash, and ends with the same checkpoint. It may be removed afterwards.
+        memory: What may be used, such as `8G`; by default most of what is free. A model whose weights do not fit into half of it stays on
+            the disk but for one decoder layer at a time; hidden states that do not fit go to the disk. Never changes the result.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
         batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
@@ -59,35 +63,23 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
-    recipe, notes, target = Recipe(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
-    kept = None if work is None else Path(work)
+    recipe, notes, target = Recipe.of(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     check_output(target)
-
-    if kept is not None and factors is None:
-        factors = collect_for(recipe, model, kept / "factors", device=device, dtype=dtype, batch_size=batch_size, progress=notes.progress)
-    stored = None if factors is None else factor_files.load(Path(factors))
+    stored = None if factors is None else FactorsDirectory.open(Path(factors))
     if stored is not None:
-        recipe = stored[0].applied_to(recipe)
+        recipe, settings = stored.header.applied_to(recipe), {**settings, "sequences": stored.header.sequences}
 
-    with notes.timed("load"):
-        source = load_source(str(model), recipe, device, dtype)
-        if source.fusion and source.fusion["untied"]:
-            added = source.fusion["added_parameters"]
-            notes.warn(f"the output head is no longer tied to the embedding, so that the rotation could be fused: {added} weights more")
-        if stored is not None:
-            check_model(stored[0], source)
-
-    split = read_text(recipe, source, notes, known=frozenset(stored[0].sequence_ids) if stored else None)
-    sketches, batch = measure_curvature(recipe, source, split, stored, notes, batch_size=batch_size)
-    rounded = round_model(recipe, source, split, sketches, notes, batch_size=batch, work=kept)
-    seen = fingerprinted(split, notes)
-    rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=kept)
-    prediction = predict(recipe, source, split, rounded, notes, batch_size=batch)
-    with staged_directory(target) as staging:
-        written = write_model(staging, recipe, source, rounded, notes)
-        divergence = evaluate_written(staging, recipe, source, split, rounded, notes, batch_size=batch)
-        details = report_details(
-            recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=written, seen=seen
-        )
-        write_report(staging, details)
-    return Quantized(path=target, report=divergence, details=details)
+    with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(weights_of(recipe)):
+        with notes.timed("load"):
+            source = load_source(str(model), recipe, device, dtype, work=place)
+            warn_of_fusion(source, notes)
+            if stored is not None:
+                check_model(stored, source)
+        split = read_text(recipe, source, notes, known=frozenset(stored.header.sequence_ids) if stored else None, given=settings)
+        place.claim(rounding_digest(recipe, source, split))
+        batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
+        measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
+        rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=place)
+        seen = fingerprinted(split, notes)
+        rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
+        return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)

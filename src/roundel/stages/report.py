@@ -75,7 +75,7 @@ def report_details(
     chosen = {name: source.linears[name] for name in rounded.weights}
     weights = sum(linear.weight.numel() for linear in chosen.values())
     # errors that make up for each other do not add up
-    by = "joint" if rounded.tuning is not None or any("error_aware" in row for row in rounded.layers.values()) else "total"
+    by = "joint" if rounded.tuning is not None or any("prefix_aware" in row for row in rounded.layers.values()) else "total"
     return {
         "schema_version": SCHEMA_VERSION,
         "roundel": importlib.metadata.version("roundel"),

@@ -6,15 +6,16 @@ Sequences are all of one length. The seed chooses among up to four times as many
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundel.artifacts.source import Source
 from roundel.calibration import Fingerprint, Split, read_documents, sample_from_model, split_tokens, windows
 from roundel.curvature import parse_curvature
 from roundel.curvature.collect import pilot_first
 from roundel.errors import DataError, ModelError
-from roundel.progress import Progress
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
 from roundel.types import TokenBatch
@@ -26,9 +27,7 @@ __all__ = [
     "default_batch",
     "evaluation_tokens",
     "fingerprinted",
-    "positions",
     "read_text",
-    "sequence_length",
     "set_apart",
     "split_text",
 ]
@@ -39,34 +38,64 @@ OVERLAP_WARNING = 0.01
 """Part of the evaluation text that may occur in the calibration text."""
 
 
-def read_text(recipe: Recipe, source: Source, notes: Notes, *, known: frozenset[int] | None = None) -> Split:
-    """All sequences of the recipe, of which the model has all tokens; `known` are the ids of those that factors have seen."""
-    length = sequence_length(source.model, recipe)
+def read_text(
+    recipe: Recipe, source: Source, notes: Notes, *, known: frozenset[int] | None = None, given: Mapping[str, Any] | None = None
+) -> Split:
+    """All sequences of the recipe, of which the model has all tokens.
+
+    Args:
+        recipe: As asked for.
+        source: The model.
+        notes: For warnings and progress.
+        known: The ids of sequences that factors have seen.
+        given: The settings that a user has given: numbers that are not among them shrink where there is less text.
+    """
     with notes.timed("text"):
-        split = split_text(recipe, source, length, notes.progress, known=known)
+        split = split_text(recipe, source, notes, known=known, given=given)
     check_vocabulary(source.model, split.used, split.heldout)
     return split
 
 
-def split_text(recipe: Recipe, source: Source, length: int, progress: Progress, known: frozenset[int] | None = None) -> Split:
-    """Calibration and evaluation sequences; `known` are the ids of those that factors have seen."""
-    heldout = 0 if recipe.eval_data else recipe.eval_sequences
-    wanted = recipe.sequences + heldout
+def split_text(
+    recipe: Recipe, source: Source, notes: Notes, *, known: frozenset[int] | None = None, given: Mapping[str, Any] | None = None
+) -> Split:
+    """Calibration and evaluation sequences; see `read_text`."""
+    heldout, length = 0 if recipe.eval_data else recipe.eval_sequences, source.length
+    sequences, wanted = recipe.sequences, recipe.sequences + heldout
     if recipe.calibration == "self":
-        with progress.stage("sampling text from the model", wanted) as advance:
-            available = sample_from_model(source.model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
+        with notes.progress.stage("sampling text from the model", wanted) as advance:
+            model = source.whole("sampling calibration text from the model (--calibration names text instead)")
+            available = sample_from_model(model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
     else:
         # Up to four times what is needed, so that the seed has something to choose from.
         available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
-    choice = parse_curvature(recipe.curvature).held_out(recipe.sequences)
+    if len(available) < wanted:
+        sequences, heldout = _within(len(available), sequences, heldout, given or {})
+        if (sequences, heldout) != (recipe.sequences, heldout if recipe.eval_data else recipe.eval_sequences):
+            notes.warn(
+                f"{recipe.calibration} has {len(available)} sequences of {length} tokens: {sequences} calibrate"
+                + (f" and {heldout} are held out" if heldout else "")
+                + f", instead of {recipe.sequences} and {recipe.eval_sequences}"
+            )
+    choice = parse_curvature(recipe.curvature).held_out(sequences)
     split = split_tokens(
-        available, calibration=recipe.sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
+        available, calibration=sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
     )
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     if recipe.eval_data:
         other = evaluation_tokens(recipe.eval_data, source.tokenizer, length, recipe.eval_sequences)
         split = dataclasses.replace(split, heldout=other)
     return split
+
+
+def _within(count: int, sequences: int, heldout: int, given: Mapping[str, Any]) -> tuple[int, int]:
+    """How many calibrate and are held out of fewer sequences than the defaults ask for; numbers that were given stay."""
+    if "eval_sequences" not in given:
+        least = max(1, count // 8)
+        heldout = min(heldout, max(least, count - sequences) if "sequences" in given else least)
+    if "sequences" not in given:
+        sequences = max(1, min(sequences, count - heldout))
+    return sequences, heldout
 
 
 def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
@@ -103,16 +132,6 @@ def set_apart(split: Split) -> tuple[TokenBatch, TokenBatch]:
     return split.calibration[: len(split.calibration) - kept], split.calibration[len(split.calibration) - kept :]
 
 
-def sequence_length(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Tokens in a sequence: as asked for, at most the model's positions."""
-    return min(recipe.seq_len, positions(model.config))
-
-
 def default_batch(length: int) -> int:
     """Sequences per pass that make about `BATCH_TOKENS` tokens, but not many: the first batch is also run one by one, to compare."""
     return max(1, min(BATCH_TOKENS // length, BATCH_SEQUENCES))
-
-
-def positions(config: PretrainedConfig) -> int:
-    """How many tokens a model can take."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

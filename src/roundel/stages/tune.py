@@ -10,17 +10,17 @@ from torch import Tensor
 
 from roundel.artifacts.checkpoints import Stored, read
 from roundel.artifacts.source import Source, load_source
+from roundel.artifacts.work import open_work
 from roundel.errors import ModelError, SchemeError
 from roundel.progress import Progress, Silent
 from roundel.recipes import TUNINGS, Recipe
-from roundel.stages.evaluation import evaluate_written, predict
+from roundel.stages.finish import finish
 from roundel.stages.notes import Notes
-from roundel.stages.report import Quantized, report_details, write_report
+from roundel.stages.report import Quantized
 from roundel.stages.rounding import Rounded
-from roundel.stages.text import default_batch, fingerprinted, read_text, sequence_length
+from roundel.stages.text import default_batch, fingerprinted, read_text
 from roundel.stages.tuning import rest_of, tune_model
-from roundel.stages.writing import write_model
-from roundel.store import check_output, staged_directory
+from roundel.store import check_output
 
 __all__ = ["tune"]
 
@@ -34,6 +34,7 @@ def tune(
     output: str | Path,
     model: str | Path | None = None,
     work: str | Path | None = None,
+    memory: str | int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -47,6 +48,7 @@ def tune(
         output: Directory to make; must not exist, or be empty.
         model: The original, where it is not what roundel.json names.
         work: As for `quantize`.
+        memory: As for `quantize`.
         device: As for `quantize`.
         dtype: As for `quantize`.
         batch_size: As for `quantize`.
@@ -71,31 +73,24 @@ def tune(
     if recipe.tune == "none":
         raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
 
-    with notes.timed("load"):
-        source = load_source(name, recipe, device, dtype)
-    if not _is_original(source, stored):
-        raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
-
-    split = read_text(recipe, source, notes)
-    batch = batch_size or default_batch(sequence_length(source.model, recipe))
-    source.skipped.update(stored.report.get("skipped", {}))
-    rounded = Rounded(
-        weights=stored.rounded,
-        layers=stored.report["layers"],
-        carried={"allocation": stored.report.get("allocation"), "tuned_from": str(path)},
-        others=_moved(source, stored),
-    )
-    seen = fingerprinted(split, notes)
-    rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=None if work is None else Path(work))
-    prediction = predict(recipe, source, split, rounded, notes, batch_size=batch)
-    with staged_directory(target) as staging:
-        written = write_model(staging, recipe, source, rounded, notes)
-        divergence = evaluate_written(staging, recipe, source, split, rounded, notes, batch_size=batch)
-        details = report_details(
-            recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=written, seen=seen
+    with open_work(None if work is None else Path(work), beside=target, memory=memory) as place:
+        with notes.timed("load"):
+            source = load_source(name, recipe, device, dtype, work=place)
+            source.whole("tuning")
+        if not _is_original(source, stored):
+            raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
+        split = read_text(recipe, source, notes)
+        batch = batch_size or default_batch(source.length)
+        source.skipped.update(stored.report.get("skipped", {}))
+        rounded = Rounded(
+            weights=stored.rounded,
+            layers=stored.report["layers"],
+            carried={"allocation": stored.report.get("allocation"), "tuned_from": str(path)},
+            others=_moved(source, stored),
         )
-        write_report(staging, details)
-    return Quantized(path=target, report=divergence, details=details)
+        seen = fingerprinted(split, notes)
+        rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
+        return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)
 
 
 def _is_original(source: Source, stored: Stored) -> bool:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 
 from roundel.artifacts.source import Source
+from roundel.artifacts.work import Work
 from roundel.calibration import Split
 from roundel.formats import FORMATS
 from roundel.grids import TileGrid, parse_scheme
@@ -21,21 +21,20 @@ from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.stages.text import set_apart
 from roundel.tuning import Job, tune_blocks, tune_end_to_end
-from roundel.tuning.blocks import layers_of
 from roundel.types import RoundedWeight
 
 __all__ = ["rest_of", "tune_model"]
 
 
-def tune_model(
-    recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Path | None
-) -> Rounded:
+def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Work) -> Rounded:
     """As the recipe says, from the codes and other parameters in `rounded`; `work` keeps the state of unfinished steps."""
     if recipe.tune == "none":
         return rounded
+    source.whole("tuning")
     steps_on, judged_by = set_apart(split)
     method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
-    turns = 1 if recipe.tune == "end-to-end" else sum(map(bool, layers_of(source.model, rounded.weights).values()))
+    groups = range(len(source.layers))
+    turns = 1 if recipe.tune == "end-to-end" else sum(bool(source.layers.inside(index, source.linears)) for index in groups)
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())
     wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
@@ -50,7 +49,7 @@ def tune_model(
             moved=rounded.others,
             seed=recipe.seed,
             batch_size=batch_size,
-            work=work,
+            work=work.path if work.kept else None,
             advance=advance,
         )
         tuned = method(job)

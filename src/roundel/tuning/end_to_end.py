@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from roundel.artifacts.source import load_dense
 from roundel.evaluate import compare_models
+from roundel.linalg.fast import fast
 from roundel.tuning.job import Job, Tuned, stored_values
-from roundel.tuning.products import fast
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, places, shuffled
 from roundel.tuning.teacher import Divergence, Teacher, drawn_share

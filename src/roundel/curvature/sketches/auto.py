@@ -5,7 +5,7 @@ sequences that were left out the KL of the actual errors is predicted, `1/2 E_s 
 prediction is significantly lower (`curvature.choose`): the prediction of one linear from a few dozen sequences has a standard error of
 10-20 %, while good candidates differ by a few per cent, so taking the lowest outright only picks noise (`docs/log.md`, 8). What it is for
 are the linears where the measured curvature misleads: few sequences, first blocks. The gradients that were chosen by join the sums in the
-same backward pass (`round_model.choose_factors`).
+same backward pass (`stages.rounding.choice`).
 
 The candidates: `pilot`; the same with four times the damping; `kfac`, towards which noise is shrunk; and `H_out = I`, which is LDLQ and
 cannot be misled by gradients.

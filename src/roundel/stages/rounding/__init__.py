@@ -1,5 +1,5 @@
 """The rounding of a whole model. The mathematics of one weight is in `roundel.rounding`."""
 
-from roundel.stages.rounding.model import Rounded, round_model
+from roundel.stages.rounding.model import Rounded, round_model, rounding_digest
 
-__all__ = ["Rounded", "round_model"]
+__all__ = ["Rounded", "round_model", "rounding_digest"]

@@ -1,4 +1,4 @@
-"""Rounding of a model: with one scheme or with allocated bits, or what a crashed call has left of it."""
+"""Rounding of a model: with one scheme or with allocated bits, group after group of decoder layers, going on after a crash."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from roundel.artifacts.curvatures import LinearCurvature
 from roundel.artifacts.factors import model_fingerprint
-from roundel.artifacts.source import Source
+from roundel.artifacts.rounded import RoundedFiles
+from roundel.artifacts.source import Source, device_of
+from roundel.artifacts.work import Work
 from roundel.calibration import Split, data_hash
-from roundel.curvature import Sketch
+from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.recipes import Recipe
+from roundel.rounding import allocate
+from roundel.rounding.prefix import Moments, Strengths
+from roundel.stages.curvature import Measured
+from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
-from roundel.stages.rounding.allocation import round_allocated
-from roundel.stages.rounding.round_all import round_all
-from roundel.stages.text import set_apart
-from roundel.tuning.saved import Saved, packed, unpacked
+from roundel.stages.rounding.allocation import allocate_bits
+from roundel.stages.rounding.sweep import Prefix, Steps, rounding_sweep, steps_taken
 from roundel.types import RoundedWeight
 
-__all__ = ["Rounded", "round_model"]
+__all__ = ["Rounded", "round_model", "rounding_digest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,41 +47,107 @@ class Rounded:
     """What the report says of tuning."""
 
 
-def round_model(
-    recipe: Recipe, source: Source, split: Split, sketches: dict[str, Sketch], notes: Notes, *, batch_size: int, work: Path | None
-) -> Rounded:
-    """Rounds every linear and empties `sketches`; with `work`, the codes are kept there, and taken from there if they are the same's.
-
-    Linears that cannot be rounded are moved to `source.skipped`.
-    """
-    before = Saved(path=work and work / "rounded.safetensors", digest=_digest(recipe, source, split))
+def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured, notes: Notes, *, batch_size: int, work: Work) -> Rounded:
+    """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept."""
+    files = RoundedFiles(path=work.rounded)
     with notes.timed("rounding"):
-        allocation = None
-        if (found := before.load()) is not None:
-            layers, allocation = found[1]["layers"], found[1]["allocation"]
-            weights = unpacked(found[0], {name: (row["scheme"], tuple(row["shape"])) for name, row in layers.items()})
-            source.skipped.update(found[1]["skipped"])
-        elif recipe.bits is None:
-            correct_on = set_apart(split) if recipe.corrects(split.used.ids.numel()) else None
-            weights, layers = round_all(
-                recipe, parse_scheme(recipe.scheme), source, sketches, split.choice, notes, batch_size=batch_size, correct_on=correct_on
+        allocation, schemes = None, dict.fromkeys(measured.rows, recipe.scheme)
+        if recipe.bits is not None:
+            schemes, allocation = allocate_bits(recipe, source, measured.rows)
+        linears = {name: source.linears[name] for name in measured.rows}
+        corrects = recipe.corrects(split.calibration.ids.numel())
+        current: dict[int, dict[str, LinearCurvature]] = {}
+        rows: dict[str, dict[str, Any]] = {}
+
+        def curvature(index: int) -> dict[str, LinearCurvature]:
+            if index not in current:
+                current.clear()
+                current[index] = measured.curvatures.load(index)
+            return current[index]
+
+        def round_together(
+            index: int, names: list[str], targets: Mapping[str, Tensor], moments: Moments | None
+        ) -> dict[str, RoundedWeight]:
+            known, found = curvature(index), dict[str, RoundedWeight]()
+            for scheme in dict.fromkeys(schemes[name] for name in names):
+                own = [name for name in names if schemes[name] == scheme]
+                asked = [_asked(recipe, source, name, known[name], targets.get(name), moments) for name in own]
+                for linear, (weight, row) in zip(
+                    asked, round_linears(recipe, parse_scheme(scheme), asked, device_of(source.model)), strict=True
+                ):
+                    found[linear.name] = weight
+                    aware = {} if linear.target is None else {"prefix_aware": True}
+                    rows[linear.name] = row | dict(known[linear.name].row) | aware
+                    if row["damping"] > linear.damping:
+                        notes.warn(f"{linear.name}: damping raised to {row['damping']:g}, its factors were not positive definite")
+            return _fitted(recipe, found)
+
+        prefix = None
+        if corrects:
+            chosen = split.calibration.select(recipe.prefix_rows(len(split.calibration)))
+            natural = recipe.natural_steps(*split.calibration.ids.shape)
+            prefix = Prefix(
+                tokens=chosen,
+                strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
+                steps=None
+                if not natural[0]
+                else Steps(
+                    places=natural[0],
+                    steps=natural[1],
+                    factors=lambda index: {name: own.factors for name, own in measured.curvatures.load(index).items()},
+                    original=lambda name: _stored(source, name),
+                    seed=recipe.seed,
+                    moved=work.rounded,
+                    resident=source.weights is None,
+                    kept=work.kept,
+                ),
             )
-        else:
-            unseen = split.choice
-            if not len(unseen):
-                unseen = split.calibration
-                notes.warn(
-                    "bits are allocated by the calibration sequences themselves: none are held out (use --curvature auto, more --sequences)"
-                )
-            weights, layers, allocation = round_allocated(recipe, source, sketches, unseen, notes, batch_size=batch_size)
-        if found is None:
-            before.save(lambda: packed(weights), {"layers": layers, "allocation": allocation, "skipped": source.skipped})
-    return Rounded(weights=weights, layers=layers, carried={"allocation": allocation})
+        with notes.progress.stage("rounding", len(linears)) as advance:
+            sweep = rounding_sweep(
+                source.layers,
+                linears,
+                round_together,
+                prefix,
+                batch_size=batch_size,
+                store=work.store("rounding"),
+                advance=advance,
+                finished=files.has,
+            )
+            for index, weights in sweep:
+                files.save(index, weights, {name: rows.pop(name) for name in weights})
+                if not work.kept:
+                    measured.curvatures.remove(index)
+    carried = {"allocation": allocation, "natural_steps": steps_taken(work.rounded)}
+    return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, carried=carried)
 
 
-def _digest(recipe: Recipe, source: Source, split: Split) -> str:
+def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature, target: Tensor | None, moments: Moments | None) -> Linear:
+    return Linear(
+        name=name,
+        stored=_stored(source, name),
+        target=target,
+        factors=curvature.factors if moments is None else moments.met(curvature.factors),
+        damping=min(10.0, recipe.damping * curvature.damping),
+    )
+
+
+def _stored(source: Source, name: str) -> Tensor:
+    stored = source.checkpoint.weight_of(name)
+    assert stored is not None
+    return source.checkpoint.read(stored)
+
+
+def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
+    """With what linears must share that the format's engines run as one product."""
+    if recipe.fuses:
+        for unit in allocate.fused_units(list(rounded)).values():
+            rounded |= FORMATS[recipe.written_format()].together({name: rounded[name] for name in unit})
+    return rounded
+
+
+def rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
     """Of all that decides the codes before tuning."""
-    decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_"))}
-    decisive["error_aware"] = recipe.corrects(split.used.ids.numel())
+    decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_")) and name != "effort"}
+    decisive["prefix_aware"] = recipe.corrects(split.calibration.ids.numel())
     given = [decisive, model_fingerprint(source.checkpoint), data_hash(split.used), str(source.model.dtype)]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()

@@ -25,35 +25,43 @@ from torch import Tensor, nn
 
 from roundel.types import TokenBatch
 
-__all__ = ["LABEL_KINDS", "backward", "label_gradient"]
+__all__ = ["LABEL_KINDS", "Labels"]
 
 LABEL_KINDS = ("sampled", "probe", "data")
+
+BLOCK = 128
+"""Words whose probabilities are added up before a label is looked for among them."""
 
 LABELS = 1
 """Keeps the labels' random numbers apart from those that sampled the text (`calibration`), which have the same seed and id."""
 
 
-def label_gradient(
-    logits: Float[Tensor, "sequences tokens vocabulary"], batch: TokenBatch, seed: int, labels: str = "sampled"
-) -> Float[Tensor, "sequences tokens vocabulary"]:
-    """The gradient `u` to send back from the logits; independent of how sequences are batched.
+class Labels:
+    """What is drawn for one sequence, slice after slice of its tokens: the same, however it is cut and batched with others.
 
     Raises:
         ValueError: `labels` is none of `LABEL_KINDS`.
     """
-    if labels not in LABEL_KINDS:
-        raise ValueError(f"labels {labels!r}: expected one of {', '.join(LABEL_KINDS)}")
-    gradient = torch.empty_like(logits)
-    for row, sequence_id in enumerate(batch.sequence_ids):
-        probabilities = logits[row].float().softmax(-1)
-        if labels == "data":
-            gradient[row] = _minus_onehot(probabilities, batch.ids[row].roll(-1)[:, None].to(logits.device))
-            gradient[row, -1] = 0
-            continue
-        generator = np.random.default_rng((seed, sequence_id, LABELS))
-        draw = _probe if labels == "probe" else _sampled
-        gradient[row] = draw(probabilities, generator)
-    return gradient
+
+    def __init__(self, tokens: TokenBatch, row: int, seed: int, labels: str = "sampled") -> None:
+        if labels not in LABEL_KINDS:
+            raise ValueError(f"labels {labels!r}: expected one of {', '.join(LABEL_KINDS)}")
+        self._ids, self._labels = tokens.ids[row], labels
+        self._generator = np.random.default_rng((seed, tokens.sequence_ids[row], LABELS))
+
+    def gradient(self, logits: Float[Tensor, "slice vocabulary"], part: slice) -> Float[Tensor, "slice vocabulary"]:
+        """The gradient `u` to send back from the logits of these tokens, which follow those asked for before."""
+        probabilities = logits.float().softmax(-1)
+        if self._labels == "data":
+            following = torch.cat([self._ids[1:], self._ids[:1]])[part, None].to(logits.device)
+            found = _minus_onehot(probabilities, following)
+            if part.stop == len(self._ids):
+                found[-1] = 0
+        elif self._labels == "probe":
+            found = _probe(probabilities, self._generator)
+        else:
+            found = _sampled(probabilities, self._generator)
+        return found.to(logits.dtype)
 
 
 def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -61,25 +69,24 @@ def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _sampled(probabilities: Tensor, generator: np.random.Generator) -> Tensor:
+    """By inverting the distribution function, first of blocks of words, then in the block: two passes over the vocabulary."""
     uniform = torch.from_numpy(generator.random((probabilities.shape[0], 1))).to(probabilities.device)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=probabilities.shape[1] - 1)
-    return _minus_onehot(probabilities, labels)
+    short = -probabilities.shape[1] % BLOCK
+    blocks = (nn.functional.pad(probabilities, (0, short)) if short else probabilities).unflatten(1, (-1, BLOCK))
+    cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    wanted = uniform * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, wanted).clamp_(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    word = torch.searchsorted(inside, wanted - before).clamp_(max=BLOCK - 1)
+    return _minus_onehot(probabilities, (block * BLOCK + word).clamp_(max=probabilities.shape[1] - 1))
 
 
 def _probe(probabilities: Tensor, generator: np.random.Generator) -> Tensor:
     tokens, vocabulary = probabilities.shape
-    width = -(-vocabulary // 8)
+    width = 4 * -(-vocabulary // 32)  # whole words of the generator for each token: slices continue each other
     packed = np.frombuffer(generator.bytes(tokens * width), dtype=np.uint8).reshape(tokens, width)
     heads = torch.from_numpy(np.unpackbits(packed, axis=1, count=vocabulary).view(np.bool_)).to(probabilities.device)
     root = probabilities.sqrt()
     signed = torch.where(heads, root, -root)
     return signed - probabilities * signed.sum(-1, keepdim=True)
-
-
-def backward(model: nn.Module, batch: TokenBatch, seed: int, labels: str = "sampled", *, device: torch.device) -> None:
-    """One forward pass, and one backward pass from `label_gradient`; what it yields goes to whatever taps the model."""
-    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits
-    with torch.no_grad():
-        gradient = label_gradient(logits.detach(), batch, seed, labels)
-    logits.backward(gradient)

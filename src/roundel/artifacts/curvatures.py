@@ -1,0 +1,136 @@
+"""What a linear is rounded with, on disk, one file for each group of decoder layers, until the group is rounded.
+
+Of symmetric factors only the lower triangle is written. A file is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from roundel.errors import StorageError
+from roundel.linalg.gram import symmetrise
+from roundel.store import staged_file, storage
+from roundel.types import Factors, GroupedFactors, KroneckerFactors
+
+__all__ = ["Curvatures", "LinearCurvature", "pack_lower", "unpack_lower"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCurvature:
+    """What one linear is rounded with."""
+
+    factors: Factors
+    damping: float = 1.0
+    """What the recipe's damping is multiplied by."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """What the report says of the choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvatures:
+    """A directory of them."""
+
+    path: Path
+
+    def file(self, index: int) -> Path:
+        """Of a group of layers."""
+        return self.path / f"{index:04d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        """Whether the group is finished."""
+        return self.file(index).is_file()
+
+    def save(self, index: int, linears: Mapping[str, LinearCurvature], skipped: Mapping[str, str]) -> None:
+        """Writes a group; `skipped`: linears that cannot be rounded, and why.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        tensors: dict[str, Tensor] = {}
+        notes: dict[str, Any] = {"skipped": dict(skipped), "linears": {}}
+        for name, own in linears.items():
+            groups = own.factors.row_groups()
+            for place, (_, group) in enumerate(groups):
+                tensors[f"{name}/{place}/H_out"], tensors[f"{name}/{place}/H_in"] = pack_lower(group.H_out), pack_lower(group.H_in)
+            notes["linears"][name] = {"scales": [group.scale for _, group in groups], "damping": own.damping, "row": dict(own.row)}
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with staged_file(self.file(index)) as temporary:
+            save_file(tensors, temporary, metadata={"roundel": json.dumps(notes)})
+
+    def notes(self, index: int) -> dict[str, Any]:
+        """What is known of a group beside its matrices: `linears` with their rows, and `skipped`.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        try:
+            with safe_open(self.file(index), framework="pt") as stored:
+                found: dict[str, Any] = json.loads(stored.metadata()["roundel"])
+                return found
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(index, error) from error
+
+    def load(self, index: int) -> dict[str, LinearCurvature]:
+        """A group's.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        notes, found = self.notes(index), {}
+        try:
+            with safe_open(self.file(index), framework="pt") as stored:
+                for name, own in notes["linears"].items():
+                    groups = [
+                        KroneckerFactors(
+                            H_out=unpack_lower(stored.get_tensor(f"{name}/{place}/H_out")),
+                            H_in=unpack_lower(stored.get_tensor(f"{name}/{place}/H_in")),
+                            scale=float(scale),
+                        )
+                        for place, scale in enumerate(own["scales"])
+                    ]
+                    found[name] = LinearCurvature(
+                        factors=groups[0] if len(groups) == 1 else GroupedFactors(groups=tuple(groups)),
+                        damping=float(own["damping"]),
+                        row=own["row"],
+                    )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(index, error) from error
+        return found
+
+    def remove(self, index: int) -> None:
+        """A group that is not needed any more."""
+        self.file(index).unlink(missing_ok=True)
+
+    def _damaged(self, index: int, error: Exception) -> StorageError:
+        return StorageError(f"{self.file(index)} cannot be read ({error}); remove the work directory and start again")
+
+
+def pack_lower(matrix: Tensor) -> Tensor:
+    """The lower triangle of a square matrix, row by row."""
+    rows, columns = torch.tril_indices(*matrix.shape)
+    return matrix.cpu()[rows, columns]
+
+
+def unpack_lower(packed: Tensor) -> Tensor:
+    """The symmetric matrix of a lower triangle.
+
+    Raises:
+        ValueError: it is no triangle.
+    """
+    size = int((2 * packed.numel() + 0.25) ** 0.5)
+    if packed.ndim != 1 or size * (size + 1) // 2 != packed.numel():
+        raise ValueError(f"{packed.numel()} numbers are no triangle")
+    full = torch.zeros(size, size, dtype=packed.dtype)
+    rows, columns = torch.tril_indices(size, size)
+    full[rows, columns] = packed
+    return symmetrise(full)

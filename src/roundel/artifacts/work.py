@@ -1,0 +1,114 @@
+"""A job's directory: what is finished of it and what is half done, so that the same call goes on after a crash, to the same bytes.
+
+Without `--work` it is a temporary directory beside the output that vanishes with the job, and holds only what does not fit into memory.
+
+    job.json        a digest of all that decides the codes: another job is refused
+    lock            held by the process at work: a second one is refused
+    hidden/         hidden states and gradients at the layer that is being worked on      (`sweeps.hidden`)
+    curvature/      factors of each group of layers, until it is rounded                  (`artifacts.curvatures`)
+    rounded/        codes of each group                                                   (`artifacts.rounded`)
+
+Every file is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from roundel.artifacts.memory import memory_budget
+from roundel.errors import StorageError
+from roundel.store import storage, write_json
+from roundel.sweeps import HiddenStore
+
+__all__ = ["Work", "open_work"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The directory of a job under way."""
+
+    path: Path
+    kept: bool
+    """Whether it outlives the process."""
+    memory: int
+    """Bytes of hidden states that may be in main memory, where the directory is not kept."""
+
+    @property
+    def curvature(self) -> Path:
+        """Where factors are."""
+        return self.path / "curvature"
+
+    @property
+    def rounded(self) -> Path:
+        """Where codes are."""
+        return self.path / "rounded"
+
+    def store(self, name: str) -> HiddenStore:
+        """For the hidden states of one sweep."""
+        return HiddenStore(memory=0 if self.kept else self.memory, directory=self.path / "hidden" / name, kept=self.kept)
+
+    def passing(self, name: str) -> HiddenStore:
+        """For states that a resumed job makes anew."""
+        return HiddenStore(memory=self.memory, directory=self.path / "hidden" / name)
+
+    def claim(self, digest: str) -> None:
+        """Refuses a directory that holds another job.
+
+        Raises:
+            StorageError: it does.
+        """
+        if not self.kept:
+            return
+        job = self.path / "job.json"
+        try:
+            known = json.loads(job.read_text(encoding="utf-8"))["digest"]
+        except FileNotFoundError:
+            known = None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{job} is damaged ({error}); remove {self.path} and start again") from error
+        if known is None:
+            write_json(job, {"digest": digest})
+        elif known != digest:
+            raise StorageError(
+                f"{self.path} holds the work of another job, of another model, text or recipe: take another one for --work or remove it"
+            )
+
+
+@contextmanager
+def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> Iterator[Work]:
+    """The directory of a job, for as long as it is at work; `beside`: the output, next to which a temporary one is made.
+
+    Raises:
+        StorageError: another process is at work there, or the disk refuses.
+        SchemeError: `memory` is no size.
+    """
+    budget = memory_budget(memory)
+    if path is None:
+        parent = beside.absolute().parent
+        with storage(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{beside.name}.work-", dir=parent))
+        try:
+            yield Work(path=temporary, kept=False, memory=budget)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return
+    with storage(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"another process is at work in {path}; wait for it, or give another directory for --work") from error
+        yield Work(path=path, kept=True, memory=budget)
+    finally:
+        os.close(lock)

@@ -1,0 +1,230 @@
+"""`evaluate`, `compare`, `bench`: what measures models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from roundel.commands.line.options import DEFAULT, Batch, Device, Dtype, JsonFile, Quiet, listed, whole
+from roundel.commands.line.output import emit, print_rows
+from roundel.settings import ABLATION
+
+__all__ = ["bench", "compare", "evaluate"]
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
+    reference: Annotated[str, typer.Option(help="The original: local directory, Hub id, or demo.")],
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Text for the KL: file, directory, Hub dataset or stdlib; repeatable.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="At most so many sequences of each.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = 512,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Accuracies on tasks of lm-evaluation-harness, by its names: arc_easy,piqa,...")
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The tasks' documents in local files, arc_easy.jsonl and so on; default: from the Hub."),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(help="At most so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question; default: each task's own number.")] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Perplexity as in papers: wikitext2 or c4 (from the Hub), c4=SPEC for a copy, or text, joined by blank lines; repeatable.",
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens in each of its windows; default 2048, at most the models' positions.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the original's logits there, for the next evaluation on the same text.")
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(min=0, help="What that directory may hold; what was used longest ago is removed.")] = 10.0,
+    html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report there as a page with plots.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure KL(reference || MODEL) per token on text, accuracies on tasks, and perplexities, with their standard errors."""
+    from roundel.commands.evaluate import evaluate as run
+    from roundel.evaluate.report import divergence_rows, duplicate_row, evaluated_page, evaluated_texts, perplexity_rows
+    from roundel.progress import make_progress
+    from roundel.store import write_text
+
+    result = run(
+        model,
+        reference=reference,
+        data=data,
+        sequences=sequences,
+        seq_len=seq_len,
+        tasks=list(dict.fromkeys(listed(tasks))) if tasks is not None else (),
+        task_data=task_data,
+        task_limit=task_limit,
+        num_fewshot=num_fewshot,
+        perplexity=perplexity,
+        window=window,
+        cache=cache,
+        cache_gib=cache_gib,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+    )
+    emit(result.details, json_file)
+    if html_file is not None:
+        write_text(html_file, evaluated_page(result.details))
+    if not quiet and str(json_file) != "-":
+        title = f"{model} against {reference}"
+        texts = evaluated_texts(result.details)
+        for spec, found in texts.items():
+            print_rows(f"{title}: {spec}" if len(texts) > 1 else title, [*divergence_rows(found), duplicate_row(found)])
+        for named, found in result.details.get("windowed_perplexity", {}).items():
+            print_rows(title, [["text", named], *perplexity_rows(found)])
+        if "tasks" in result.details:
+            _print_tasks(title, result.details["tasks"])
+
+
+def _print_tasks(title: str, tasks: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from roundel.evaluate.report import TASK_COLUMNS, task_rows
+
+    table = Table(title=f"{title}, in %")
+    for column in TASK_COLUMNS:
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=column != "metric")
+    for cells in task_rows(tasks):
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Local directory, Hub id, or demo.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the table, CSV, JSON, page and plots; new or empty.")],
+    curvatures: Annotated[
+        str, typer.Option(metavar="A,B,...", help="As for quantize, or gptq or nearest; the others are compared with the first.")
+    ] = ",".join(ABLATION),
+    schemes: Annotated[str, typer.Option(metavar="A,B,...", help="As for quantize.")] = "int3-g32,int4-g32",
+    sequences: Annotated[str, typer.Option(metavar="N,M,...", help="Numbers of calibration sequences; several give a curve.")] = "512",
+    seeds: Annotated[int, typer.Option(help="So many seeds, from 0.")] = 3,
+    calibration: Annotated[str, typer.Option(metavar="SPEC", help="As for quantize.")] = DEFAULT.calibration,
+    seq_len: Annotated[int, typer.Option(help="Tokens in each sequence, at most the model's positions.")] = DEFAULT.seq_len,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Evaluation text; default: held out from the calibration text.")
+    ] = None,
+    eval_sequences: Annotated[int, typer.Option(help="Evaluation sequences.")] = DEFAULT.eval_sequences,
+    labels: Annotated[str, typer.Option(help="As for quantize.")] = DEFAULT.labels,
+    rotate: Annotated[str, typer.Option(help="As for quantize.")] = DEFAULT.rotate,
+    sweeps: Annotated[int, typer.Option(help="As for quantize; gptq and nearest have none.")] = DEFAULT.sweeps,
+    damping: Annotated[float, typer.Option(help="As for quantize.")] = DEFAULT.damping,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what the directory holds of the same comparison.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Batch = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare curvature estimators and schemes: KL on held-out text, with everything else equal."""
+    from roundel.commands.compare import compare as run
+    from roundel.progress import make_progress
+
+    details = run(
+        model,
+        output=output,
+        curvatures=listed(curvatures),
+        schemes=listed(schemes),
+        sequences=[whole(item, "--sequences") for item in listed(sequences)],
+        seeds=seeds,
+        resume=resume,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=make_progress(quiet=quiet),
+        calibration=calibration,
+        seq_len=seq_len,
+        eval_data=eval_data,
+        eval_sequences=eval_sequences,
+        labels=labels,
+        rotate=rotate,
+        sweeps=sweeps,
+        damping=damping,
+    )
+    emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        _print_comparison(details)
+        print(f"{output}: index.html has the plots, compare.json everything")
+
+
+def _print_comparison(details: dict[str, Any]) -> None:
+    """A table for each scheme, narrow enough for most terminals; a terminal that is narrower breaks its lines, and nothing is cut off."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from roundel.commands.compare import PRINTED, compared_rows
+
+    columns = [column for column in PRINTED if column != "sequences" or len(details["sequences"]) > 1]
+    console = Console()
+    for scheme in details["schemes"]:
+        summary = [row for row in details["summary"] if row["scheme"] == scheme]
+        title = f"{scheme}: KL in nats per token, mean of {details['seeds']} seeds"
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in columns:
+            table.add_column(column.removesuffix(" to the first"), justify="left" if column == "method" else "right", no_wrap=True)
+        for row, cells in zip(summary, compared_rows(summary, columns), strict=True):
+            table.add_row(*cells, end_section=row["method"] == summary[-1]["method"])
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        Console(width=max(console.width, needed)).print(table)
+        print()
+    print(f"ratio: to the KL of {details['summary'][0]['method']}; seconds: of the collection, as if alone")
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
+    reference: Annotated[str | None, typer.Option(help="The original: local directory, Hub id, or demo.")] = None,
+    lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of prefilled sequences.")] = "1024,2048",
+    batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences at once.")] = "1,8",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded after each prefill.")] = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Size on disk and in memory, and the time of prefill and decoding, beside the original."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from roundel.commands.bench import bench as run
+    from roundel.evaluate.card import number
+    from roundel.progress import make_progress
+
+    details = run(
+        model,
+        reference=reference,
+        lengths=[whole(each, "--lengths") for each in listed(lengths)],
+        batches=[whole(each, "--batches") for each in listed(batches)],
+        tokens=tokens,
+        device=device,
+        dtype=dtype,
+        progress=make_progress(quiet=quiet),
+    )
+    emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        names = list(details["models"])
+        table = Table(title=f"{model} on {details['device']}, {details['dtype']}")
+        table.add_column("")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for title, key in (("on disk, MB", "disk_bytes"), ("in memory, MB", "memory_bytes")):
+            table.add_row(title, *(f"{details['models'][name][key] / 1e6:.2f}" for name in names))
+        table.add_section()
+        for row in details["speed"]:
+            for what in ("prefill", "decode"):
+                title = f"{what}, ms per token, {row['length']} tokens, batch {row['batch']}"
+                table.add_row(title, *(number(1e3 * row[name][f"{what}_seconds_per_token"]) for name in names))
+        Console().print(table)

@@ -1,0 +1,159 @@
+"""Weights on demand: a model whose decoder layers stay in its files until they are run.
+
+Transformers finds out which stored tensors become which parameters and where it has to write converted ones (`device_map` with `disk`), and
+accelerate's loader reads them. Its hooks, which would load a layer's weights in every call, are taken off again: `loaded` does it once for
+a visit of the layer, however many batches pass it. Embedding, norms and output head are in memory.
+
+Not done: a GPU's copies overlapping with computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import set_module_tensor_to_device
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from roundel.errors import ModelError
+from roundel.models.load import guarded, load_config
+from roundel.store import staged_file, storage
+from roundel.sweeps.layers import decoder_layers
+
+__all__ = ["FileWeights", "load_on_demand", "parameter_bytes"]
+
+
+class FileWeights:
+    """Brings the weights of layers into memory, and lets them go."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        where: Mapping[str, tuple[Mapping[str, Tensor], str]],
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self._model, self._where, self._device, self._dtype = model, where, device, dtype
+        self._folder, self._changed = folder, dict[str, Path]()
+
+    @contextmanager
+    def loaded(self, modules: Sequence[str]) -> Iterator[None]:
+        """Within the context the weights below these modules are in memory.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        prefixes = tuple(f"{module}." for module in modules)
+        mine = [name for name in self._where if name.startswith(prefixes)]
+        changed = load_file(self._changed[modules[0]]) if modules[0] in self._changed else {}
+        for name in mine:
+            source, key = self._where[name]
+            value = changed[name] if name in changed else source[key]
+            if value.is_floating_point():
+                value = value.to(self._dtype)
+                if not torch.isfinite(value).all():
+                    raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")
+            set_module_tensor_to_device(self._model, name, self._device, value=value)
+            self._owner(name).requires_grad_(False)
+        try:
+            yield
+        finally:
+            for name in mine:
+                set_module_tensor_to_device(self._model, name, "meta")
+
+    def keep(self, group: str, parameters: Sequence[str]) -> None:
+        """The values that parameters of a loaded group have now are loaded from now on; those of its others are the files' again.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if not parameters:
+            self._changed.pop(group, None)
+            return
+        path = self._folder / f"changed-{group}.safetensors"
+        with storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path) as temporary:
+            save_file({name: self._model.get_parameter(name).detach().cpu().contiguous() for name in parameters}, temporary)
+        self._changed[group] = path
+
+    def _owner(self, name: str) -> nn.Module:
+        return self._model.get_submodule(name.rpartition(".")[0])
+
+
+def parameter_bytes(path: Path, dtype: torch.dtype) -> int:
+    """What the model's parameters take in a type."""
+    return sum(p.numel() for p in _skeleton(path).parameters()) * dtype.itemsize
+
+
+def _skeleton(path: Path) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = guarded("model", path, lambda: AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False))  # type: ignore[no-untyped-call]
+    return model
+
+
+def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, folder: Path) -> tuple[PreTrainedModel, FileWeights]:
+    """The causal language model in a directory without its decoder layers, and what brings those.
+
+    Args:
+        path: The directory.
+        device: Where weights go.
+        dtype: In which the model runs.
+        folder: For tensors that have to be converted.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    skeleton = _skeleton(path)
+    places = _places(skeleton, "", frozenset(decoder_layers(skeleton)), str(device))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "device_map": places,
+        "offload_folder": str(folder),
+        "offload_buffers": False,
+    }
+    model, info = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
+    where: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    for name, module in model.named_modules():
+        for hook in _hooks(module):
+            source = getattr(hook, "weights_map", None)
+            if source is not None and getattr(hook, "offload", False):
+                for key, parameter in module.named_parameters(recurse=False):
+                    if parameter.device.type == "meta":
+                        where[f"{name}.{key}"] = (source, key)
+    remove_hook_from_submodules(model)
+    left = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta" and name not in where]
+    if left:
+        raise ModelError(f"{path}: {left[0]} cannot be loaded on demand; give more --memory")
+    model.requires_grad_(False)
+    return model.eval(), FileWeights(model, where, device, dtype, folder)
+
+
+def _places(module: nn.Module, name: str, layers: frozenset[str], device: str) -> dict[str, str]:
+    """The decoder layers on the disk, and everything beside them on the device."""
+    if name in layers:
+        return {name: "disk"}
+    if not any(layer.startswith(f"{name}." if name else "") for layer in layers):
+        return {name: device}
+    prefix = f"{name}." if name else ""
+    own = {f"{prefix}{key}": device for key, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
+    return own | {
+        key: place for child, inner in module.named_children() for key, place in _places(inner, f"{prefix}{child}", layers, device).items()
+    }
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))

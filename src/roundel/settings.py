@@ -1,0 +1,73 @@
+"""What decides a quantized checkpoint, and what is taken where nothing is said: plain data.
+
+The command line shows the defaults without what computes with them, which takes seconds to import. `recipes.Recipe` checks the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ABLATION", "EFFORTS", "Settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of one quantization, as they are given."""
+
+    effort: str = "normal"
+    scheme: str = "int4-g128"
+    bits: float | None = None
+    schemes: tuple[str, ...] = ()
+    rotate: str = "auto"
+    format: str = "auto"
+    curvature: str = "auto"
+    labels: str = "sampled"
+    calibration: str = "self"
+    sequences: int = 64
+    seq_len: int = 512
+    eval_data: str | None = None
+    eval_sequences: int = 64
+    sweeps: int = 4
+    damping: float = 0.1
+    prefix_aware: bool | None = None
+    prefix_sequences: int | None = None
+    prefix_strength: float = 0.7
+    stream_strength: float = 0.7
+    prefix_damping: float = 0.1
+    natural_places: int | None = None
+    tune: str = "none"
+    tune_steps: int | None = None
+    tune_tokens: int | None = None
+    tune_rest: bool | None = None
+    seed: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quick": {"curvature": "kfac", "sequences": 48, "prefix_sequences": 32, "natural_places": 0, "sweeps": 2, "eval_sequences": 32},
+    "normal": {},
+    "best": {"sequences": 512, "tune": "end-to-end"},
+}
+"""What a named effort sets; all else is as in `Settings`, and what is given explicitly comes first."""
+
+ABLATION = (
+    "auto",
+    "pilot",
+    "mean",
+    "kfac",
+    "sketch-b",
+    "sketch-a",
+    "triangular",
+    "power",
+    "fastkron",
+    "fastkron:batch=16",
+    "fastkron:batch=128",
+    "guided",
+    "diagonal:of=mean",
+    "activation",
+    "gptq",
+    "nearest",
+)
+"""All rows of the papers' ablations, and ours."""

@@ -1,0 +1,260 @@
+"""`collect`: curvature into a factors directory (`artifacts.factors`), for many quantizations of one model; and opening it again.
+
+A directory is collected in parts, by several processes, or resumed after the last finished group of layers; its sums add up to those of a
+single run. Under torchrun each process takes every n-th run of sequences through all layers, the sums of a group are added up in all of
+them, and only the first process writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from roundel.artifacts import factors as factor_files
+from roundel.artifacts.factors import FactorsDirectory, Header
+from roundel.artifacts.source import Source, load_source
+from roundel.artifacts.work import open_work
+from roundel.calibration import data_hash
+from roundel.curvature import Sketch, parse_curvature
+from roundel.curvature.collect import collect_visit, passes
+from roundel.errors import DataError, SchemeError
+from roundel.grids import Grid, parse_scheme
+from roundel.progress import Progress, Silent
+from roundel.recipes import Recipe
+from roundel.stages.curvature import check_model
+from roundel.stages.notes import Notes
+from roundel.stages.text import check_vocabulary, default_batch, evaluation_tokens, split_text
+from roundel.store import check_output
+from roundel.sweeps import gradient_visits, safe_batch_size
+from roundel.sweeps.gradients import steps
+from roundel.types import Factors, TokenBatch
+
+__all__ = ["OpenFactors", "collect_factors", "open_factors"]
+
+
+def collect_factors(
+    model: str | Path,
+    *,
+    output: str | Path,
+    resume: bool = False,
+    part: tuple[int, int] = (1, 1),
+    layers: tuple[int, int] | None = None,
+    memory: str | int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Header:
+    """Collects curvature into a factors directory, for `quantize(factors=...)`.
+
+    Under `torchrun` the sequences are split over the processes and their sums added; only the first process writes.
+
+    Args:
+        model: As for `quantize`.
+        output: The factors directory.
+        resume: Go on with what `output` holds of the same collection, if anything.
+        part: `(k, n)`: only the k-th of n parts of the sequences; `factors.merge` adds the parts up.
+        layers: `(a, b)`: only decoder layers `a .. b - 1`; `factors.merge` joins the windows.
+        memory: As for `quantize`.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: As for `quantize`.
+        progress: As for `quantize`.
+        settings: The fields of `Recipe` that concern curvature and text.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    recipe, target = Recipe.of(**{**settings, "scheme": "int8-channel"}), Path(output)
+    rank, world = _processes()
+    progress = progress if progress is not None and rank == 0 else Silent()
+    going_on = resume and (target / "header.json").exists()
+    if not going_on and rank == 0:
+        check_output(target)
+    with open_work(None, beside=target, memory=memory) as work:
+        source = load_source(str(model), recipe, device, dtype, work=work)
+        linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
+        if not linears:
+            raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
+        notes = Notes(progress)
+        split = split_text(recipe, source, notes, given=settings)
+        tokens, used = split.calibration, split.used
+        check_vocabulary(source.model, tokens)
+        estimator = parse_curvature(recipe.curvature)
+        pilot = estimator.pilot(len(tokens))
+        rest = range(pilot, len(tokens))[part[0] - 1 :: part[1]]
+        tokens = tokens.select([*range(pilot), *rest])
+        header = Header(
+            model=str(model),
+            revision=source.revision,
+            model_fingerprint=factor_files.model_fingerprint(source.checkpoint),
+            curvature=recipe.curvature,
+            labels=recipe.labels,
+            seed=recipe.seed,
+            calibration=recipe.calibration,
+            sequences=len(used),
+            seq_len=source.length,
+            tokens_sha256=data_hash(tokens),
+            sequence_ids=tokens.sequence_ids,
+            pilot=pilot,
+            layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
+        )
+        directory = FactorsDirectory(path=target, header=header, files={})
+        if going_on:
+            directory = FactorsDirectory.open(target)
+            directory.header.check_same(header)
+            if directory.complete:
+                return directory.header
+        elif rank == 0:
+            directory = FactorsDirectory.create(target, header)
+        parts = [range(pilot), *[range(pilot, len(tokens))] * (estimator.passes - 1)] if pilot else passes(estimator, len(tokens))
+        shares = [_share(rows, estimator.together, rank, world) for rows in parts]
+        mine = sorted({row for rows in shares for row in rows})
+        places = {row: place for place, row in enumerate(mine)}
+        own, rows = tokens.select(mine), [[places[row] for row in share] for share in shares]
+        wanted = batch_size or default_batch(source.length)
+        batch = safe_batch_size(source.layers, linears, own, batch_size=wanted, parts=[*map(len, rows), len(own)], quickly=True)
+        with _joined(world), progress.stage("curvature", steps(source.layers, linears) * len(own)) as advance:
+            visits = gradient_visits(
+                source.layers,
+                linears,
+                own,
+                seed=recipe.seed,
+                labels=recipe.labels,
+                batch_size=batch,
+                store=work.store("collect"),
+                advance=advance,
+                finished=lambda index: all(name in directory.files for name in _names(source, linears, index)),
+                quickly=True,
+            )
+            for visit in visits:
+                measured = collect_visit(
+                    visit,
+                    source.linears,
+                    {"": estimator},
+                    {"": rows},
+                    batch_size=batch,
+                    device=source.layers.device,
+                    fast=True,
+                    each_pass=lambda sketches: _add_processes(sketches, world),
+                )[""]
+                if rank == 0:
+                    directory.save(visit.index, measured.sketches, measured.previous)
+    return header
+
+
+def _names(source: Source, linears: dict[str, Any], index: int) -> list[str]:
+    """Those of a group, or of what comes after all groups."""
+    return source.layers.inside(index, linears) if index < len(source.layers) else source.layers.outside(linears)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenFactors:
+    """A factors directory with its model, and text that the factors have not seen."""
+
+    header: Header
+    recipe: Recipe
+    grid: Grid
+    source: Source
+    factors: dict[str, Factors]
+    heldout: TokenBatch
+
+
+def open_factors(
+    factors: str | Path,
+    *,
+    model: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> OpenFactors:
+    """Loads complete factors, their model and held-out text, as `quantize(factors=...)` does.
+
+    Args:
+        factors: A directory that `collect_factors` made.
+        model: By default the one that the factors name.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        progress: As for `quantize`.
+        settings: The fields of `Recipe` that concern rounding and held-out text; the others are the factors'.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    stored = FactorsDirectory.open(Path(factors))
+    header = stored.header
+    stored.check_complete()
+    recipe = header.applied_to(Recipe.of(**settings))
+    if recipe.eval_data == "self":
+        raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
+    grid = parse_scheme(recipe.scheme)
+    source = load_source(str(model or header.model), recipe, device, dtype)
+    check_model(stored, source)
+    known = frozenset(header.sequence_ids)
+    if recipe.eval_data:
+        heldout = evaluation_tokens(recipe.eval_data, source.tokenizer, header.seq_len, recipe.eval_sequences)
+        unseen = [row for row, sequence in enumerate(heldout.sequence_ids) if sequence not in known]
+        heldout = TokenBatch(ids=heldout.ids[unseen], sequence_ids=tuple(heldout.sequence_ids[row] for row in unseen))
+    else:
+        given = {**settings, "sequences": recipe.sequences}
+        heldout = split_text(recipe, source, Notes(progress or Silent()), known=known, given=given).heldout
+    if len(heldout):
+        check_vocabulary(source.model, heldout)
+    return OpenFactors(header=header, recipe=recipe, grid=grid, source=source, factors=stored.factors(), heldout=heldout)
+
+
+def _share(rows: Sequence[int], together: int, rank: int, world: int) -> list[int]:
+    """The sequences of one of `world` processes: every `world`-th run of `together`."""
+    return [
+        rows[place]
+        for start in range(rank * together, len(rows), world * together)
+        for place in range(start, min(start + together, len(rows)))
+    ]
+
+
+def _layer_of(name: str) -> int:
+    """Index of the decoder layer in a module's name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
+
+
+def _processes() -> tuple[int, int]:
+    """This process's rank and the number of processes that torchrun started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), world) if world > 1 else (0, 1)
+
+
+@contextmanager
+def _joined(world: int) -> Iterator[None]:
+    """The processes connected for as long as it lasts.
+
+    gloo sometimes aborts a process that exits with its group open, upon which torchrun ends the first process, that may still be writing.
+    """
+    own = world > 1 and not distributed.is_initialized()
+    if own:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if own:
+            distributed.destroy_process_group()
+
+
+def _add_processes(sketches: dict[str, Sketch], world: int) -> None:
+    """Adds up the sums of all processes, in each of them."""
+    if world == 1:
+        return
+    for sketch in sketches.values():
+        for total in sketch.sums.values():
+            distributed.all_reduce(total)
+        tokens = torch.tensor(sketch.tokens, device=sketch.device)
+        distributed.all_reduce(tokens)
+        sketch.tokens = int(tokens)

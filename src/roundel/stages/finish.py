@@ -1,0 +1,64 @@
+"""What `quantize` and `tune` have in common: the way from codes to a directory with its report, and what a job's stages weigh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from roundel.artifacts.source import Source
+from roundel.artifacts.work import Work
+from roundel.artifacts.written import Written
+from roundel.calibration import Fingerprint, Split
+from roundel.recipes import Recipe
+from roundel.stages.evaluation import evaluate_written, predict
+from roundel.stages.notes import Notes
+from roundel.stages.report import Quantized, report_details, write_report
+from roundel.stages.rounding import Rounded
+from roundel.stages.writing import write_model
+from roundel.store import staged_directory
+
+__all__ = ["finish", "warn_of_fusion", "weights_of"]
+
+
+def finish(
+    target: Path,
+    recipe: Recipe,
+    source: Source,
+    split: Split,
+    rounded: Rounded,
+    notes: Notes,
+    *,
+    seen: tuple[Fingerprint, float],
+    batch_size: int,
+    work: Work,
+) -> Quantized:
+    """Writes, measures, predicts and reports; `target` is there whole or not at all."""
+    with staged_directory(target) as staging:
+        size = write_model(staging, recipe, source, rounded, notes)
+        written = Written(staging, source, recipe.written_format(), rounded.layers, rounded.others)
+        divergence = evaluate_written(written, source, split, notes, batch_size=batch_size, work=work)
+        prediction = predict(recipe, source, split, rounded, notes, batch_size=batch_size, work=work)
+        details = report_details(
+            recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=size, seen=seen
+        )
+        write_report(staging, details)
+    return Quantized(path=target, report=divergence, details=details)
+
+
+def weights_of(recipe: Recipe) -> dict[str, float]:
+    """What each stage of a job is expected to take, in passes of one sequence through the model."""
+    collected, held = recipe.sequences, recipe.eval_sequences
+    places, steps = recipe.natural_steps(collected, recipe.seq_len)
+    found = {
+        "curvature": 6.0 * collected,
+        "rounding": 6.0 * len(recipe.prefix_rows(collected)) + 20.0 * recipe.sweeps + 16.0 * places * steps,
+    }
+    if recipe.tune != "none":
+        found["tuning"] = 6.0 * recipe.steps * recipe.step_tokens / recipe.seq_len
+    return found | {"writing": 4.0, "evaluation": 2.0 * held, "prediction": 48.0}
+
+
+def warn_of_fusion(source: Source, notes: Notes) -> None:
+    """Says what a fused rotation has cost."""
+    if source.fusion and source.fusion["untied"]:
+        added = source.fusion["added_parameters"]
+        notes.warn(f"the output head is no longer tied to the embedding, so that the rotation could be fused: {added} weights more")

@@ -1,0 +1,396 @@
+"""A job that ends early goes on where it was and ends with the same bytes; one that cannot be done leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import roundel
+from e2e import tiny
+from roundel.artifacts import curvatures, rounded
+from roundel.artifacts.curvatures import Curvatures
+from roundel.artifacts.rounded import RoundedFiles
+from roundel.artifacts.work import open_work
+from roundel.errors import StorageError
+from roundel.models import offload
+from roundel.stages import quantize as quantize_stage
+from roundel.stages.rounding import natural
+from roundel.sweeps import HiddenStates, hidden
+
+LAYERS = 3
+GIVEN: dict[str, Any] = {
+    "scheme": "int3-g16",
+    "curvature": "kfac",
+    "prefix_aware": True,
+    "natural_places": 1,
+    "sequences": 12,
+    "seq_len": 16,
+    "eval_sequences": 2,
+    "sweeps": 1,
+}
+AUTO: dict[str, Any] = {"curvature": "auto", "sequences": 64, "include": ("*.mlp.*",)}
+"""Enough sequences that some are held out to choose by."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_steps() -> Iterator[None]:
+    """Natural-gradient steps on few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(natural, "STEP_TOKENS", 64)
+        yield
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process, which nothing may catch."""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """A model of three layers."""
+    directory = tmp_path_factory.mktemp("deep") / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**tiny.MODERN, "num_hidden_layers": LAYERS})).save_pretrained(directory)
+    tiny.make_tokenizer(starts=False).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(deep, quantize, tmp_path_factory) -> roundel.Quantized:
+    """Without a work directory, in one go."""
+    return quantize(deep, tmp_path_factory.mktemp("whole") / "out", **GIVEN)
+
+
+def weights(result: roundel.Quantized | Path) -> bytes:
+    return ((result if isinstance(result, Path) else result.path) / "model.safetensors").read_bytes()
+
+
+def same(first: roundel.Quantized, second: roundel.Quantized) -> bool:
+    """Bytes, and whatever is measured and reported of them."""
+    volatile = {"seconds", "layers"}
+    rows = [{name: {**row, "seconds": 0} for name, row in result.details["layers"].items()} for result in (first, second)]
+    details = [{key: value for key, value in result.details.items() if key not in volatile} for result in (first, second)]
+    return weights(first) == weights(second) and rows[0] == rows[1] and details[0] == details[1]
+
+
+@pytest.fixture
+def killed(monkeypatch) -> Callable[[type, str, int], Any]:
+    """`killed(class, method, k)`: within the context the k-th call of the method is not made any more."""
+
+    class Kill:
+        def __init__(self, owner: type, method: str, after: int) -> None:
+            self.owner, self.method, self.after, self.patch = owner, method, after, pytest.MonkeyPatch()
+            self.calls = 0
+
+        def __enter__(self) -> Kill:
+            real = getattr(self.owner, self.method)
+
+            def counted(*args: Any, **settings: Any) -> Any:
+                self.calls += 1
+                if self.calls > self.after:
+                    raise KilledError
+                return real(*args, **settings)
+
+            self.patch.setattr(self.owner, self.method, counted)
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            self.patch.undo()
+
+    return Kill
+
+
+def test_a_work_directory_changes_nothing(deep, whole, quantize, tmp_path) -> None:
+    kept = quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    assert same(kept, whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
+    again = quantize(deep, tmp_path / "again", **GIVEN, work=tmp_path / "work")
+    assert same(again, whole)
+
+
+POINTS = [(HiddenStates, "write"), (HiddenStates, "finish"), (Curvatures, "save"), (RoundedFiles, "save")]
+
+
+@pytest.mark.parametrize(("owner", "method"), POINTS, ids=lambda value: getattr(value, "__name__", value))
+def test_killed_at_random_points_it_ends_with_the_same_bytes(owner, method, killed, deep, whole, quantize, tmp_path) -> None:
+    """Each run is killed after some more of what the last one still had to do."""
+    generator = random.Random(f"{owner.__name__}.{method}")
+    with killed(owner, method, 1 << 30) as counting:
+        quantize(deep, tmp_path / "counted", **GIVEN, work=tmp_path / "other")
+    total, runs = counting.calls, 0
+    assert total >= LAYERS
+    resumed = None
+    while resumed is None:
+        runs += 1
+        after = generator.randrange(max(1, total // 2)) if runs <= 4 else 1 << 30
+        with killed(owner, method, after):
+            try:
+                resumed = quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+            except KilledError:
+                assert not (tmp_path / "out").exists()
+    assert runs > 1
+    assert same(resumed, whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"counted", "other", "out", "work"}
+
+
+def test_what_is_finished_is_not_done_again(killed, deep, whole, quantize, tmp_path) -> None:
+    work = tmp_path / "work"
+    with killed(Curvatures, "save", 2), pytest.raises(KilledError):
+        quantize(deep, tmp_path / "out", **GIVEN, work=work)
+    assert [path.name for path in sorted((work / "curvature").iterdir())] == ["0001.safetensors", "0002.safetensors"]
+    with killed(RoundedFiles, "save", 2), killed(Curvatures, "save", 1), pytest.raises(KilledError):  # the other one and no more
+        quantize(deep, tmp_path / "out", **GIVEN, work=work)
+    assert [path.name for path in sorted((work / "rounded").glob("0*"))] == ["0000.safetensors", "0001.safetensors"]
+    with killed(RoundedFiles, "save", 1), killed(Curvatures, "save", 0):
+        assert same(quantize(deep, tmp_path / "out", **GIVEN, work=work), whole)
+
+
+@pytest.mark.parametrize(
+    "settings", [AUTO, {"bits": 4.5}, {"scheme": "lattice2"}, {"scheme": "nvfp4"}, {"natural_places": 0}, {"prefix_aware": False}], ids=str
+)
+def test_other_recipes_go_on_too(settings, killed, deep, quantize, tmp_path) -> None:
+    given = {**GIVEN, **settings}
+    expected = quantize(deep, tmp_path / "whole", **given)
+    for owner in (Curvatures, RoundedFiles):
+        with killed(owner, "save", 2), pytest.raises(KilledError):
+            quantize(deep, tmp_path / "out", **given, work=tmp_path / "work")
+    assert same(quantize(deep, tmp_path / "out", **given, work=tmp_path / "work"), expected)
+
+
+def test_killed_in_the_natural_steps_or_after_them(killed, deep, whole, quantize, tmp_path) -> None:
+    """Which are not taken again once they are."""
+    assert [row["before_layer"] for row in whole.details["natural_steps"]] == ["model.layers.2"]
+    with killed(natural.NaturalSteps, "_step", 2), pytest.raises(KilledError):
+        quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    with killed(RoundedFiles, "save", 0), pytest.raises(KilledError):  # the last layer, which they are taken before
+        quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    with killed(natural.NaturalSteps, "_step", 0):
+        assert same(quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work"), whole)
+
+
+def test_from_factors_it_goes_on_too(killed, deep, text, quantize, tmp_path) -> None:
+    collected = {name: GIVEN[name] for name in ("curvature", "sequences", "seq_len", "eval_sequences")}
+    roundel.collect_factors(deep, output=tmp_path / "factors", calibration=str(text), **collected)
+    given = {**GIVEN, "factors": tmp_path / "factors"}
+    expected = quantize(deep, tmp_path / "whole", **given)
+    for owner in (Curvatures, RoundedFiles):
+        with killed(owner, "save", 1), pytest.raises(KilledError):
+            quantize(deep, tmp_path / "out", **given, work=tmp_path / "work")
+    assert same(quantize(deep, tmp_path / "out", **given, work=tmp_path / "work"), expected)
+
+
+def line(model: Path, text: Path, place: Path) -> list[str]:
+    options = [
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in {**GIVEN, "natural_places": 0}.items() if name != "prefix_aware"
+    ]
+    given = [*itertools.chain(*options), "--prefix-aware", "--calibration", str(text), "--batch-size", "1", "--quiet"]
+    return [sys.executable, "-m", "roundel", "quantize", str(model), "-o", str(place / "out"), "--work", str(place / "work"), *given]
+
+
+def test_real_kills_on_the_command_line(deep, text, quantize, tmp_path) -> None:
+    expected = quantize(deep, tmp_path / "whole", **{**GIVEN, "natural_places": 0})
+    generator = random.Random(11)
+
+    def files(stage: str) -> int:
+        return len(list((tmp_path / "work" / stage).glob("0*.safetensors")))
+
+    for stage, least in (("curvature", 1), ("curvature", 2), ("rounded", 1)):
+        process = subprocess.Popen(line(deep, text, tmp_path))
+        while process.poll() is None and files(stage) < least:
+            time.sleep(0.002)
+        time.sleep(0.05 * generator.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert files(stage) >= least
+        assert not (tmp_path / "out").exists()
+    subprocess.run(line(deep, text, tmp_path), check=True)
+    assert weights(tmp_path / "out") == weights(expected)
+
+
+# Whose directory it is
+
+
+HELD = """
+import sys
+from pathlib import Path
+from roundel.artifacts.work import open_work
+with open_work(Path(sys.argv[1]), beside=Path("out"), memory=None):
+    pass
+"""
+
+
+def test_a_second_process_is_refused(deep, quantize, tmp_path) -> None:
+    with open_work(tmp_path / "work", beside=tmp_path / "out", memory=None):
+        held = [sys.executable, "-c", HELD, str(tmp_path / "work")]
+        other = subprocess.run(held, capture_output=True, text=True, check=False)
+        assert "StorageError" in other.stderr
+        assert f"another process is at work in {tmp_path / 'work'}" in other.stderr
+        with pytest.raises(StorageError, match=f"another process is at work in {tmp_path / 'work'}"):
+            quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    assert not (tmp_path / "out").exists()
+    with open_work(tmp_path / "work", beside=tmp_path / "out", memory=None):
+        pass  # the lock went with the process
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"scheme": "int4-g16"},
+    {"seed": 1},
+    {"sequences": 13},
+    {"prefix_aware": False},
+    {"prefix_strength": 0.6},
+    {"natural_places": 0},
+    {"sweeps": 2},
+    {"exclude": ("*.q_proj",)},
+]
+
+
+def test_another_job_is_refused(killed, deep, model, whole, quantize, tmp_path) -> None:
+    work = tmp_path / "work"
+    with killed(RoundedFiles, "save", 1), pytest.raises(KilledError):
+        quantize(deep, tmp_path / "out", **GIVEN, work=work)
+    for changed in CHANGES:
+        with pytest.raises(StorageError, match="holds the work of another job") as caught:
+            quantize(deep, tmp_path / "out", **{**GIVEN, **changed}, work=work)
+        assert str(work) in str(caught.value)
+    with pytest.raises(StorageError, match="another job"):
+        quantize(model(), tmp_path / "out", **GIVEN, work=work)
+    assert not (tmp_path / "out").exists()
+    other = quantize(
+        deep, tmp_path / "out", **{**GIVEN, "effort": "best", "tune": "none"}, work=work, batch_size=3
+    )  # of which no code depends
+    assert weights(other) == weights(whole)
+
+
+@pytest.mark.parametrize("file", ["job.json", "curvature/0000.safetensors", "rounded/0000.safetensors"])
+def test_a_damaged_directory_says_which_file_to_remove(file, killed, deep, quantize, tmp_path) -> None:
+    with killed(RoundedFiles, "save", 1), pytest.raises(KilledError):
+        quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    path = tmp_path / "work" / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StorageError, match=r"remove .* and start again") as caught:
+        quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# The disk
+
+
+def full(*_args: object, **_settings: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def after(calls: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """Works so often, then the disk is full."""
+    left = itertools.count()
+    return lambda *args, **settings: real(*args, **settings) if next(left) < calls else full()
+
+
+DISKS = {
+    "forward": (hidden.os, "pwritev", GIVEN["sequences"] + 1),
+    "backward": (hidden.os, "pwritev", GIVEN["sequences"] * (LAYERS + 2) + 1),
+    "rounding": (hidden.os, "pwritev", GIVEN["sequences"] * (2 * LAYERS + 4) + 1),
+    "factors": (curvatures, "save_file", 1),
+    "codes": (rounded, "save_file", 1),
+    "first file": (hidden.os, "ftruncate", 0),
+    "rename": (hidden.Path, "replace", 1),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["passing", "kept"])
+@pytest.mark.parametrize("where", DISKS)
+def test_a_full_disk_is_one_error_and_leaves_no_output(where: str, kept: bool, deep, whole, quantize, tmp_path) -> None:
+    owner, name, calls = DISKS[where]
+    place = {"work": tmp_path / "work"} if kept else {"memory": "1K"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, after(calls, getattr(owner, name)))
+        with pytest.raises(StorageError, match="no space is left on the disk"):
+            quantize(deep, tmp_path / "out", **GIVEN, **place)
+    assert {path.name for path in tmp_path.iterdir()} == ({"work"} if kept else set())
+    if kept:  # with more room it goes on
+        assert same(quantize(deep, tmp_path / "out", **GIVEN, **place), whole)
+
+
+# Memory
+
+
+@pytest.fixture
+def loads(monkeypatch) -> Iterator[list[str]]:
+    """Modules whose weights were brought from the disk."""
+    seen: list[str] = []
+    loaded = offload.FileWeights.loaded
+
+    def watched(self: offload.FileWeights, modules: list[str]) -> Any:
+        seen.extend(modules)
+        return loaded(self, modules)
+
+    monkeypatch.setattr(offload.FileWeights, "loaded", watched)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [{}, AUTO, {"bits": 4.5}, {"scheme": "trellis2-s6"}, {"prefix_aware": False}], ids=str)
+def test_without_memory_it_is_the_same(settings, deep, quantize, tmp_path, loads) -> None:
+    """Everything goes to files and the model is loaded layer by layer; nothing is left beside the output."""
+    given = {**GIVEN, **settings}
+    with_memory = quantize(deep, tmp_path / "with", **given)
+    assert loads == []
+    for place in ({}, {"work": tmp_path / "work"}):
+        output = tmp_path / ("kept" if place else "passing")
+        result = quantize(deep, output, **given, **place, memory="100K" if not place else 1000)
+        assert same(result, with_memory)
+        assert set(loads) == {f"model.layers.{index}" for index in range(LAYERS)}
+        loads.clear()
+    assert {path.name for path in tmp_path.iterdir()} == {"with", "passing", "kept", "work"}
+
+
+def test_without_memory_it_goes_on_too(killed, deep, whole, quantize, tmp_path) -> None:
+    for owner in (Curvatures, RoundedFiles):
+        with killed(owner, "save", 2), pytest.raises(KilledError):
+            quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work", memory="1K")
+    assert same(quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work"), whole)
+
+
+def test_collecting_without_memory_is_the_same(deep, text, tmp_path, loads) -> None:
+    collected = {name: GIVEN[name] for name in ("curvature", "sequences", "seq_len", "eval_sequences")}
+    for name, memory in (("with", None), ("without", "1K")):
+        roundel.collect_factors(deep, output=tmp_path / name, calibration=str(text), **collected, memory=memory)
+    assert loads
+    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("with", "without"))
+    assert ours == theirs
+    assert {path.name for path in tmp_path.iterdir()} == {"with", "without"}
+
+
+def test_what_needs_the_whole_model_says_so(command, deep, text, tmp_path) -> None:
+    short = ["--sequences", 8, "--seq-len", 16, "--eval-sequences", 4, "--scheme", "int4-g16", "--memory", "1K", "--quiet"]
+    for options in (["--calibration", "self"], ["--calibration", text, "--tune", "end-to-end", "--tune-steps", 1]):
+        outcome = command("quantize", deep, "-o", tmp_path / "out", *short, *options)
+        assert outcome.code == 2
+        assert "needs the whole model in memory" in outcome.err
+        assert "--memory" in outcome.err
+    assert command("quantize", deep, "-o", tmp_path / "out", *short, "--calibration", text, "--memory", "much").code == 2
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, KilledError])
+def test_whatever_ends_it_nothing_is_left_beside_the_output(error, deep, quantize, tmp_path, monkeypatch) -> None:
+    def ends(*_args: object, **_settings: object) -> None:
+        raise error
+
+    for place in ("measure_curvature", "round_model", "finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize_stage, place, ends)
+            with pytest.raises(error):
+                quantize(deep, tmp_path / "out", **GIVEN, memory="1K")
+        assert not any(tmp_path.iterdir())
