@@ -41,7 +41,7 @@ from roundel.linalg.ldl import damped_ldl
 from roundel.progress import Progress, Silent
 from roundel.rounding.round import dequantized
 from roundel.stages.collecting import OpenFactors, open_factors
-from roundel.stages.linears import Linear, decoder_layers, round_linears
+from roundel.stages.linears import Linear, by_decoder_layer, round_linears
 from roundel.stages.text import BATCH_TOKENS
 from roundel.store import check_output, staged_directory, storage, write_json, write_text
 from roundel.sweeps.gradients import steps
@@ -191,7 +191,7 @@ def _rounded(
     rows: dict[str, dict[str, Any]] = {}
     structure: dict[str, dict[str, Any]] = {}
     with progress.stage("rounding", len(linears)) as advance:
-        for names in decoder_layers(linears):
+        for names in by_decoder_layer(linears):
             asked = []
             for name in names:
                 stored = opened.source.checkpoint.weight_of(name)

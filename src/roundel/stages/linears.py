@@ -27,7 +27,7 @@ from roundel.rounding import make_problem, round_weights
 from roundel.rounding.round import dequantized, stacked
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
 
-__all__ = ["Linear", "decoder_layers", "round_linears"]
+__all__ = ["Linear", "by_decoder_layer", "round_linears"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
     return result, row
 
 
-def decoder_layers(names: Iterable[str]) -> list[list[str]]:
+def by_decoder_layer(names: Iterable[str]) -> list[list[str]]:
     """Runs of linears of one decoder layer: what is rounded together, and so in memory together."""
     return [list(group) for _, group in itertools.groupby(names, key=lambda name: re.match(r"(?:.*?\.\d+)?", name)[0])]  # type: ignore[index]
 

@@ -12,8 +12,8 @@ Not done: outputs that go through a norm (Gemma) or a gate before they are added
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,16 +164,11 @@ def observe(
     handles = [_pre(module, name, reads) for name, module in linears.items()]
     handles += [_post(linears[name], name, writes) for name in added]
     try:
-        with follow if added else _nothing():
+        with follow if added else nullcontext():
             return seen, layers.run(index, ids, hidden)
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _pre(module: nn.Module, name: str, call: Callable[..., None]) -> Any:
