@@ -158,24 +158,42 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences to calibrate on, sequences to choose between roundings by, and sequences held out from both."""
+    """Sequences to calibrate on, to choose between roundings by, held out from both, and more that give no gradients."""
 
     calibration: TokenBatch
     choice: TokenBatch
     heldout: TokenBatch
+    more: TokenBatch
 
     @property
     def used(self) -> TokenBatch:
+        """Everything that gradients are taken of."""
+        return _joined(self.calibration, self.choice)
+
+    @property
+    def everything(self) -> TokenBatch:
         """Everything that the codes depend on."""
-        ids, names = torch.cat([self.calibration.ids, self.choice.ids]), self.calibration.sequence_ids + self.choice.sequence_ids
-        return TokenBatch(ids=ids, sequence_ids=names)
+        return _joined(self.calibration, self.choice, self.more)
+
+
+def _joined(*parts: TokenBatch) -> TokenBatch:
+    names = itertools.chain.from_iterable(part.sequence_ids for part in parts)
+    return TokenBatch(ids=torch.cat([part.ids for part in parts]), sequence_ids=tuple(names))
 
 
 def split_tokens(
-    available: Tensor, *, calibration: int, heldout: int, seed: int, source: str, choice: int = 0, known: frozenset[int] | None = None
+    available: Tensor,
+    *,
+    calibration: int,
+    heldout: int,
+    seed: int,
+    source: str,
+    choice: int = 0,
+    more: int = 0,
+    known: frozenset[int] | None = None,
 ) -> Split:
     """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`, `choice` of them
-    to choose by.
+    to choose by. `more` are drawn besides, or as many as there are.
 
     With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others serve to choose
     and are held out: the same ones, if the factors were collected with these numbers. None to choose by is a copy of one to calibrate on.
@@ -205,7 +223,9 @@ def split_tokens(
         rest = unseen[: min(choice, len(unseen) - heldout)]
         left = sorted(unseen[len(rest) :])
         last = left[len(left) - heldout :]
-    return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last)))
+    taken = {ids[row] for row in (*fit, *rest, *last)}
+    others = [row for row in drawn if ids[row] not in taken][:more]
+    return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last, others)))
 
 
 @torch.no_grad()

@@ -103,9 +103,10 @@ class Recipe(Settings):
         """Whether rounding is prefix-aware, given so many tokens of calibration text: if it is not said, where there is text for it."""
         return tokens >= ENOUGH_TOKENS if self.prefix_aware is None else self.prefix_aware
 
-    def prefix_rows(self, sequences: int) -> range:
-        """Which of so many calibration sequences go along both paths; if it is not said, all."""
-        return range(sequences if self.prefix_sequences is None else min(sequences, self.prefix_sequences))
+    @property
+    def prefix_count(self) -> int:
+        """How many sequences go along both paths, if there are so many: more than give gradients if that is said, else those."""
+        return self.prefix_sequences or self.sequences
 
     def natural_steps(self, sequences: int, length: int) -> tuple[int, int]:
         """At how many places natural-gradient steps are taken, and how many at each, given the calibration text.

@@ -29,8 +29,8 @@ from roundel.types import KroneckerFactors, TokenBatch
 SCHEME = "int3-g32"
 ENOUGH: dict[str, Any] = {"sequences": 64, "seq_len": 32, "eval_sequences": 4}
 """The fewest sequences of which some are held out: 8."""
-MANY: dict[str, Any] = {"sequences": 320, "seq_len": 16, "eval_sequences": 4}
-"""40 are held out: with 8 the squares of even the best candidate's inner products scatter so much that hardly anything is significant."""
+MANY: dict[str, Any] = {"sequences": 640, "seq_len": 8, "eval_sequences": 4}
+"""80 are held out: with 8 the squares of even the best candidate's inner products scatter so much that hardly anything is significant."""
 (BASE,) = Auto.__bases__
 """The estimator whose factors `auto` prefers, and its name."""
 (NAME,) = (name for name, kind in ESTIMATORS.items() if kind is BASE)

@@ -345,3 +345,16 @@ def test_sequences_shorter_than_a_window_have_no_fingerprint() -> None:
     short = Fingerprint.of(random_tokens(5, 31))
     assert short.hashes == frozenset()
     assert short.overlap(short) == 0
+
+
+def test_more_sequences_are_drawn_from_what_is_left() -> None:
+    """They change none of the others, and are as many as there are at most."""
+    available = torch.arange(30 * 4).reshape(30, 4)
+    numbers = {"calibration": 8, "heldout": 5, "seed": 0, "source": "x", "choice": 2}
+    without, some, all_left = (split_tokens(available, **numbers, more=more) for more in (0, 6, 100))
+    for split in (some, all_left):
+        assert torch.equal(split.used.ids, without.used.ids)
+        assert torch.equal(split.heldout.ids, without.heldout.ids)
+        assert not set(split.more.sequence_ids) & {*split.used.sequence_ids, *split.heldout.sequence_ids}
+        assert split.everything.sequence_ids == split.used.sequence_ids + split.more.sequence_ids
+    assert [len(split.more) for split in (without, some, all_left)] == [0, 6, 17]

@@ -63,8 +63,8 @@ def test_rounding_is_prefix_aware_where_there_is_text_for_it() -> None:
     assert not Recipe(**NEAREST).corrects(ENOUGH_TOKENS)
     assert Recipe(prefix_aware=True).corrects(1)
     assert not Recipe(prefix_aware=False).corrects(ENOUGH_TOKENS)
-    assert Recipe(prefix_sequences=8).prefix_rows(20) == range(8)
-    assert Recipe(prefix_sequences=8).prefix_rows(5) == range(5)
+    assert Recipe(prefix_sequences=8).prefix_count == 8
+    assert Recipe(sequences=5).prefix_count == 5
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ from roundel.sweeps import HiddenStore
 
 __all__ = ["Work", "open_work"]
 
+HIDDEN = 1 << 29
+"""Bytes of hidden states in main memory where nothing is said: files of the size that they then have are cached by the system anyway."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -39,6 +42,8 @@ class Work:
     kept: bool
     """Whether it outlives the process."""
     memory: int
+    """Bytes that may be used."""
+    hidden: int
     """Bytes of hidden states that may be in main memory, where the directory is not kept."""
 
     @property
@@ -53,11 +58,11 @@ class Work:
 
     def store(self, name: str) -> HiddenStore:
         """For the hidden states of one sweep."""
-        return HiddenStore(memory=0 if self.kept else self.memory, directory=self.path / "hidden" / name, kept=self.kept)
+        return HiddenStore(memory=0 if self.kept else self.hidden, directory=self.path / "hidden" / name, kept=self.kept)
 
     def passing(self, name: str) -> HiddenStore:
         """For states that a resumed job makes anew."""
-        return HiddenStore(memory=self.memory, directory=self.path / "hidden" / name)
+        return HiddenStore(memory=self.hidden, directory=self.path / "hidden" / name)
 
     def claim(self, digest: str) -> None:
         """Refuses a directory that holds another job.
@@ -91,13 +96,14 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
         SchemeError: `memory` is no size.
     """
     budget = memory_budget(memory)
+    hidden = min(budget, HIDDEN) if memory is None else budget
     if path is None:
         parent = beside.absolute().parent
         with storage(parent):
             parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{beside.name}.work-", dir=parent))
         try:
-            yield Work(path=temporary, kept=False, memory=budget)
+            yield Work(path=temporary, kept=False, memory=budget, hidden=hidden)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return
@@ -109,6 +115,6 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError(f"another process is at work in {path}; wait for it, or give another directory for --work") from error
-        yield Work(path=path, kept=True, memory=budget)
+        yield Work(path=path, kept=True, memory=budget, hidden=hidden)
     finally:
         os.close(lock)

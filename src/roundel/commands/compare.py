@@ -192,7 +192,7 @@ def _load(
 def _split(source: Source, recipe: Recipe, notes: Notes) -> Split:
     """The sequences of a recipe whose curvature is `auto`: what others hold nothing out of, in the same order."""
     split = split_text(recipe, source, notes, given=recipe.as_json())
-    check_vocabulary(source.model, split.used, split.heldout)
+    check_vocabulary(source.model, split.everything, split.heldout)
     return split
 
 

@@ -3,8 +3,9 @@
 Problem: after rounding, the codes are fixed and `W_hat = sum_name spread(scale_name) * part_name` is linear in the scales (`Grid.parts`:
 one kind for integers, two for blocks with minima). The proxy loss is a positive quadratic in them, coupled over rows by `H_out` and over
 columns by `H_in`. Solved by conjugate gradients preconditioned with the diagonal, for a block with parts `Q` that is
-`sum_ii' sum_jj' H_out,ii' Q_ij H_in,jj' Q_i'j'`: each step costs two products like one sweep, and a handful is enough because the step is a
-correction. The result is put into its stored form and *accepted only if the loss falls*.
+`sum_ii' sum_jj' H_out,ii' Q_ij H_in,jj' Q_i'j'`: each step costs two products like one sweep, formed in bfloat16 where the CPU has it
+(`linalg.fast`), and a handful is enough because the step is a correction. The result is put into its stored form and *accepted only if the
+loss falls*.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.grids.base import Grid, Scales, gather, spread
+from roundel.linalg.fast import fast_products
 from roundel.types import RoundingProblem
 
 __all__ = ["refit_scales"]
@@ -37,8 +39,9 @@ def refit_scales(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Te
         return sum(((x * y).sum() for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=W.dtype, device=W.device))
 
     E = W - grid.dequantize(codes, scales, problem.shape, W.dtype)
-    before = problem.loss(E)
-    residual = gathered(H_out @ E @ H_in)
+    curved_error = H_out @ E @ H_in
+    before = 0.5 * torch.sum(curved_error * E, dtype=torch.float64).item()
+    residual = gathered(curved_error)
     inverse = [torch.where(d > 0, 1 / d, 0.0) for d in (_diagonal(problem, part, scales[name].shape) for name, part in parts.items())]
     correction = [torch.zeros_like(each) for each in start]
     direction = [i * r for i, r in zip(inverse, residual, strict=True)]
@@ -46,7 +49,8 @@ def refit_scales(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Te
     for _ in range(steps):
         if not energy > 0:
             break
-        curved = gathered(H_out @ values(direction) @ H_in)
+        with fast_products(W.device):
+            curved = gathered(H_out @ values(direction) @ H_in)
         length = energy / inner(direction, curved)
         correction = [c + length * d for c, d in zip(correction, direction, strict=True)]
         residual = [r - length * c for r, c in zip(residual, curved, strict=True)]

@@ -50,7 +50,7 @@ def weights_of(recipe: Recipe) -> dict[str, float]:
     places, steps = recipe.natural_steps(collected, recipe.seq_len)
     found = {
         "curvature": 6.0 * collected,
-        "rounding": 6.0 * len(recipe.prefix_rows(collected)) + 20.0 * recipe.sweeps + 16.0 * places * steps,
+        "rounding": 6.0 * recipe.prefix_count + 20.0 * recipe.sweeps + 16.0 * places * steps,
     }
     if recipe.tune != "none":
         found["tuning"] = 6.0 * recipe.steps * recipe.step_tokens / recipe.seq_len

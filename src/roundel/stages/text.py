@@ -52,7 +52,7 @@ def read_text(
     """
     with notes.timed("text"):
         split = split_text(recipe, source, notes, known=known, given=given)
-    check_vocabulary(source.model, split.used, split.heldout)
+    check_vocabulary(source.model, split.everything, split.heldout)
     return split
 
 
@@ -62,13 +62,14 @@ def split_text(
     """Calibration and evaluation sequences; see `read_text`."""
     heldout, length = 0 if recipe.eval_data else recipe.eval_sequences, source.length
     sequences, wanted = recipe.sequences, recipe.sequences + heldout
+    more = max(0, recipe.prefix_count - sequences)
     if recipe.calibration == "self":
         with notes.progress.stage("sampling text from the model", wanted) as advance:
             model = source.whole("sampling calibration text from the model (--calibration names text instead)")
             available = sample_from_model(model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
     else:
         # Up to four times what is needed, so that the seed has something to choose from.
-        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=4 * wanted)
+        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=max(4 * wanted, more + wanted))
     if len(available) < wanted:
         sequences, heldout = _within(len(available), sequences, heldout, given or {})
         if (sequences, heldout) != (recipe.sequences, heldout if recipe.eval_data else recipe.eval_sequences):
@@ -77,9 +78,20 @@ def split_text(
                 + (f" and {heldout} are held out" if heldout else "")
                 + f", instead of {recipe.sequences} and {recipe.eval_sequences}"
             )
-    choice = parse_curvature(recipe.curvature).held_out(sequences)
+    if (given or {}).get("prefix_sequences") is not None and len(available) < more + sequences + heldout:
+        raise DataError(
+            f"{recipe.calibration} has {len(available)} sequences of {length} tokens, {heldout} of which are held out: too few for "
+            f"--prefix-sequences {recipe.prefix_sequences}; give more text or a smaller number"
+        )
     split = split_tokens(
-        available, calibration=sequences, heldout=heldout, choice=choice, seed=recipe.seed, source=recipe.calibration, known=known
+        available,
+        calibration=sequences,
+        heldout=heldout,
+        choice=parse_curvature(recipe.curvature).held_out(sequences),
+        more=more,
+        seed=recipe.seed,
+        source=recipe.calibration,
+        known=known,
     )
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     if recipe.eval_data:
@@ -115,7 +127,7 @@ def check_vocabulary(model: PreTrainedModel, *texts: TokenBatch) -> None:
 
 def fingerprinted(split: Split, notes: Notes) -> tuple[Fingerprint, float]:
     """Of the calibration text, and how much of the held-out text is in it, which is warned of."""
-    fingerprint = Fingerprint.of(split.used)
+    fingerprint = Fingerprint.of(split.everything)
     overlap = Fingerprint.of(split.heldout).overlap(fingerprint)
     if overlap > OVERLAP_WARNING:
         notes.warn(f"{100 * overlap:.1f} % of the evaluation text's 32-token windows occur in the calibration text: its KL is too good")

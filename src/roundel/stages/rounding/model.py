@@ -30,6 +30,9 @@ from roundel.types import RoundedWeight
 
 __all__ = ["Rounded", "round_model", "rounding_digest"]
 
+COARSE = 4.5
+"""Bits of codes whose errors are far larger than bfloat16's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
@@ -84,10 +87,11 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
 
         prefix = None
         if corrects:
-            chosen = split.calibration.select(recipe.prefix_rows(len(split.calibration)))
+            chosen = split.everything[: recipe.prefix_count]
             natural = recipe.natural_steps(*split.calibration.ids.shape)
             prefix = Prefix(
                 tokens=chosen,
+                quickly=max(parse_scheme(scheme).bits for scheme in recipe.used_schemes) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
                 steps=None
                 if not natural[0]
@@ -149,5 +153,5 @@ def rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
     """Of all that decides the codes before tuning."""
     decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_")) and name != "effort"}
     decisive["prefix_aware"] = recipe.corrects(split.calibration.ids.numel())
-    given = [decisive, model_fingerprint(source.checkpoint), data_hash(split.used), str(source.model.dtype)]
+    given = [decisive, model_fingerprint(source.checkpoint), data_hash(split.everything), str(source.model.dtype)]
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()

@@ -28,14 +28,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from roundel.linalg.fast import fast_products
+from roundel.linalg.fast import fast, fast_products
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.rounding.round import dequantized
 from roundel.stages.rounding.natural import NaturalSteps, places
 from roundel.store import staged_file, storage
 from roundel.sweeps import HiddenStates, HiddenStore, Layers
 from roundel.sweeps.gradients import batches
-from roundel.sweeps.watch import Readers, observe, reading_order
+from roundel.sweeps.watch import Readers, Seen, observe, reading_order
 from roundel.types import Factors, RoundedWeight, TokenBatch
 
 __all__ = ["Prefix", "RoundTogether", "Steps", "rounding_sweep", "steps_taken"]
@@ -74,6 +74,8 @@ class Prefix:
     strengths: Strengths
     steps: Steps | None = None
     """What the natural-gradient steps need besides; None: there are none."""
+    quickly: bool = False
+    """Whether linears on both paths may round the factors of their products to bfloat16 (`linalg.fast`)."""
 
 
 def rounding_sweep(
@@ -132,6 +134,8 @@ class _Paths:
 
     def __init__(self, layers: Layers, linears: Mapping[str, nn.Linear], prefix: Prefix, *, batch_size: int, store: HiddenStore) -> None:
         self._layers, self._prefix, self._batch_size, self._store = layers, prefix, batch_size, store
+        self._run: Callable[..., Tensor] = fast(layers.run) if prefix.quickly else layers.run
+        self._observe: Callable[..., tuple[dict[str, Seen], Tensor]] = fast(observe) if prefix.quickly else observe
         count, length = prefix.tokens.ids.shape
         self._rows = range(count)
         first = layers.embed(self._ids([0]))
@@ -260,7 +264,7 @@ class _Paths:
                 advance(len(readers.names))
             afterq = self._new(f"rounded-{index + 1:03d}")
             for rows in batches(self._rows, self._batch_size):
-                afterq.write(rows, layers.run(index, self._ids(rows), self._xq.read(rows).to(device)))
+                afterq.write(rows, self._run(index, self._ids(rows), self._xq.read(rows).to(device)))
         finally:
             for name, original in kept.items():
                 linears[name].weight.copy_(original)
@@ -283,7 +287,8 @@ class _Paths:
         inputs = {name: self._new(f"input-{place}", linears[name].in_features) for place, name in enumerate(firsts)}
         rests = {name: self._new(f"rest-{place}", linears[name].out_features) for place, name in enumerate(added)}
         for rows in batches(self._rows, self._batch_size):
-            seen, output = observe(layers, index, self._ids(rows), self._x.read(rows).to(layers.device), watched, added=added, stop=False)
+            hidden = self._x.read(rows).to(layers.device)
+            seen, output = self._observe(layers, index, self._ids(rows), hidden, watched, added=added, stop=False)
             after.write(rows, output)
             for name, states in inputs.items():
                 states.write(rows, seen[name].x)
@@ -301,7 +306,7 @@ class _Paths:
         moments = Moments.empty(linears[first].in_features, layers.device, {name: linears[name].out_features for name in readers.added})
         for rows in batches(self._rows, self._batch_size):
             hidden = self._xq.read(rows).to(layers.device)
-            seen, _ = observe(layers, index, self._ids(rows), hidden, watched, added=readers.added, stop=True)
+            seen, _ = self._observe(layers, index, self._ids(rows), hidden, watched, added=readers.added, stop=True)
             errors = {}
             for name in readers.added:
                 rest, factor = seen[name].rest, seen[name].factor
