@@ -188,9 +188,10 @@ class RoundingProblem:
         """`(d_out, d_in)`."""
         return self.W.shape[0], self.W.shape[1]
 
-    def loss(self, E: Float[Tensor, "d_out d_in"]) -> float:
-        """The damped proxy loss `1/2 tr(E^T H_out E H_in)`, summed in float64."""
-        return 0.5 * torch.sum((self.H_out @ E @ self.H_in) * E, dtype=torch.float64).item()
+    def loss(self, E: Float[Tensor, "d_out d_in"], curved: Float[Tensor, "d_out d_in"] | None = None) -> float:
+        """The damped proxy loss `1/2 tr(E^T H_out E H_in)`, summed in float64; `curved` is `H_out E H_in`, where it is there already."""
+        curved = self.H_out @ E @ self.H_in if curved is None else curved
+        return 0.5 * torch.sum(curved * E, dtype=torch.float64).item()
 
 
 @runtime_checkable

@@ -40,7 +40,7 @@ def refit_scales(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Te
 
     E = W - grid.dequantize(codes, scales, problem.shape, W.dtype)
     curved_error = H_out @ E @ H_in
-    before = 0.5 * torch.sum(curved_error * E, dtype=torch.float64).item()
+    before = problem.loss(E, curved_error)
     residual = gathered(curved_error)
     inverse = [torch.where(d > 0, 1 / d, 0.0) for d in (_diagonal(problem, part, scales[name].shape) for name, part in parts.items())]
     correction = [torch.zeros_like(each) for each in start]

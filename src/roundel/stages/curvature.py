@@ -112,7 +112,7 @@ def safe_batch(source: Source, split: Split, recipe: Recipe, wanted: int) -> int
     """A batch size that is safe for all that sequences are gone through for (`sweeps.safe_batch_size`)."""
     count = len(split.calibration)
     parts = [len(rows) for rows in passes(parse_curvature(recipe.curvature), count)]
-    parts += [len(split.choice), count + len(split.choice), min(recipe.prefix_count, len(split.everything))]
+    parts += [len(split.choice), count + len(split.choice), len(split.everything[: recipe.prefix_count])]
     return safe_batch_size(source.layers, source.linears, split.used, batch_size=wanted, parts=parts, quickly=True)
 
 

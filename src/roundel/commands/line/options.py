@@ -69,7 +69,8 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What may be used, such as 8G; default: most of what is free. A larger model stays on the disk, one decoder layer at a time.",
+        help="What may be used, such as 8G; default: most of what is free, half a GiB of it for hidden states. "
+        "A larger model stays on the disk, one decoder layer at a time.",
     ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory to make; must be new or empty.")]
