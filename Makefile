@@ -5,6 +5,7 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
+# make chaos     jobs killed at twenty random moments, and gone on with: the same bytes? (a quarter of an hour)
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
 # make doc-commands   runs the commands of README and docs on a small model (some minutes)
@@ -16,7 +17,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama check bench bench-scale peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama check bench bench-scale chaos peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -47,6 +48,9 @@ bench: install
 bench-scale: install
 	$(BIN)/python benchmarks/depth.py -o benchmarks/results/depth.json
 	$(BIN)/python benchmarks/larger_than_memory.py -o benchmarks/results/larger-than-memory.json
+
+chaos: install
+	$(BIN)/python benchmarks/kills.py -o benchmarks/results/kills.json
 
 peers: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py demo --calibration stdlib --eval-data stdlib-heldout --group 64 \

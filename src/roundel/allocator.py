@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["give_back_freed_memory", "keep_freed_memory"]
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Numbers of glibc's parameters (malloc.h)."""
@@ -26,3 +27,10 @@ def keep_freed_memory() -> bool:
         return False
     # 32 MiB is the most that glibc takes from the heap instead of the kernel; the heap grows by 64 MiB and shrinks at 2 GiB
     return all(mallopt(name, value) == 1 for name, value in ((_MMAP_THRESHOLD, 1 << 25), (_TOP_PAD, 1 << 26), (_TRIM_THRESHOLD, 2**31 - 1)))
+
+
+def give_back_freed_memory() -> None:
+    """What is free now: between stages, whose memory has other sizes."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

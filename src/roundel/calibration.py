@@ -190,10 +190,11 @@ def split_tokens(
     source: str,
     choice: int = 0,
     more: int = 0,
+    most: int | None = None,
     known: frozenset[int] | None = None,
 ) -> Split:
-    """The last `heldout` windows are held out, the same for every seed; `calibration` of the others are drawn by `seed`, `choice` of them
-    to choose by. `more` are drawn besides, or as many as there are.
+    """Of the first `most` windows the last `heldout` are held out, the same for every seed; `calibration` of the others are drawn by
+    `seed`, `choice` of them to choose by. `more` are taken besides, from all others, or as many as there are.
 
     With `known`, the ids of sequences that factors have seen, those are the calibration sequences instead, and only others serve to choose
     and are held out: the same ones, if the factors were collected with these numbers. None to choose by is a copy of one to calibrate on.
@@ -201,7 +202,7 @@ def split_tokens(
     Raises:
         DataError: there are not enough windows; says how much there is and how much is needed.
     """
-    count, length = available.shape
+    count, length = min(len(available), most or len(available)), available.shape[1]
     if count < calibration + heldout:
         raise DataError(
             f"too little text in {source}: it has {count * length} tokens, {count} sequences of {length}; needed are "
@@ -224,7 +225,7 @@ def split_tokens(
         left = sorted(unseen[len(rest) :])
         last = left[len(left) - heldout :]
     taken = {ids[row] for row in (*fit, *rest, *last)}
-    others = [row for row in drawn if ids[row] not in taken][:more]
+    others = [row for row in (*drawn, *range(count, len(available))) if ids[row] not in taken][:more]
     return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last, others)))
 
 

@@ -29,7 +29,7 @@ class Settings:
     eval_data: str | None = None
     eval_sequences: int = 64
     sweeps: int = 4
-    damping: float = 0.1
+    damping: float = 0.3
     prefix_aware: bool | None = None
     prefix_sequences: int | None = None
     prefix_strength: float = 0.7
@@ -46,7 +46,7 @@ class Settings:
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {"curvature": "kfac", "sequences": 48, "prefix_sequences": 32, "natural_places": 0, "sweeps": 2, "eval_sequences": 32},
+    "quick": {"curvature": "pilot", "sequences": 24, "prefix_sequences": 64, "natural_places": 0, "sweeps": 2, "eval_sequences": 32},
     "normal": {},
     "best": {"sequences": 512, "tune": "end-to-end"},
 }

@@ -26,6 +26,7 @@ from roundel.evaluate.html import Paragraph, page
 from roundel.evaluate.html import Table as HtmlTable
 from roundel.linalg.ldl import damped_ldl
 from roundel.models import load_model, load_tokenizer
+from roundel.settings import Settings
 from roundel.stages.collecting import collect_factors, open_factors
 from roundel.types import GroupedFactors, KroneckerFactors, TokenBatch
 
@@ -60,7 +61,7 @@ def test_the_diagnostics_are_those_of_dense_gradients_of_unseen_text(inspected, 
     inner = ((own.H_out.double() @ G @ own.H_in.double()) * G).sum((1, 2)).mean()
     norms = torch.linalg.norm(own.H_out.double()) * torch.linalg.norm(own.H_in.double())
     assert row["cosine"] == pytest.approx((inner / torch.stack(pairs).mean().sqrt() / norms).item(), rel=1e-4)
-    A, B = damped_ldl(own.H_out, 0.1)[1], damped_ldl(own.H_in, 0.1)[1]
+    A, B = damped_ldl(own.H_out, Settings.damping)[1], damped_ldl(own.H_in, Settings.damping)[1]
     remaining = (torch.linalg.inv(A) @ G @ torch.linalg.inv(B).T).square().sum() / G.square().sum()
     assert row["j_ratio"] == pytest.approx(remaining.item(), rel=1e-4)
     first, second = leading_values(G, tokens=opened.header.seq_len)

@@ -35,3 +35,24 @@ def test_memory_that_is_used_again_is_not_asked_for_again() -> None:
     ]
     assert faults[0] < 1000
     assert faults[1] > 20 * faults[0]
+
+
+GIVEN_BACK = """
+import runpy, sys
+import numpy
+own = runpy.run_path(sys.argv[1])
+assert own["keep_freed_memory"]()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+arrays = [numpy.ones(2**22, dtype=numpy.int8) for _ in range(32)]
+del arrays
+before = resident()
+own["give_back_freed_memory"]()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a function of glibc")
+def test_what_is_free_can_be_given_back() -> None:
+    line = [sys.executable, "-c", GIVEN_BACK, allocator.__file__]
+    assert int(subprocess.run(line, capture_output=True, text=True, check=True).stdout) > 2**26

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from roundel.errors import SchemeError
-from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, Recipe
+from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, PREFIX_SEQUENCES, Recipe
 from roundel.settings import EFFORTS
 
 
@@ -64,7 +64,8 @@ def test_rounding_is_prefix_aware_where_there_is_text_for_it() -> None:
     assert Recipe(prefix_aware=True).corrects(1)
     assert not Recipe(prefix_aware=False).corrects(ENOUGH_TOKENS)
     assert Recipe(prefix_sequences=8).prefix_count == 8
-    assert Recipe(sequences=5).prefix_count == 5
+    assert Recipe(sequences=5).prefix_count == PREFIX_SEQUENCES
+    assert Recipe(sequences=PREFIX_SEQUENCES + 5).prefix_count == PREFIX_SEQUENCES + 5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_corrections_out_of_their_range_are_refused(setting: str, value: float, 
 def test_an_effort_is_what_it_sets_and_what_is_given_comes_first() -> None:
     assert Recipe.of() == Recipe()
     quick = Recipe.of(effort="quick", sweeps=3)
-    assert (quick.effort, quick.curvature, quick.sweeps) == ("quick", "kfac", 3)
+    assert (quick.effort, quick.curvature, quick.sweeps) == ("quick", "pilot", 3)
     with pytest.raises(SchemeError, match="effort 'slow': expected one of quick, normal, best"):
         Recipe.of(effort="slow")
 

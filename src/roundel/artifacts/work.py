@@ -30,7 +30,7 @@ from roundel.sweeps import HiddenStore
 
 __all__ = ["Work", "open_work"]
 
-HIDDEN = 1 << 29
+HIDDEN = 1 << 28
 """Bytes of hidden states in main memory where nothing is said: files of the size that they then have are cached by the system anyway."""
 
 

@@ -40,6 +40,7 @@ from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
 from roundel.progress import Progress, Silent
 from roundel.rounding.round import dequantized
+from roundel.settings import Settings
 from roundel.stages.collecting import OpenFactors, open_factors
 from roundel.stages.linears import Linear, by_decoder_layer, round_linears
 from roundel.stages.text import BATCH_TOKENS
@@ -59,7 +60,7 @@ def inspect(
     data: str | None = None,
     sequences: int = 32,
     scheme: str = "int4-g128",
-    damping: float = 0.1,
+    damping: float = Settings.damping,
     sweeps: int = 4,
     spectrum_passes: int = 4,
     output: str | Path | None = None,

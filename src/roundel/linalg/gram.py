@@ -8,7 +8,9 @@ end. The product with a lower triangular matrix is formed by the same block rows
 On a GPU 16-bit tokens are multiplied as they are and summed in float32: products of two 16-bit numbers are exact there, so this is the
 float32 result at the tensor cores' speed. The CPU has no such product and converts first.
 
-On a CPU with bfloat16 units `fast.fast_products` makes both whole products again: three times as fast as block rows in float32.
+On a CPU with bfloat16 units, within `fast.fast_products`, factors are *converted* to bfloat16 and so is each product before it is added in
+float32: a relative error of 2^-9 an entry that is independent from sum to sum, and 2.5 times as fast as letting oneDNN round float32
+factors (2.4 instead of 6.1 ms for 512 x 1536 on two cores with AVX512-BF16). Blocks are larger there.
 
 Not done: float32 emulation by three bfloat16 products.
 """
@@ -23,10 +25,12 @@ from torch import Tensor
 
 from roundel.linalg.fast import are_fast
 
-__all__ = ["add_gram", "add_symmetric_product", "gram", "lower_product", "symmetrise"]
+__all__ = ["add_gram", "add_product", "add_symmetric_product", "gram", "lower_product", "symmetrise"]
 
 LEAF = 256
 STRIP = {"cpu": 64, "cuda": 256}
+LEAF_FAST, STRIP_FAST = 1024, 512
+"""Of products with bfloat16 factors."""
 
 
 def _rectangles(start: int, stop: int, leaf: int, strip: int) -> Iterator[tuple[slice, slice]]:
@@ -48,23 +52,39 @@ def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"]) -> None:
         for rows, columns in _rectangles(0, x.shape[1], LEAF, STRIP["cuda"]):
             total[rows, columns] += torch.mm(x[:, rows].T, x[:, columns], out_dtype=torch.float32)
         return
-    x = x.float()
+    if not are_fast(x.device):
+        x = x.float()
     add_symmetric_product(total, x, x)
 
 
 def add_symmetric_product(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> None:
     """Adds `x^T y`, known to be symmetric (as for `y = M x` with a symmetric `M`), as `add_gram` adds `x^T x`; both are float32."""
     if are_fast(x.device):
-        total.addmm_(x.T, y)
+        x, y = x.bfloat16(), x.bfloat16() if y is x else y.bfloat16()
+        for rows, columns in _rectangles(0, x.shape[1], LEAF_FAST, STRIP_FAST):
+            total[rows, columns] += x[:, rows].T @ y[:, columns]
         return
     for rows, columns in _rectangles(0, x.shape[1], LEAF, STRIP[x.device.type]):
         total[rows, columns].addmm_(x[:, rows].T, y[:, columns])
 
 
+def add_product(total: Float[Tensor, "m n"], x: Float[Tensor, "tokens m"], y: Float[Tensor, "tokens n"]) -> None:
+    """Adds `x^T y` to `total` in place; within `fast.fast_products` of factors in bfloat16, and the product in bfloat16 too."""
+    if are_fast(x.device):
+        total += x.bfloat16().T @ y.bfloat16()
+    else:
+        total.addmm_(x.T, y)
+
+
 def lower_product(lower: Float[Tensor, "d d"], y: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-    """`lower @ y` of a lower triangular matrix, in both matrices' type; above the diagonal there must be zeros."""
+    """`lower @ y` of a lower triangular matrix, above whose diagonal there must be zeros, in the type of both or in bfloat16."""
     if are_fast(y.device):
-        return lower @ y
+        lower, y = lower.bfloat16(), y.bfloat16()
+        product = torch.empty_like(y)
+        for start in range(0, len(lower), STRIP_FAST):
+            stop = start + STRIP_FAST
+            product[start:stop] = lower[start:stop, :stop] @ y[:stop]
+        return product
     product = torch.zeros_like(y)
     strip = STRIP[y.device.type]
     for rows, columns in _rectangles(0, len(lower), 2 * strip, strip):

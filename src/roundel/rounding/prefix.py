@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from roundel.linalg.gram import add_product
 from roundel.linalg.ldl import damped_ldl
 from roundel.types import Factors, GroupedFactors
 
@@ -75,10 +76,10 @@ class Moments:
         streams: Mapping[str, Float[Tensor, "tokens d_out"]],
     ) -> None:
         """Adds tokens; `streams` are `r - rq`, divided by what the linear's output is multiplied by before it is added."""
-        self.difference.addmm_((x - xq).T, xq)
-        self.second.addmm_(xq.T, xq)
+        add_product(self.difference, x - xq, xq)
+        add_product(self.second, xq, xq)
         for name, error in streams.items():
-            self.stream[name].addmm_(error.T, xq)
+            add_product(self.stream[name], error, xq)
 
     def targets(
         self, weights: Mapping[str, Float[Tensor, "d_out d_in"]], strengths: Mapping[str, Strengths]

@@ -35,7 +35,7 @@ from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
-from roundel.sweeps.gradients import steps
+from roundel.sweeps.gradients import steps, visits_without_gradients
 
 __all__ = ["Measured", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
 
@@ -72,18 +72,22 @@ def measure_curvature(
         total = steps(source.layers, linears) * len(tokens)
         with notes.progress.stage("curvature", total) as advance:
             kinds = [recipe.labels] * len(split.calibration) + ["sampled" if recipe.labels == "data" else recipe.labels] * len(split.choice)
-            visits = gradient_visits(
-                source.layers,
-                linears,
-                tokens,
-                seed=recipe.seed,
-                labels=kinds,
-                batch_size=batch_size,
-                store=work.store("curvature"),
-                advance=advance,
-                finished=curvatures.has,
-                quickly=True,
-            )
+            if stored is not None and recipe.bits is None and not len(split.choice):
+                visits = visits_without_gradients(source.layers, linears, finished=curvatures.has)
+                advance(total)
+            else:
+                visits = gradient_visits(
+                    source.layers,
+                    linears,
+                    tokens,
+                    seed=recipe.seed,
+                    labels=kinds,
+                    batch_size=batch_size,
+                    store=work.store("curvature"),
+                    advance=advance,
+                    finished=curvatures.has,
+                    quickly=True,
+                )
             for visit in visits:
                 _measure(visit, recipe, source, split, stored, curvatures, batch_size)
     return measured_in(curvatures, source, notes)

@@ -63,13 +63,16 @@ def split_text(
     heldout, length = 0 if recipe.eval_data else recipe.eval_sequences, source.length
     sequences, wanted = recipe.sequences, recipe.sequences + heldout
     more = max(0, recipe.prefix_count - sequences)
+    # Up to four times what is needed, so that the seed has something to choose from; also where other text is held out, because factors may
+    # have been collected where it was not.
+    most = 4 * (sequences + recipe.eval_sequences)
     if recipe.calibration == "self":
-        with notes.progress.stage("sampling text from the model", wanted) as advance:
+        sampled = wanted + (more if recipe.prefix_sequences is not None else 0)  # not for a default: it takes long
+        with notes.progress.stage("sampling text from the model", sampled) as advance:
             model = source.whole("sampling calibration text from the model (--calibration names text instead)")
-            available = sample_from_model(model, source.tokenizer, wanted, length, seed=recipe.seed, advance=advance)
+            available = sample_from_model(model, source.tokenizer, sampled, length, seed=recipe.seed, advance=advance)
     else:
-        # Up to four times what is needed, so that the seed has something to choose from.
-        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=max(4 * wanted, more + wanted))
+        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=most + more)
     if len(available) < wanted:
         sequences, heldout = _within(len(available), sequences, heldout, given or {})
         if (sequences, heldout) != (recipe.sequences, heldout if recipe.eval_data else recipe.eval_sequences):
@@ -89,6 +92,7 @@ def split_text(
         heldout=heldout,
         choice=parse_curvature(recipe.curvature).held_out(sequences),
         more=more,
+        most=most,
         seed=recipe.seed,
         source=recipe.calibration,
         known=known,

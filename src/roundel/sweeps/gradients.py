@@ -29,7 +29,7 @@ from roundel.sweeps.layers import Layers
 from roundel.sweeps.tap import tapped
 from roundel.types import LayerGrad, TokenBatch
 
-__all__ = ["Visit", "batches", "forward", "gradient_visits", "head_gradients", "safe_batch_size", "steps"]
+__all__ = ["Visit", "batches", "forward", "gradient_visits", "head_gradients", "safe_batch_size", "steps", "visits_without_gradients"]
 
 Consumer = Callable[[str, LayerGrad], None]
 
@@ -116,6 +116,20 @@ def gradient_visits(
             g = before
     for state in states:
         store.drop(state)
+
+
+def visits_without_gradients(
+    layers: Layers, linears: Mapping[str, nn.Linear], *, finished: Callable[[int], bool] = lambda _index: False
+) -> Iterator[Visit]:
+    """The same visits where all sums are there already: no text goes through the model, and none can be replayed."""
+    inside = {len(layers): layers.outside(linears)} | {index: layers.inside(index, linears) for index in reversed(range(len(layers)))}
+    for index, names in inside.items():
+        if names and not finished(index):
+            yield Visit(index=index, names=names, _run=_not_run)
+
+
+def _not_run(_rows: Sequence[int], _consume: Consumer | None) -> None:
+    raise AssertionError("a visit without gradients has none to give")
 
 
 def steps(layers: Layers, linears: Mapping[str, nn.Linear]) -> int:

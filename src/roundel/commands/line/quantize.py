@@ -112,7 +112,7 @@ def quantize(
     ] = DEFAULT.prefix_aware,
     prefix_sequences: Annotated[
         int | None,
-        typer.Option(help="Sequences run through what is rounded already, for that; default: as many as --sequences."),
+        typer.Option(help="Sequences run through what is rounded already, for that; default: --sequences, or 192 if the text has them."),
     ] = DEFAULT.prefix_sequences,
     prefix_strength: Annotated[
         float, typer.Option(help="How much of the correction for the rounded layers' other inputs is taken, 0 to 1.")

@@ -110,7 +110,7 @@ class Weighted(Sketch):
         if product <= trick:
             G = grad.weight_gradient(sequence)
             self.add_gradient(G)
-            self.sums["trace"] += torch.linalg.vector_norm(G, dtype=torch.float64).square()
+            self.sums["trace"] += torch.linalg.vector_norm(G).double().square()
         else:
             x, g = aligned(grad.input.x, sequence), aligned(grad.g, sequence)
             add_symmetric_product(self.sums["GtMG"], x, self.M_out.product(g.T) @ x)
