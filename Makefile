@@ -6,6 +6,7 @@
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
 # make chaos     jobs killed at twenty random moments, and gone on with: the same bytes? (a quarter of an hour)
+# make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
 # make doc-commands   runs the commands of README and docs on a small model (some minutes)
@@ -17,7 +18,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama check bench bench-scale chaos peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real chaos peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -48,6 +49,9 @@ bench: install
 bench-scale: install
 	$(BIN)/python benchmarks/depth.py -o benchmarks/results/depth.json
 	$(BIN)/python benchmarks/larger_than_memory.py -o benchmarks/results/larger-than-memory.json
+
+bench-real: install
+	$(BIN)/python benchmarks/real.py $(MODEL) --calibration $(CALIBRATION) --heldout $(HELDOUT) -o benchmarks/results/real-$(notdir $(MODEL)).json
 
 chaos: install
 	$(BIN)/python benchmarks/kills.py -o benchmarks/results/kills.json

@@ -243,6 +243,24 @@ def distortion() -> str:
     return markdown(["code, bits", "0.8", "0.9", "1.0"], [[name, *(own[h] for h in (0.8, 0.9, 1.0))] for name, own in cells.items()])
 
 
+def real(name: str) -> str:
+    """KL, time and memory of each effort on a real model."""
+    columns = ("", "KL", "perplexity", "bits per weight", "minutes", "CPU minutes", "resident, GB")
+    cells = [
+        [
+            f"`{' '.join(['--effort', row['effort'], *row['options']])}`",
+            with_error(row["kl"], row["kl_stderr"]),
+            f"{row['perplexity_original']:.1f} → {row['perplexity']:.1f}",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['seconds'] / 60:.1f}",
+            f"{row['cpu_seconds'] / 60:.1f}",
+            f"{row['peak_mib'] * 2**20 / 1e9:.2f}",
+        ]
+        for row in sorted(load(name)["rows"], key=lambda row: -row["kl"])
+    ]
+    return markdown(columns, cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo": lambda: estimators("curvatures-demo"),
@@ -256,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fused": fused,
     "peers-stories260K": lambda: peers("stories260K", 32),
     "peers-demo": lambda: peers("demo", 64),
+    "real-smollm2-135m": lambda: real("real-smollm2-135m"),
     "tasks-stories260K": lambda: tasks("stories260K"),
     "tasks-demo": lambda: tasks("demo"),
     "distortion": distortion,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from roundel.errors import SchemeError
-from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, PREFIX_SEQUENCES, Recipe
+from roundel.recipes import BEST, ENOUGH_TOKENS, GPTQ, NEAREST, PREFIX_SEQUENCES, STEPPED_WEIGHTS, Recipe
 from roundel.settings import EFFORTS
 
 
@@ -98,3 +98,10 @@ def test_an_effort_sets_nothing_else_and_never_what_is_given(effort: str) -> Non
         default = getattr(Recipe(), name)
         assert getattr(Recipe.of(effort=effort, **{name: default}), name) == default
     assert Recipe.of(effort=effort, **GPTQ).curvature == "activation"
+
+
+def test_natural_steps_are_for_small_models_unless_asked_for() -> None:
+    assert Recipe().natural_steps(64, 512, weights=STEPPED_WEIGHTS) == (2, 10)
+    assert Recipe().natural_steps(64, 512, weights=STEPPED_WEIGHTS + 1) == (0, 0)
+    assert Recipe(natural_places=2).natural_steps(64, 512, weights=STEPPED_WEIGHTS + 1) == (2, 10)
+    assert Recipe(natural_places=0).natural_steps(64, 512, weights=1) == (0, 0)

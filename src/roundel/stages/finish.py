@@ -47,7 +47,7 @@ def finish(
 def weights_of(recipe: Recipe) -> dict[str, float]:
     """What each stage of a job is expected to take, in passes of one sequence through the model."""
     collected, held = recipe.sequences, recipe.eval_sequences
-    places, steps = recipe.natural_steps(collected, recipe.seq_len)
+    places, steps = recipe.natural_steps(collected, recipe.seq_len, weights=0)  # it is not read yet
     found = {
         "curvature": 6.0 * collected,
         "rounding": 6.0 * recipe.prefix_count + 20.0 * recipe.sweeps + 16.0 * places * steps,

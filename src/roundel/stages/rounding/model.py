@@ -88,7 +88,7 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
         prefix = None
         if corrects:
             chosen = split.everything[: recipe.prefix_count]
-            natural = recipe.natural_steps(*split.calibration.ids.shape)
+            natural = recipe.natural_steps(*split.calibration.ids.shape, weights=sum(linear.weight.numel() for linear in linears.values()))
             prefix = Prefix(
                 tokens=chosen,
                 quickly=max(parse_scheme(scheme).bits for scheme in recipe.used_schemes) <= COARSE,
