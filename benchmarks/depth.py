@@ -21,8 +21,12 @@ from roundel.store import write_json
 
 DEPTHS = (4, 8, 16, 32)
 WIDTHS = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-SETTINGS = {"scheme": "int4-g128", "sequences": 32, "seq_len": 256, "eval_sequences": 8, "calibration": "stdlib", "curvature": "pilot"}
-MEMORY = "200M"
+SETTINGS = {
+    **{"scheme": "int4-g128", "curvature": "pilot", "sequences": 32, "prefix_sequences": 64, "seq_len": 256, "eval_sequences": 8},
+    **{"calibration": "stdlib", "natural_places": 0},  # as for models that are not small
+}
+MEMORY = "32M"
+"""So little that all of them stay on the disk."""
 
 
 def make(directory: Path, layers: int) -> None:
@@ -42,12 +46,12 @@ def make(directory: Path, layers: int) -> None:
         shutil.copy(path, directory)
 
 
-def one(directory: str, natural: int) -> None:
+def one(directory: str) -> None:
     """In a process of its own: what one quantization takes."""
     import roundel
 
     with tempfile.TemporaryDirectory() as scratch:
-        result = roundel.quantize(directory, output=Path(scratch) / "out", memory=MEMORY, natural_places=natural, **SETTINGS)
+        result = roundel.quantize(directory, output=Path(scratch) / "out", memory=MEMORY, **SETTINGS)
     seconds = {name: spent for name, spent in result.details["seconds"].items() if name not in ("load", "text")}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "total": sum(seconds.values()), "peak_mib": peak, "kl": result.report.kl_mean}))
@@ -55,18 +59,18 @@ def one(directory: str, natural: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2)
+    parser.add_argument("--one")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     if given.one:
-        one(given.one[0], int(given.one[1]))
+        one(given.one)
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for layers in DEPTHS:
             directory = Path(scratch) / str(layers)
             make(directory, layers)
-            found = subprocess.run([sys.executable, __file__, "--one", directory, "2"], check=True, capture_output=True, text=True)
+            found = subprocess.run([sys.executable, __file__, "--one", directory], check=True, capture_output=True, text=True)
             rows.append({"layers": layers, **json.loads(found.stdout.splitlines()[-1])})
             print(layers, rows[-1], flush=True)
     # least squares of seconds = head + slope * layers, relative errors
