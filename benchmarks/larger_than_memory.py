@@ -33,6 +33,7 @@ SETTINGS = {
     "curvature": "kfac",
     "sweeps": 0,
     "sequences": 8,
+    "prefix_sequences": 8,
     "seq_len": 64,
     "eval_sequences": 2,
     "calibration": "stdlib",

@@ -41,18 +41,27 @@ GIVEN_BACK = """
 import runpy, sys
 import numpy
 own = runpy.run_path(sys.argv[1])
-assert own["keep_freed_memory"]()
+assert own[sys.argv[2]]()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 arrays = [numpy.ones(2**22, dtype=numpy.int8) for _ in range(32)]
+full = resident()
 del arrays
-before = resident()
+freed = resident()
 own["give_back_freed_memory"]()
-print(before - resident())
+print(full - freed, freed - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a function of glibc")
-def test_what_is_free_can_be_given_back() -> None:
-    line = [sys.executable, "-c", GIVEN_BACK, allocator.__file__]
-    assert int(subprocess.run(line, capture_output=True, text=True, check=True).stdout) > 2**26
+def given_back(setting: str) -> list[int]:
+    """Bytes of 128 MiB in blocks of 4 that the system has again when they are freed, and when that is asked for."""
+    line = [sys.executable, "-c", GIVEN_BACK, allocator.__file__, setting]
+    return [int(found) for found in subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_freed_memory_is_given_back_when_asked_for_or_at_once() -> None:
+    at_once, asked = given_back("keep_freed_memory")
+    assert at_once < 2**25 < 2**26 < asked
+    at_once, _ = given_back("keep_no_large_blocks")
+    assert at_once > 2**26

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from roundel.allocator import keep_no_large_blocks
 from roundel.artifacts.work import Work
 from roundel.errors import ModelError
 from roundel.evaluate import compare_models
@@ -83,6 +84,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     kind = torch.float32 if recipe.rotate == "fused" else pick_dtype(dtype, place)
     weights: FileWeights | None = None
     if work is not None and recipe.rotate != "fused" and parameter_bytes(path, kind) > work.memory // 2:
+        keep_no_large_blocks()
         model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / "converted")
     else:
         model = load_model(path, device=place, dtype=kind)
