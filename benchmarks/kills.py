@@ -10,7 +10,6 @@ same checkpoint. Jobs are the embedded model's, one with natural-gradient steps 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from larger_than_memory import digest
 
 from roundel.progress import Silent
 from roundel.stages.report import versions
@@ -59,13 +60,6 @@ def one(job: str, output: str, work: str) -> None:
 
     torch.set_num_threads(1)
     roundel.quantize("demo", output=output, work=work, calibration="stdlib", progress=Reported(), **SETTINGS[job])
-
-
-def digest(directory: Path) -> str:
-    found = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def killed(line: list[str], stage: str, part: float, later: float) -> str | None:

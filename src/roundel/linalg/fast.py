@@ -3,7 +3,7 @@
 A float32 product on a processor with bfloat16 units (AMX, AVX512-BF16) is some three to seven times as fast that way. Each factor gets a
 relative error of 2^-9 that is independent from entry to entry: for steps whose gradients are noisy anyway, and for sums over many tokens,
 which have a sampling error of their own; never for what is measured or compared, where it is as large as that of 8 bits per weight.
-Outside all are float32, so that nothing else of a model notices. Attention keeps float32: its products are small, and
+Factors, results and gradients stay float32, so that nothing else of a model notices. Attention keeps float32: its products are small, and
 rounding their factors takes longer than it saves. Where there are no such units nothing changes.
 """
 
@@ -79,14 +79,9 @@ class _Linear(torch.autograd.Function):
         batch = gradients[0].shape[:-1]
         g = gradients[0].flatten(0, -2)
         with fast_products():
-            of_x = _converted(g, W).unflatten(0, batch) if wanted[0] else None
+            of_x = (g @ W).unflatten(0, batch) if wanted[0] else None
             of_W = g.T @ x.flatten(0, -2) if wanted[1] else None
         return of_x, of_W, g.sum(0) if wanted[2] else None
-
-
-def _converted(A: Tensor, B: Tensor) -> Tensor:
-    """`A B`, of the gradients of inputs: rounding the result to bfloat16 too adds less than their noise, and is faster."""
-    return (A.bfloat16() @ B.bfloat16()).to(A.dtype) if are_fast(A.device) else A @ B
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -59,13 +59,13 @@ def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"]) -> None:
 
 def add_symmetric_product(total: Float[Tensor, "d d"], x: Float[Tensor, "tokens d"], y: Float[Tensor, "tokens d"]) -> None:
     """Adds `x^T y`, known to be symmetric (as for `y = M x` with a symmetric `M`), as `add_gram` adds `x^T x`; both are float32."""
+    leaf, strip = LEAF, STRIP[x.device.type]
     if are_fast(x.device):
-        x, y = x.bfloat16(), x.bfloat16() if y is x else y.bfloat16()
-        for rows, columns in _rectangles(0, x.shape[1], LEAF_FAST, STRIP_FAST):
-            total[rows, columns] += x[:, rows].T @ y[:, columns]
-        return
-    for rows, columns in _rectangles(0, x.shape[1], LEAF, STRIP[x.device.type]):
-        total[rows, columns].addmm_(x[:, rows].T, y[:, columns])
+        leaf, strip, alike = LEAF_FAST, STRIP_FAST, y is x
+        x = x.bfloat16()  # once, not for each rectangle
+        y = x if alike else y.bfloat16()
+    for rows, columns in _rectangles(0, x.shape[1], leaf, strip):
+        add_product(total[rows, columns], x[:, rows], y[:, columns])
 
 
 def add_product(total: Float[Tensor, "m n"], x: Float[Tensor, "tokens m"], y: Float[Tensor, "tokens n"]) -> None:

@@ -62,12 +62,12 @@ def split_text(
     """Calibration and evaluation sequences; see `read_text`."""
     heldout, length = 0 if recipe.eval_data else recipe.eval_sequences, source.length
     sequences, wanted = recipe.sequences, recipe.sequences + heldout
-    more = max(0, recipe.prefix_count - sequences)
+    more, asked = max(0, recipe.prefix_count - sequences), (given or {}).get("prefix_sequences") is not None
     # Up to four times what is needed, so that the seed has something to choose from; also where other text is held out, because factors may
     # have been collected where it was not.
     most = 4 * (sequences + recipe.eval_sequences)
     if recipe.calibration == "self":
-        sampled = wanted + (more if recipe.prefix_sequences is not None else 0)  # not for a default: it takes long
+        sampled = wanted + (more if asked else 0)  # not for a default: it takes long
         with notes.progress.stage("sampling text from the model", sampled) as advance:
             model = source.whole("sampling calibration text from the model (--calibration names text instead)")
             available = sample_from_model(model, source.tokenizer, sampled, length, seed=recipe.seed, advance=advance)
@@ -81,7 +81,7 @@ def split_text(
                 + (f" and {heldout} are held out" if heldout else "")
                 + f", instead of {recipe.sequences} and {recipe.eval_sequences}"
             )
-    if (given or {}).get("prefix_sequences") is not None and len(available) < more + sequences + heldout:
+    if asked and len(available) < more + sequences + heldout:
         raise DataError(
             f"{recipe.calibration} has {len(available)} sequences of {length} tokens, {heldout} of which are held out: too few for "
             f"--prefix-sequences {recipe.prefix_sequences}; give more text or a smaller number"
