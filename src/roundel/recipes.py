@@ -35,6 +35,7 @@ weights, 4 % of that of one of 106 million for half of the time and a fifth of t
 STEP_TOKENS = 4096
 """Of one natural-gradient step."""
 
+FACTOR_TYPES = ("float32", "bfloat16")
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 WRITTEN = (*FORMATS, "gguf", "dense")
 
@@ -69,6 +70,8 @@ class Recipe(Settings):
                     f"{self.curvature} has curvature of their own for groups of rows, which cannot be rotated together as for {scheme}; "
                     "use --rotate none or another curvature"
                 )
+        if self.factor_type not in FACTOR_TYPES:
+            raise SchemeError(f"factor_type {self.factor_type!r}: expected one of {', '.join(FACTOR_TYPES)}")
         if self.labels not in LABEL_KINDS:
             raise SchemeError(f"labels {self.labels!r}: expected one of {', '.join(LABEL_KINDS)}")
         lowest = {

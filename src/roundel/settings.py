@@ -23,6 +23,7 @@ class Settings:
     format: str = "auto"
     curvature: str = "auto"
     labels: str = "sampled"
+    factor_type: str = "float32"
     calibration: str = "self"
     sequences: int = 64
     seq_len: int = 512

@@ -40,6 +40,7 @@ REPORT = {
             "format",
             "sweeps",
             "damping",
+            "factor_type",
             "effort",
             "prefix_aware",
             "prefix_sequences",

@@ -227,13 +227,35 @@ def test_what_does_not_fit_is_refused(collect, model, tmp_path) -> None:
     with pytest.raises(FactorsError, match="damaged"):
         roundel.quantize(model(), output=tmp_path / "out", factors=good, scheme="int4-g32")
     header = good / "header.json"
-    header.write_text(header.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+    header.write_text(header.read_text().replace('"schema_version": 3', '"schema_version": 99'))
     with pytest.raises(FactorsError, match="version"):
         FactorsDirectory.open(good)
     with pytest.raises(FactorsError, match="no factors directory"):
         FactorsDirectory.open(tmp_path)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "merged").exists()
+
+
+def test_half_of_the_space(collect, model, quantize, tmp_path) -> None:
+    whole, half = collect("whole", curvature="pilot"), collect("half", curvature="pilot", factor_type="bfloat16")
+    ours, theirs = sums(half), sums(whole)
+    assert ours.keys() == theirs.keys()
+    assert any(key.split("::")[1].startswith("carry.lower.") for key in ours)
+    for key, total in ours.items():
+        assert torch.equal(total, theirs[key].to(total.dtype)), key
+    for name in FactorsDirectory.open(half).header.layers:
+        assert ours[f"{name}::kfac.xx"].dtype == torch.bfloat16
+    assert sum(map(len, files(half).values())) < 0.6 * sum(map(len, files(whole).values()))
+    settings = {"scheme": "int3-g32", "eval_sequences": SETTINGS["eval_sequences"], "sweeps": SETTINGS["sweeps"]}
+    found = {
+        path: roundel.quantize(model(), output=tmp_path / f"from-{path.name}", factors=path, **settings).report.kl_mean
+        for path in (whole, half)
+    }
+    found[tmp_path] = quantize(model(), tmp_path / "direct", scheme="int3-g32", curvature="pilot", factor_type="bfloat16").report.kl_mean
+    for kl in found.values():
+        assert kl == pytest.approx(found[whole], rel=0.1)
+    with pytest.raises(FactorsError, match="differ in factor_type"):
+        collect("half", curvature="pilot", resume=True)
 
 
 @pytest.mark.parametrize("labels", ["probe", "data"])

@@ -23,6 +23,7 @@ from roundel.settings import EFFORTS
         {"eval_sequences": 0},
         {"sweeps": -1},
         {"seed": -1},
+        {"factor_type": "float16"},
         {"damping": 0},
         {"damping": -0.1},
         {"damping": 11.0},

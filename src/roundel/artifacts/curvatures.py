@@ -21,7 +21,7 @@ from roundel.linalg.gram import symmetrise
 from roundel.store import staged_file, storage
 from roundel.types import Factors, GroupedFactors, KroneckerFactors
 
-__all__ = ["Curvatures", "LinearCurvature", "pack_lower", "unpack_lower"]
+__all__ = ["Curvatures", "LinearCurvature", "lower_of", "pack_lower"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Curvatures:
     """A directory of them."""
 
     path: Path
+    factor_type: str = "float32"
+    """Of the matrices on the disk; read back they are float32."""
 
     def file(self, index: int) -> Path:
         """Of a group of layers."""
@@ -60,7 +62,8 @@ class Curvatures:
         for name, own in linears.items():
             groups = own.factors.row_groups()
             for place, (_, group) in enumerate(groups):
-                tensors[f"{name}/{place}/H_out"], tensors[f"{name}/{place}/H_in"] = pack_lower(group.H_out), pack_lower(group.H_in)
+                for side, H in (("H_out", group.H_out), ("H_in", group.H_in)):
+                    tensors[f"{name}/{place}/{side}"] = pack_lower(H.to(getattr(torch, self.factor_type)))
             notes["linears"][name] = {"scales": [group.scale for _, group in groups], "damping": own.damping, "row": dict(own.row)}
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -92,8 +95,8 @@ class Curvatures:
                 for name, own in notes["linears"].items():
                     groups = [
                         KroneckerFactors(
-                            H_out=unpack_lower(stored.get_tensor(f"{name}/{place}/H_out")),
-                            H_in=unpack_lower(stored.get_tensor(f"{name}/{place}/H_in")),
+                            H_out=_symmetric(stored.get_tensor(f"{name}/{place}/H_out")),
+                            H_in=_symmetric(stored.get_tensor(f"{name}/{place}/H_in")),
                             scale=float(scale),
                         )
                         for place, scale in enumerate(own["scales"])
@@ -117,12 +120,14 @@ class Curvatures:
 
 def pack_lower(matrix: Tensor) -> Tensor:
     """The lower triangle of a square matrix, row by row."""
-    rows, columns = torch.tril_indices(*matrix.shape)
-    return matrix.cpu()[rows, columns]
+    own = matrix.cpu()
+    return torch.cat([row[: index + 1] for index, row in enumerate(own)])
 
 
-def unpack_lower(packed: Tensor) -> Tensor:
-    """The symmetric matrix of a lower triangle.
+def lower_of(packed: Tensor) -> Tensor:
+    """A packed lower triangle in its place, zeros above it.
+
+    Row by row in both directions: indices of all entries would take four times the memory of the matrix.
 
     Raises:
         ValueError: it is no triangle.
@@ -131,6 +136,10 @@ def unpack_lower(packed: Tensor) -> Tensor:
     if packed.ndim != 1 or size * (size + 1) // 2 != packed.numel():
         raise ValueError(f"{packed.numel()} numbers are no triangle")
     full = torch.zeros(size, size, dtype=packed.dtype)
-    rows, columns = torch.tril_indices(size, size)
-    full[rows, columns] = packed
-    return symmetrise(full)
+    for index, row in enumerate(packed.split(list(range(1, size + 1)))):
+        full[index, : index + 1] = row
+    return full
+
+
+def _symmetric(packed: Tensor) -> Tensor:
+    return symmetrise(lower_of(packed).float())

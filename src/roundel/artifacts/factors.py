@@ -21,17 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from roundel.artifacts.curvatures import pack_lower
+from roundel.artifacts.curvatures import lower_of, pack_lower
 from roundel.curvature import Sketch, parse_curvature
 from roundel.errors import FactorsError
+from roundel.linalg.gram import symmetrise
 from roundel.models import Checkpoint
-from roundel.recipes import Recipe
+from roundel.recipes import FACTOR_TYPES, Recipe
 from roundel.store import staged_file, storage, umask, write_json
 from roundel.types import Factors, KroneckerFactors
 
 __all__ = ["FactorsDirectory", "Header", "merge", "model_fingerprint"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SAMPLES = 1024
 """Entries of each weight that go into a model's fingerprint."""
 
@@ -59,6 +60,8 @@ class Header:
     layers: dict[str, tuple[int, int]]
     pilot: int = 0
     """How many of `sequence_ids`, the first, make pass 0 alone."""
+    factor_type: str = "float32"
+    """Of the square matrices in its files, one of `FACTOR_TYPES`."""
 
     @property
     def tokens(self) -> int:
@@ -106,27 +109,38 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lower triangle of a square matrix, row by row, in this type if it is float32; anything else as it is."""
+    if not _is_square(matrix):
+        return matrix.cpu().clone()
+    return pack_lower(matrix.to(dtype) if matrix.dtype == torch.float32 else matrix)
+
+
 def _unpack(packed: Tensor, like: Tensor) -> Tensor:
-    if like.ndim != 2 or like.shape[0] != like.shape[1]:
-        full = packed
-    else:
-        rows, columns = torch.tril_indices(*like.shape)
-        if packed.shape != (rows.numel(),):
-            raise FactorsError(f"a sum has {packed.numel()} entries, expected {rows.numel()}; the file is damaged")
-        full = torch.zeros(like.shape, dtype=packed.dtype)
-        full[rows, columns] = packed
-    if full.shape != like.shape or full.dtype != like.dtype:
+    """What `_pack` was given, with zeros above the diagonal of a square matrix."""
+    try:
+        full = lower_of(packed) if _is_square(like) else packed
+    except ValueError as error:
+        raise FactorsError(f"a sum has {packed.numel()} entries, expected those of a triangle; the file is damaged") from error
+    if full.shape != like.shape or full.dtype not in (like.dtype, torch.bfloat16):
         raise FactorsError(f"a sum has shape {tuple(full.shape)}, expected {tuple(like.shape)}; the file is damaged")
-    return full
+    return full.to(like.dtype)
 
 
-def _pack(matrix: Tensor) -> Tensor:
-    """The lower triangle of a square matrix, row by row; anything else as it is."""
-    return pack_lower(matrix) if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] else matrix.cpu().clone()
+def _carried(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What estimators carry, with symmetric matrices unpacked."""
+    own = {key.removeprefix("carry."): value for key, value in stored.items() if key.startswith("carry.")}
+    try:
+        return {
+            key.removeprefix("lower."): symmetrise(lower_of(value).float()) if key.startswith("lower.") else value
+            for key, value in own.items()
+        }
+    except ValueError as error:
+        raise FactorsError(f"{error}; the file is damaged") from error
 
 
-def _mirrored(lower: Tensor) -> Tensor:
-    return lower + lower.tril(-1).T
+def _is_square(matrix: Tensor) -> bool:
+    return matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +178,8 @@ class FactorsDirectory:
             stored.pop("tokens")
             layers = {name: (int(shape[0]), int(shape[1])) for name, shape in stored.pop("layers").items()}
             header = Header(**{**stored, "layers": layers, "sequence_ids": tuple(stored["sequence_ids"])})
+            if header.factor_type not in FACTOR_TYPES:
+                raise ValueError(f"factor_type {header.factor_type!r}")
         except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise FactorsError(f"{path} is no factors directory: its header.json cannot be read ({error})") from error
         files: dict[str, Path] = {}
@@ -193,14 +209,19 @@ class FactorsDirectory:
             StorageError: the disk refuses.
         """
         tensors: dict[str, Tensor] = {}
+        dtype = getattr(torch, self.header.factor_type)
         for name, sketch in sketches.items():
             tensors[f"{name}::tokens"] = torch.tensor(sketch.tokens)
-            tensors.update({f"{name}::{key}": _pack(total) for key, total in sketch.sums.items()})
+            tensors.update({f"{name}::{key}": _pack(total, dtype) for key, total in sketch.sums.items()})
         for name, factors in previous.items():
-            tensors[f"{name}::previous.H_out"] = _pack(factors.H_out)
-            tensors[f"{name}::previous.H_in"] = _pack(factors.H_in)
+            tensors[f"{name}::previous.H_out"] = _pack(factors.H_out, dtype)
+            tensors[f"{name}::previous.H_in"] = _pack(factors.H_in, dtype)
             tensors[f"{name}::previous.scale"] = torch.tensor(factors.scale, dtype=torch.float64)
-            tensors.update({f"{name}::carry.{key}": value.cpu().contiguous() for key, value in factors.carry.items()})
+            for key, value in factors.carry.items():
+                if _is_square(value) and torch.equal(value, value.T):
+                    tensors[f"{name}::carry.lower.{key}"] = _pack(value, dtype)
+                else:
+                    tensors[f"{name}::carry.{key}"] = value.cpu().contiguous()
         target = self.path / f"sums-{index:04d}.safetensors"
         with staged_file(target) as temporary:
             save_file(tensors, temporary)
@@ -224,10 +245,10 @@ class FactorsDirectory:
             previous = None
             if "previous.scale" in own:
                 previous = KroneckerFactors(
-                    H_out=_mirrored(_unpack(own["previous.H_out"], torch.zeros(d_out, d_out))).to(device),
-                    H_in=_mirrored(_unpack(own["previous.H_in"], torch.zeros(d_in, d_in))).to(device),
+                    H_out=symmetrise(_unpack(own["previous.H_out"], torch.zeros(d_out, d_out))).to(device),
+                    H_in=symmetrise(_unpack(own["previous.H_in"], torch.zeros(d_in, d_in))).to(device),
                     scale=own["previous.scale"].item(),
-                    carry={key.removeprefix("carry."): value.to(device) for key, value in own.items() if key.startswith("carry.")},
+                    carry={key: value.to(device) for key, value in _carried(own).items()},
                 )
             sketch = estimator.sketch(d_out, d_in, device, index=estimator.passes - 1, previous=previous)
             sketch.tokens = int(own["tokens"])

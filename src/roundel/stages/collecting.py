@@ -105,6 +105,7 @@ def collect_factors(
             tokens_sha256=data_hash(tokens),
             sequence_ids=tokens.sequence_ids,
             pilot=pilot,
+            factor_type=recipe.factor_type,
             layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         )
         directory = FactorsDirectory(path=target, header=header, files={})

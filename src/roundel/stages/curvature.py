@@ -66,7 +66,7 @@ def measure_curvature(
     Raises:
         NumericalError: no linear is left.
     """
-    curvatures = Curvatures(path=work.curvature)
+    curvatures = Curvatures(path=work.curvature, factor_type=recipe.factor_type)
     with notes.timed("curvature"):
         tokens, linears = split.used, source.linears
         total = steps(source.layers, linears) * len(tokens)

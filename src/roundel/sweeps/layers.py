@@ -153,6 +153,12 @@ class Layers:
         size = max(1, SLICE // vocabulary)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
+    def pieces(self, rows: int, tokens: int) -> list[tuple[slice, slice]]:
+        """Sequences, and positions of them, whose logits exist at the same time: several sequences, or a part of one."""
+        parts = self.slices(tokens)
+        together = max(1, SLICE // (tokens * int(self.model.get_input_embeddings().num_embeddings))) if len(parts) == 1 else 1  # type: ignore[operator]
+        return [(slice(start, min(start + together, rows)), part) for start in range(0, rows, together) for part in parts]
+
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the context the model has other values for some of its parameters, by name; tied ones everywhere."""

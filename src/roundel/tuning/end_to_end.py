@@ -30,10 +30,11 @@ from torch.utils.checkpoint import checkpoint
 from roundel.artifacts.source import load_dense
 from roundel.evaluate import compare_models
 from roundel.linalg.fast import fast
+from roundel.sweeps import Layers
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, places, shuffled
-from roundel.tuning.teacher import Divergence, Teacher, drawn_share
+from roundel.tuning.teacher import Teacher, descend, drawn_share
 from roundel.tuning.trained import Trained, put, trained
 from roundel.types import RoundedWeight
 
@@ -91,8 +92,9 @@ def tune_end_to_end(job: Job) -> Tuned:
     else:
         best, moved, best_step = dict(rounded), stored_values(small, others), 0
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
-    teacher = Teacher(source.model, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
-    batch, forward = fast(teacher.batch), fast(twin.__call__)
+    layers = Layers(twin)
+    teacher = Teacher(source.layers, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
+    batch, forward = fast(teacher.batch), fast(layers.through)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
@@ -100,11 +102,8 @@ def tune_end_to_end(job: Job) -> Tuned:
         uniforms = teacher.uniforms(rows, optimiser.taken)
         loss = 0.0
         for part in (slice(start, start + passes) for start in range(0, rows, passes)):
-            ids, expected = batch(chosen[part], turns[part], uniforms[part])
-            logits = forward(input_ids=ids, use_cache=False).logits
-            part_of_loss = Divergence.apply(logits, expected) * (len(ids) / rows)  # type: ignore[no-untyped-call]
-            part_of_loss.backward()
-            loss += part_of_loss.item()
+            reference = batch(chosen[part], turns[part], uniforms[part])
+            loss += descend(layers, forward(reference.ids), reference, tokens=rows * tokens.ids.shape[1])
         spent.append(loss)
         optimiser.take()
         job.advance(1)

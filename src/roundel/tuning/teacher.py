@@ -8,19 +8,24 @@ true text: where there is half a token for each number that moves it only harms,
 
 Cost: one forward pass of the original over what comes out, `2 P` flops a token beside `6 P` of the step (`P` weights); what is drawn in all
 turns is asked for in one more over the text, and kept in 4 bytes for each token and turn. Where nothing is drawn and the original's
-log-probabilities fit into `CACHE` bytes, they are computed once. Measured: `docs/log.md`, 14.
+log-probabilities fit into `CACHE` bytes, they are computed once. Logits of either model exist for a piece of the tokens at a time
+(`Layers.pieces`), in the backward pass too. Measured: `docs/log.md`, 14.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from roundel.linalg.fast import fast
+from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
-__all__ = ["Divergence", "Teacher", "drawn_share"]
+__all__ = ["Divergence", "Reference", "Teacher", "descend", "drawn_share"]
 
 CACHE = 1 << 30
 """Bytes of the original's log-probabilities that are kept, in float16."""
@@ -37,14 +42,30 @@ def drawn_share(tokens: int, parameters: int) -> float:
     return SHARE * max(0.0, 1 - tokens / (ENOUGH * max(1, parameters)))
 
 
+class Reference:
+    """The original's log-probabilities of some sequences, of which only a piece exists in float32 at a time."""
+
+    def __init__(self, layers: Layers, ids: Int[Tensor, "rows tokens"], kept: Sequence[Tensor] = ()) -> None:
+        """Of `ids`; `kept`: they are there for each sequence, else hidden states are computed."""
+        self.layers, self.ids, self.kept = layers, ids, kept
+        self.hidden = None if kept else layers.through(ids)
+
+    @torch.no_grad()
+    def piece(self, rows: slice, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
+        """Of these sequences at these positions."""
+        if self.hidden is None:
+            return torch.stack([own[part] for own in self.kept[rows]]).float()
+        logits: Tensor = fast(self.layers.logits)(self.ids[rows, part], self.hidden[rows, part])
+        return logits.float().log_softmax(-1)
+
+
 class Teacher:
     """The original, beside calibration text."""
 
-    def __init__(self, model: nn.Module, tokens: TokenBatch, *, share: float, turns: int, seed: int) -> None:
+    def __init__(self, layers: Layers, tokens: TokenBatch, *, share: float, turns: int, seed: int) -> None:
         """Of `tokens`, seen `turns` times, a `share` is drawn anew each time; what is drawn depends on `seed` and the text alone."""
-        self.model, self.tokens, self.share, self.turns, self.seed = model, tokens, share, turns, seed
-        self.device = next(model.parameters()).device
-        vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self.layers, self.tokens, self.share, self.turns, self.seed = layers, tokens, share, turns, seed
+        vocabulary = int(layers.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.keeps = share == 0 and 2 * tokens.ids.numel() * vocabulary <= CACHE
         self.kept: dict[int, Tensor] = {}
         """By sequence: log-probabilities of the true text, or what is drawn in place of its tokens, in turn."""
@@ -54,31 +75,55 @@ class Teacher:
         return torch.rand(rows, self.tokens.ids.shape[1] - 1, generator=_random(self.seed, step))
 
     @torch.no_grad()
-    def batch(self, rows: list[int], turns: list[int], uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """These rows, each for the how manieth time: ids, and log-probabilities `(rows, tokens, vocabulary)`."""
-        ids = self.tokens.ids[rows].to(self.device)
+    def batch(self, rows: list[int], turns: list[int], uniforms: Tensor) -> Reference:
+        """These rows, each for the how manieth time."""
+        ids = self.tokens.ids[rows].to(self.layers.device)
         if self.share > 0:
             drawn = torch.stack([self._drawn(row)[turn] for row, turn in zip(rows, turns, strict=True)]).to(ids)
-            ids[:, 1:] = torch.where(uniforms.to(self.device) < self.share, drawn, ids[:, 1:])
+            ids[:, 1:] = torch.where(uniforms.to(ids.device) < self.share, drawn, ids[:, 1:])
         elif self.keeps:
             for row, own in zip(rows, ids, strict=True):  # one by one: the numbers must not depend on what it was first seen with
                 if row not in self.kept:
-                    self.kept[row] = self._run(own[None])[0].half()
-            return ids, torch.stack([self.kept[row] for row in rows])
-        return ids, self._run(ids)
+                    self.kept[row] = torch.cat([piece[0].half() for _, piece in self._pieces(own[None])])
+            return Reference(self.layers, ids, [self.kept[row] for row in rows])
+        return Reference(self.layers, ids)
+
+    def _pieces(self, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Of one sequence: positions, and log-probabilities there."""
+        reference = Reference(self.layers, ids)
+        for rows, part in self.layers.pieces(*ids.shape):
+            yield part, reference.piece(rows, part)
 
     def _drawn(self, row: int) -> Tensor:
         """`(turns, tokens - 1)`: what the original expects in place of each token but the first of a sequence, after the true text."""
         if row not in self.kept:
-            below = self._run(self.tokens.ids[row : row + 1].to(self.device))[0, :-1].exp().cumsum(-1)
-            places = torch.rand(len(below), self.turns, generator=_random(self.seed, -1 - row)).to(self.device)
-            drawn = torch.searchsorted(below, places * below[:, -1:]).clamp(max=below.shape[1] - 1)
-            self.kept[row] = drawn.T.to("cpu", torch.int32)
+            ids = self.tokens.ids[row : row + 1].to(self.layers.device)
+            places = torch.rand(ids.shape[1], self.turns, generator=_random(self.seed, -1 - row)).to(ids.device)
+            found = []
+            for part, piece in self._pieces(ids):
+                below = piece[0].exp().cumsum(-1)
+                found.append(torch.searchsorted(below, places[part] * below[:, -1:]).clamp(max=below.shape[1] - 1))
+            self.kept[row] = torch.cat(found)[:-1].T.to("cpu", torch.int32)
         return self.kept[row]
 
-    def _run(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float().log_softmax(-1)
+
+def descend(layers: Layers, hidden: Float[Tensor, "rows tokens d"], reference: Reference, *, tokens: int) -> float:
+    """The backward pass of `Divergence` from the quantized model's last hidden states; returns the loss.
+
+    Both are of `tokens` tokens, of which these are all or some. Gradients go to whatever asks for them, the head's parameters too.
+    """
+    ids, loss, g = reference.ids, 0.0, torch.zeros_like(hidden)
+    for rows, part in layers.pieces(*ids.shape):
+        leaf = hidden[rows, part].detach().requires_grad_(True)
+        logits = fast(layers.logits)(ids[rows, part], leaf)
+        own = Divergence.apply(logits, reference.piece(rows, part)) * (leaf.shape[:-1].numel() / tokens)  # type: ignore[no-untyped-call]
+        own.backward()
+        assert leaf.grad is not None
+        g[rows, part] = leaf.grad
+        loss += own.item()
+    if hidden.requires_grad:
+        hidden.backward(g)
+    return loss
 
 
 def _random(seed: int, index: int) -> torch.Generator:

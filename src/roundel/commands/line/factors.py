@@ -19,6 +19,9 @@ def collect(
     output: Annotated[Path, typer.Option("-o", "--output", help="Factors directory; new or empty, unless --resume.")],
     curvature: Annotated[str, typer.Option(help="As for quantize.")] = DEFAULT.curvature,
     labels: Annotated[str, typer.Option(help="As for quantize.")] = DEFAULT.labels,
+    factor_type: Annotated[
+        str, typer.Option(help="Of the sums on the disk: float32, or bfloat16 in half of the space.")
+    ] = DEFAULT.factor_type,
     calibration: Annotated[str, typer.Option(metavar="SPEC", help="As for quantize.")] = DEFAULT.calibration,
     sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.sequences,
     seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = DEFAULT.seq_len,
@@ -55,6 +58,7 @@ def collect(
             context,
             curvature=curvature,
             labels=labels,
+            factor_type=factor_type,
             calibration=calibration,
             sequences=sequences,
             seq_len=seq_len,

@@ -65,6 +65,10 @@ def quantize(
             "or data (the text's next tokens: the empirical Fisher)."
         ),
     ] = DEFAULT.labels,
+    factor_type: Annotated[
+        str,
+        typer.Option(help="In which type curvature lies on the disk until a layer is rounded: float32, or bfloat16 in half of the space."),
+    ] = DEFAULT.factor_type,
     calibration: Annotated[
         str,
         typer.Option(
@@ -165,6 +169,7 @@ def quantize(
         format=format,
         curvature=curvature,
         labels=labels,
+        factor_type=factor_type,
         calibration=calibration,
         sequences=sequences,
         seq_len=seq_len,
