@@ -43,6 +43,7 @@ STAGES = [
     ("linears", 0),
     ("drafts", 1),
     ("text", 1),
+    ("sequences", 2),
     ("curvature", 2),
     ("collecting", 3),
     ("rounding", 3),

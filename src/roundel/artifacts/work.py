@@ -28,7 +28,7 @@ from roundel.errors import StorageError
 from roundel.store import storage, write_json
 from roundel.sweeps import HiddenStore
 
-__all__ = ["Work", "open_work"]
+__all__ = ["Work", "open_work", "readable"]
 
 HIDDEN = 1 << 28
 """Bytes of hidden states in main memory where nothing is said: files of the size that they then have are cached by the system anyway."""
@@ -72,19 +72,29 @@ class Work:
         """
         if not self.kept:
             return
-        job = self.path / "job.json"
-        try:
-            known = json.loads(job.read_text(encoding="utf-8"))["digest"]
-        except FileNotFoundError:
-            known = None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{job} is damaged ({error}); remove {self.path} and start again") from error
+        job, known = self.path / "job.json", None
+        if job.exists():
+            with readable(job):
+                known = json.loads(job.read_text(encoding="utf-8"))["digest"]
         if known is None:
             write_json(job, {"digest": digest})
         elif known != digest:
             raise StorageError(
                 f"{self.path} holds the work of another job, of another model, text or recipe: take another one for --work or remove it"
             )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file of a work directory is read into an error that says what to do.
+
+    Raises:
+        StorageError: something has.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise StorageError(f"{path} is damaged ({error}); remove {path.parent} and start again") from error
 
 
 @contextmanager

@@ -44,11 +44,12 @@ def finish(
     return Quantized(path=target, report=divergence, details=details)
 
 
-def weights_of(recipe: Recipe) -> dict[str, float]:
-    """What each stage of a job is expected to take, in passes of one sequence through the model."""
+def weights_of(recipe: Recipe, *, tried: bool = False) -> dict[str, float]:
+    """What each stage of a job is expected to take, in passes of one sequence through the model; `tried`: numbers of sequences are."""
     collected, held = recipe.sequences, recipe.eval_sequences
     places, steps = recipe.natural_steps(collected, recipe.seq_len, weights=0)  # it is not read yet
-    found = {
+    found = {"number of sequences": 2.0 * collected} if tried else {}
+    found |= {
         "curvature": 6.0 * collected,
         "rounding": 6.0 * recipe.prefix_count + 20.0 * recipe.sweeps + 16.0 * places * steps,
     }

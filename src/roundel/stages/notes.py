@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from roundel.allocator import give_back_freed_memory
 from roundel.progress import Progress
@@ -19,6 +20,8 @@ class Notes:
         self.progress = progress
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.tried: list[dict[str, Any]] = []
+        """Numbers of sequences, where the text says how many are enough (`stages.sequences`)."""
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

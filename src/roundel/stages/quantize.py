@@ -1,5 +1,6 @@
 """`quantize`: all stages, from a model and text to a checkpoint with its report; each is entered once and reads what the one before made.
 
+    (text -> how many sequences, with `--sequences auto`)
     text -> tokens -> curvature of every linear -> codes -> tuned codes -> checkpoint -> measured and predicted KL -> report
 
 Everything between is in the job's directory (`artifacts.work`); the output directory appears when everything is measured.
@@ -7,6 +8,7 @@ Everything between is in the job's directory (`artifacts.work`); the output dire
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from roundel.stages.finish import finish, warn_of_fusion, weights_of
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
+from roundel.stages.sequences import AUTO, enough_sequences
 from roundel.stages.text import default_batch, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
 from roundel.store import check_output
@@ -56,7 +59,7 @@ def quantize(
         dtype: In which the model runs: `auto`, `float32` or `bfloat16`.
         batch_size: Sequences per pass; by default about 4096 tokens. Changes speed and memory, never the result.
         progress: Where to report; silent by default.
-        settings: The fields of `Recipe`.
+        settings: The fields of `Recipe`; `sequences` may be `auto` (`stages.sequences`).
 
     Returns:
         The output's path, the measured divergence and the contents of roundel.json.
@@ -64,18 +67,24 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
+    searched = settings.get("sequences") == AUTO and factors is None
+    settings = {name: value for name, value in settings.items() if value != AUTO or name != "sequences"}
     recipe, notes, target = Recipe.of(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     check_output(target)
     stored = None if factors is None else FactorsDirectory.open(Path(factors))
     if stored is not None:
         recipe, settings = stored.header.applied_to(recipe), {**settings, "sequences": stored.header.sequences}
 
-    with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(weights_of(recipe)):
+    stages = weights_of(recipe, tried=searched)
+    with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(stages):
         with notes.timed("load"):
             source = load_source(str(model), recipe, device, dtype, work=place)
             warn_of_fusion(source, notes)
             if stored is not None:
                 check_model(stored, source)
+        if searched:
+            settings = {**settings, "sequences": enough_sequences(recipe, source, notes, work=place)}
+            recipe = dataclasses.replace(recipe, sequences=settings["sequences"])
         split = read_text(recipe, source, notes, known=frozenset(stored.header.sequence_ids) if stored else None, given=settings)
         place.claim(rounding_digest(recipe, source, split))
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))

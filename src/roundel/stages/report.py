@@ -96,6 +96,7 @@ def report_details(
             "seq_len": split.heldout.ids.shape[1],
             "tokens": split.calibration.ids.numel(),
             "sha256": data_hash(split.calibration),
+            **({"sequences_tried": notes.tried} if notes.tried else {}),
             "fingerprint": fingerprint.thinned(FINGERPRINT_MODULUS).as_json(),
         },
         "bits_per_weight": {

@@ -89,6 +89,11 @@ def listed(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
+def count_or_auto(text: str) -> int | str:
+    """A number of sequences, or `auto`."""
+    return text if text == "auto" else whole(text, "--sequences")
+
+
 def whole(text: str, option: str) -> int:
     """A whole number.
 

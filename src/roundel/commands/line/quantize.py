@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from roundel.commands.line.options import (
     TuneTokens,
     Work,
     Written,
+    count_or_auto,
     explicit,
     listed,
 )
@@ -76,7 +77,9 @@ def quantize(
             help="Text or .jsonl file, directory, Hub dataset (name:split=train:num=1000:field=text), stdlib, or self (sampled).",
         ),
     ] = DEFAULT.calibration,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.sequences,
+    sequences: Annotated[
+        Any, typer.Option(parser=count_or_auto, metavar="N|auto", help="Calibration sequences; auto: until more are of no use.")
+    ] = DEFAULT.sequences,
     seq_len: Annotated[int, typer.Option(help="Tokens in each, at most the model's positions.")] = DEFAULT.seq_len,
     eval_data: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Evaluation text; default: held out from the calibration text.")
