@@ -44,6 +44,7 @@ STAGES = [
     ("drafts", 1),
     ("text", 1),
     ("sequences", 2),
+    ("space", 2),
     ("curvature", 2),
     ("collecting", 3),
     ("rounding", 3),

@@ -63,7 +63,7 @@ class Recipe(Settings):
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
-        splits_rows = parse_curvature(self.curvature).splits_rows
+        splits_rows = parse_curvature(self.curvature).row_groups > 1
         for scheme in self.used_schemes:
             if splits_rows and self.rotation_of(parse_scheme(scheme)):
                 raise SchemeError(

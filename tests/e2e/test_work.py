@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,9 @@ from roundel.artifacts.rounded import RoundedFiles
 from roundel.artifacts.work import open_work
 from roundel.errors import StorageError
 from roundel.models import offload
+from roundel.progress import Silent
 from roundel.stages import quantize as quantize_stage
+from roundel.stages import space
 from roundel.stages.rounding import natural
 from roundel.sweeps import HiddenStates, hidden
 
@@ -51,6 +55,28 @@ def short_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(natural, "STEP_TOKENS", 64)
         yield
+
+
+class Watching(Silent):
+    """Keeps what is said, and the largest size of a directory at any step."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.largest, self.said = directory, 0, list[str]()
+
+    @contextmanager
+    def stage(self, title: str, total: int, *, share: float = 1.0) -> Iterator[Callable[[int], None]]:
+        yield lambda _units: self.look()
+        self.look()
+
+    def look(self) -> None:
+        found = 0
+        for path in self.directory.rglob("*"):
+            with suppress(FileNotFoundError):
+                found += path.stat().st_size
+        self.largest = max(self.largest, found)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 class KilledError(BaseException):
@@ -394,3 +420,30 @@ def test_whatever_ends_it_nothing_is_left_beside_the_output(error, deep, quantiz
             with pytest.raises(error):
                 quantize(deep, tmp_path / "out", **GIVEN, memory="1K")
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"curvature": "guided:groups=2", "factor_type": "bfloat16"}, {"tune": "end-to-end", "tune_steps": 8, "tune_tokens": 64}, AUTO],
+    ids=str,
+)
+def test_what_a_job_takes_is_said_before(settings, model, text, tmp_path, monkeypatch) -> None:
+    """A bound that holds, and is no more than some times what it bounds."""
+    bounds: list[space.Space] = []
+    real = space.bound
+    monkeypatch.setattr(space, "bound", lambda *args: bounds.append(real(*args)) or bounds[-1])
+    watching = Watching(tmp_path / "work")
+    roundel.quantize(
+        model(), output=tmp_path / "out", calibration=str(text), work=tmp_path / "work", progress=watching, **{**GIVEN, **settings}
+    )
+    (found,) = bounds
+    said = next(message for message in watching.said if message.startswith(f"{tmp_path / 'work'}: up to"))
+    assert "hidden states" in said
+    assert ("tuning" in said) == ("tune" in settings)
+    assert watching.largest <= found.total <= 5 * watching.largest
+    before = len(watching.said)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _path: SimpleNamespace(free=found.total - 1))
+    roundel.quantize(
+        model(), output=tmp_path / "again", calibration=str(text), work=tmp_path / "work", progress=watching, **{**GIVEN, **settings}
+    )
+    assert any("may be needed" in message for message in watching.said[before:])

@@ -23,6 +23,7 @@ from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
 from roundel.stages.sequences import AUTO, enough_sequences
+from roundel.stages.space import say_space
 from roundel.stages.text import default_batch, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
 from roundel.store import check_output
@@ -87,6 +88,7 @@ def quantize(
             recipe = dataclasses.replace(recipe, sequences=settings["sequences"])
         split = read_text(recipe, source, notes, known=frozenset(stored.header.sequence_ids) if stored else None, given=settings)
         place.claim(rounding_digest(recipe, source, split))
+        say_space(recipe, source, split, stored, notes, work=place)
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
         measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
         rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=place)

@@ -103,9 +103,9 @@ class Estimator(ABC):
         return 1
 
     @property
-    def splits_rows(self) -> bool:
-        """Whether groups of rows get factors of their own."""
-        return False
+    def row_groups(self) -> int:
+        """How many groups of rows get factors of their own."""
+        return 1
 
     def pilot(self, sequences: int) -> int:
         """How many of the first of so many sequences make pass 0, and no later pass; 0: every pass goes over all sequences."""

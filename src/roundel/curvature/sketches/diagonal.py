@@ -75,8 +75,8 @@ class Diagonal(Estimator):
         return self.full().passes
 
     @property
-    def splits_rows(self) -> bool:
-        return self.full().splits_rows
+    def row_groups(self) -> int:
+        return self.full().row_groups
 
     def pilot(self, sequences: int) -> int:
         return self.full().pilot(sequences)

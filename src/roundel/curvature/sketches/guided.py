@@ -63,8 +63,8 @@ class Guided(Estimator):
             raise SchemeError(f"guided: groups={self.groups}, expected 1 or more")
 
     @property
-    def splits_rows(self) -> bool:
-        return self.groups > 1
+    def row_groups(self) -> int:
+        return self.groups
 
     def sketch(self, d_out: int, d_in: int, device: torch.device, *, index: int = 0, previous: KroneckerFactors | None = None) -> Sketch:
         return _Sums(d_out, d_in, device, self.groups)
