@@ -89,9 +89,9 @@ def listed(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def count_or_auto(text: str) -> int | str:
-    """A number of sequences, or `auto`."""
-    return text if text == "auto" else whole(text, "--sequences")
+def count_or_auto(given: str | int) -> int | str:
+    """A number of sequences, or `auto`; a default comes as the number that it is."""
+    return "auto" if given == "auto" else whole(str(given), "--sequences")
 
 
 def whole(text: str, option: str) -> int:
