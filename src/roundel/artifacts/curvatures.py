@@ -21,7 +21,7 @@ from roundel.linalg.gram import symmetrise
 from roundel.store import staged_file, storage
 from roundel.types import Factors, GroupedFactors, KroneckerFactors
 
-__all__ = ["Curvatures", "LinearCurvature", "lower_of", "pack_lower"]
+__all__ = ["Curvatures", "LinearCurvature", "lower_of", "pack_lower", "symmetric_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class Curvatures:
                 for name, own in notes["linears"].items():
                     groups = [
                         KroneckerFactors(
-                            H_out=_symmetric(stored.get_tensor(f"{name}/{place}/H_out")),
-                            H_in=_symmetric(stored.get_tensor(f"{name}/{place}/H_in")),
+                            H_out=symmetric_of(stored.get_tensor(f"{name}/{place}/H_out")),
+                            H_in=symmetric_of(stored.get_tensor(f"{name}/{place}/H_in")),
                             scale=float(scale),
                         )
                         for place, scale in enumerate(own["scales"])
@@ -141,5 +141,10 @@ def lower_of(packed: Tensor) -> Tensor:
     return full
 
 
-def _symmetric(packed: Tensor) -> Tensor:
+def symmetric_of(packed: Tensor) -> Tensor:
+    """The float32 matrix of a packed lower triangle.
+
+    Raises:
+        ValueError: it is no triangle.
+    """
     return symmetrise(lower_of(packed).float())

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from roundel.artifacts.curvatures import lower_of, pack_lower
+from roundel.artifacts.curvatures import lower_of, pack_lower, symmetric_of
 from roundel.curvature import Sketch, parse_curvature
 from roundel.errors import FactorsError
 from roundel.linalg.gram import symmetrise
@@ -131,10 +131,7 @@ def _carried(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What estimators carry, with symmetric matrices unpacked."""
     own = {key.removeprefix("carry."): value for key, value in stored.items() if key.startswith("carry.")}
     try:
-        return {
-            key.removeprefix("lower."): symmetrise(lower_of(value).float()) if key.startswith("lower.") else value
-            for key, value in own.items()
-        }
+        return {key.removeprefix("lower."): symmetric_of(value) if key.startswith("lower.") else value for key, value in own.items()}
     except ValueError as error:
         raise FactorsError(f"{error}; the file is damaged") from error
 

@@ -68,13 +68,15 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
-    searched = settings.get("sequences") == AUTO and factors is None
-    settings = {name: value for name, value in settings.items() if value != AUTO or name != "sequences"}
+    searched = settings.get("sequences") == AUTO
+    if searched:
+        settings = {name: value for name, value in settings.items() if name != "sequences"}
     recipe, notes, target = Recipe.of(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     check_output(target)
     stored = None if factors is None else FactorsDirectory.open(Path(factors))
     if stored is not None:
         recipe, settings = stored.header.applied_to(recipe), {**settings, "sequences": stored.header.sequences}
+        searched = False  # the factors' number, as with one that is given
 
     stages = weights_of(recipe, tried=searched)
     with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(stages):

@@ -98,7 +98,7 @@ def _tried(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> list[
     linears = {name: source.linears[name] for name in names}
     estimator = _estimator(recipe)
     sketches = {name: estimator.sketch(linear.out_features, linear.in_features, layers.device) for name, linear in linears.items()}
-    numbers = [LEAST << power for power in range(len(tokens).bit_length()) if LEAST << power <= len(tokens)]
+    numbers = [LEAST << power for power in range((len(tokens) // LEAST).bit_length())]
     rows: list[dict[str, Any]] = []
     before: Tensor | None = None
     weight = steps(layers, linears)

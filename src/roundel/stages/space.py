@@ -21,7 +21,6 @@ from roundel.calibration import Split
 from roundel.curvature import parse_curvature
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
-from roundel.types import TokenBatch
 
 __all__ = ["Space", "bound", "say_space"]
 
@@ -54,8 +53,10 @@ def bound(recipe: Recipe, source: Source, split: Split, work: Work) -> Space:
     """Of a job."""
     layers, linears = source.layers, source.linears
     weights = sum(linear.weight.numel() for linear in linears.values())
-    collecting = _state(source, split.used) * (len(layers) + 3) * len(split.used)
-    hidden = max(collecting, _rounding(recipe, source, split) if recipe.corrects(split.calibration.ids.numel()) else 0)
+    state = layers.embed(split.used.ids[:1].to(layers.device)).nbytes
+    hidden = (len(layers) + 3) * len(split.used) * state
+    if recipe.corrects(split.calibration.ids.numel()):
+        hidden = max(hidden, _rounding(recipe, source, split, state))
     size = getattr(torch, recipe.factor_type).itemsize
     groups = parse_curvature(recipe.curvature).row_groups
     triangles = sum(groups * (_triangle(linear.in_features) + _triangle(-(-linear.out_features // groups))) for linear in linears.values())
@@ -85,17 +86,13 @@ def say_space(recipe: Recipe, source: Source, split: Split, stored: FactorsDirec
         )
 
 
-def _state(source: Source, tokens: TokenBatch) -> int:
-    """Bytes of the hidden state of one sequence."""
-    one = source.layers.embed(tokens.ids[:1].to(source.layers.device))
-    return one.nbytes
+def _rounding(recipe: Recipe, source: Source, split: Split, state: int) -> int:
+    """Hidden states of both paths before and after a group, what its linears read and add to, and what natural-gradient steps refer to.
 
-
-def _rounding(recipe: Recipe, source: Source, split: Split) -> int:
-    """Hidden states of both paths before and after a group, what its linears read and add to, and what natural-gradient steps refer to."""
-    layers, count = source.layers, min(recipe.prefix_count, len(split.everything))
-    state = _state(source, split.everything)
-    item, length = source.model.dtype.itemsize, split.everything.ids.shape[1]
+    `state`: bytes of one sequence's hidden state.
+    """
+    layers, (found, length) = source.layers, split.everything.ids.shape
+    count, item = min(recipe.prefix_count, found), source.model.dtype.itemsize
     widest = max(
         sum(source.linears[name].in_features + source.linears[name].out_features for name in layers.inside(index, source.linears))
         for index in range(len(layers))

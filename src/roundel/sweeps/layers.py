@@ -91,6 +91,11 @@ class Layers:
         embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         return next(embedding.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
     def inside(self, index: int, modules: Mapping[str, nn.Module]) -> list[str]:
         """Which of these modules belong to a group, in their order."""
         prefixes = tuple(f"{name}." for name in self.groups[index])
@@ -149,14 +154,13 @@ class Layers:
 
     def slices(self, tokens: int) -> list[slice]:
         """Positions of a sequence whose logits exist at the same time."""
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        size = max(1, SLICE // vocabulary)
+        size = max(1, SLICE // self.vocabulary)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def pieces(self, rows: int, tokens: int) -> list[tuple[slice, slice]]:
         """Sequences, and positions of them, whose logits exist at the same time: several sequences, or a part of one."""
         parts = self.slices(tokens)
-        together = max(1, SLICE // (tokens * int(self.model.get_input_embeddings().num_embeddings))) if len(parts) == 1 else 1  # type: ignore[operator]
+        together = max(1, SLICE // (tokens * self.vocabulary))
         return [(slice(start, min(start + together, rows)), part) for start in range(0, rows, together) for part in parts]
 
     @contextmanager
@@ -184,8 +188,7 @@ class Layers:
     @torch.no_grad()
     def verified(self) -> bool:
         """Whether the groups, run one by one, give what the whole model gives, bit for bit, on a few tokens."""
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(self.device)
+        ids = torch.randint(self.vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(self.device)
         seen: list[Tensor] = []
         with self._patched({i: self._observed(i, seen) for i in range(len(self.names))}):
             whole = self.model(input_ids=ids, use_cache=False).logits

@@ -94,7 +94,7 @@ def tune_end_to_end(job: Job) -> Tuned:
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
     layers = Layers(twin)
     teacher = Teacher(source.layers, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
-    batch, forward = fast(teacher.batch), fast(layers.through)
+    forward = fast(layers.through)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
@@ -102,7 +102,7 @@ def tune_end_to_end(job: Job) -> Tuned:
         uniforms = teacher.uniforms(rows, optimiser.taken)
         loss = 0.0
         for part in (slice(start, start + passes) for start in range(0, rows, passes)):
-            reference = batch(chosen[part], turns[part], uniforms[part])
+            reference = teacher.batch(chosen[part], turns[part], uniforms[part])
             loss += descend(layers, forward(reference.ids), reference, tokens=rows * tokens.ids.shape[1])
         spent.append(loss)
         optimiser.take()

@@ -48,7 +48,7 @@ class Reference:
     def __init__(self, layers: Layers, ids: Int[Tensor, "rows tokens"], kept: Sequence[Tensor] = ()) -> None:
         """Of `ids`; `kept`: they are there for each sequence, else hidden states are computed."""
         self.layers, self.ids, self.kept = layers, ids, kept
-        self.hidden = None if kept else layers.through(ids)
+        self.hidden = None if kept else fast(layers.through)(ids)
 
     @torch.no_grad()
     def piece(self, rows: slice, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
@@ -65,8 +65,7 @@ class Teacher:
     def __init__(self, layers: Layers, tokens: TokenBatch, *, share: float, turns: int, seed: int) -> None:
         """Of `tokens`, seen `turns` times, a `share` is drawn anew each time; what is drawn depends on `seed` and the text alone."""
         self.layers, self.tokens, self.share, self.turns, self.seed = layers, tokens, share, turns, seed
-        vocabulary = int(layers.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self.keeps = share == 0 and 2 * tokens.ids.numel() * vocabulary <= CACHE
+        self.keeps = share == 0 and 2 * tokens.ids.numel() * layers.vocabulary <= CACHE
         self.kept: dict[int, Tensor] = {}
         """By sequence: log-probabilities of the true text, or what is drawn in place of its tokens, in turn."""
 
