@@ -94,7 +94,7 @@ def tune_end_to_end(job: Job) -> Tuned:
         history = [{"step": 0, "held_out_kl": held_out(best, moved)}]
     layers = Layers(twin)
     teacher = Teacher(source.layers, tokens, share=share, turns=1 + steps * rows // len(tokens), seed=job.seed)
-    forward = fast(layers.through)
+    forward = fast(layers.through, gradients=True, results=True)
     spent: list[float] = []
     while optimiser.taken < steps:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
@@ -130,4 +130,4 @@ def _recompute(model: nn.Module) -> None:
     """Lets each decoder layer forget what is inside and compute it again in the backward pass."""
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for layer in layers:
-            layer.forward = partial(checkpoint, fast(layer.forward), use_reentrant=False)
+            layer.forward = partial(checkpoint, fast(layer.forward, gradients=True, results=True), use_reentrant=False)

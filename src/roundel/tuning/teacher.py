@@ -48,7 +48,7 @@ class Reference:
     def __init__(self, layers: Layers, ids: Int[Tensor, "rows tokens"], kept: Sequence[Tensor] = ()) -> None:
         """Of `ids`; `kept`: they are there for each sequence, else hidden states are computed."""
         self.layers, self.ids, self.kept = layers, ids, kept
-        self.hidden = None if kept else fast(layers.through)(ids)
+        self.hidden = None if kept else fast(layers.through, results=True)(ids)
 
     @torch.no_grad()
     def piece(self, rows: slice, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
@@ -114,7 +114,7 @@ def descend(layers: Layers, hidden: Float[Tensor, "rows tokens d"], reference: R
     ids, loss, g = reference.ids, 0.0, torch.zeros_like(hidden)
     for rows, part in layers.pieces(*ids.shape):
         leaf = hidden[rows, part].detach().requires_grad_(True)
-        logits = fast(layers.logits)(ids[rows, part], leaf)
+        logits = fast(layers.logits, gradients=True)(ids[rows, part], leaf)
         own = Divergence.apply(logits, reference.piece(rows, part)) * (leaf.shape[:-1].numel() / tokens)  # type: ignore[no-untyped-call]
         own.backward()
         assert leaf.grad is not None
