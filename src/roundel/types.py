@@ -88,12 +88,19 @@ class LayerInput:
 class LayerGrad:
     """What one linear saw in one backward pass.
 
-    `input.x` is `(sequences, tokens, d_in)`; `g` is `(sequences, tokens, d_out)`, the gradient of the *summed* negative log-likelihood
-    at the linear's output. Lives only inside the backward hook.
+    `input.x` is `(sequences, rows, d_in)`; `g` is `(sequences, rows, d_out)`, the gradient of the *summed* negative log-likelihood at the
+    linear's output. A row is a token, unless the linear sees some tokens only, or more than once. Lives only inside the backward hook.
     """
 
     input: LayerInput
-    g: Float[Tensor, "sequences tokens d_out"]
+    g: Float[Tensor, "sequences rows d_out"]
+    text: int | None = None
+    """Tokens of each sequence, where they are not the rows: what is given per token is per token of text."""
+
+    @property
+    def tokens(self) -> int:
+        """Of each sequence."""
+        return self.g.shape[1] if self.text is None else self.text
 
     def sequences(self) -> range:
         """Rows of the batch."""

@@ -266,8 +266,6 @@ def sweep(model: nn.Module, chosen: dict[str, nn.Linear], tokens: TokenBatch, **
 
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_are_those_of_the_whole_model_however_often_they_are_asked_for(name: str) -> None:
-    if name == "shared-linear":
-        pytest.skip("a linear that runs twice has no single input")
     model, tokens = net(name)
     chosen = linears(model)
     expected = whole_gradients(model, chosen, tokens, "probe")

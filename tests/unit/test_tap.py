@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from oracles.tiny import backward, linears, random_tokens, tiny_llama
@@ -42,23 +43,51 @@ def test_hooks_and_requires_grad_are_put_back_even_after_an_error() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-class Twice(nn.Module):
-    """A linear that runs twice, or reads something that is no sequence of tokens."""
+class Odd(nn.Module):
+    """A linear that sees not each token once."""
 
-    def __init__(self, *, pooled: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.embedding, self.linear, self.pooled = nn.Embedding(5, 4), nn.Linear(4, 4), pooled
+        self.embedding, self.linear, self.kind = nn.Embedding(5, 4), nn.Linear(4, 4), kind
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         hidden = self.embedding(input_ids)
-        return SimpleNamespace(logits=self.linear(hidden.mean(1)) if self.pooled else self.linear(self.linear(hidden)))
+        logits = {
+            "twice": lambda: self.linear(self.linear(hidden)),
+            "a use without gradient": lambda: self.linear(hidden) + self.linear(hidden + 1).detach(),
+            "heads": lambda: self.linear(torch.stack([hidden, 2 * hidden], 1)).sum(1),
+            "one head": lambda: self.linear(hidden[:, None]).squeeze(1),
+            "not run": lambda: hidden,
+            "run for nothing": lambda: (self.linear(hidden), hidden)[1],
+            "flat": lambda: self.linear(hidden.flatten(0, 1)).unflatten(0, input_ids.shape),
+            "some": lambda: hidden.index_add(1, torch.tensor([1]), self.linear(hidden[:, 1]).unsqueeze(1)),
+        }[self.kind]()
+        return SimpleNamespace(logits=logits)
 
 
-@pytest.mark.parametrize(("pooled", "message"), [(True, r"linear: the input has shape \(3, 4\)"), (False, "linear: the linear runs twice")])
-def test_linears_without_one_input_per_token_are_refused(pooled: bool, message: str) -> None:
-    model = Twice(pooled=pooled)
-    with pytest.raises(ModelError, match=message), tapped(model, {"linear": model.linear}, lambda _n, _g: None):
-        backward(model, random_tokens(3, 2, vocabulary=5), 0)
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    {"twice": 4, "a use without gradient": 2, "heads": 4, "one head": 2, "not run": 0, "run for nothing": 0, "flat": 2, "some": 1}.items(),
+)
+def test_rows_are_those_of_each_sequence_and_tokens_those_of_its_text(kind, rows, sequences) -> None:
+    model, found, tokens = Odd(kind), list[tuple[str, LayerGrad]](), random_tokens(sequences, 2, vocabulary=5)
+    if kind == "some" and sequences > 1:
+        message = r"^linear: the input has shape \(3, 4\), in which 3 sequences of 2 tokens cannot be told apart; take one at a time"
+        with pytest.raises(ModelError, match=message), tapped(model, {"linear": model.linear}, lambda _n, _g: None):
+            backward(model, tokens, 0)
+        return
+    with tapped(model, {"linear": model.linear}, lambda name, grad: found.append((name, grad))):
+        backward(model, tokens, 0)
+    ((name, grad),) = found
+    assert name == "linear"
+    assert grad.input.x.shape == grad.g.shape == (sequences, rows, 4)
+    assert grad.tokens == 2
+    backward(model, tokens, 0)
+    wanted = torch.zeros(4, 4) if model.linear.weight.grad is None else model.linear.weight.grad
+    summed = sum(grad.weight_gradient(sequence) for sequence in grad.sequences())
+    torch.testing.assert_close(summed, wanted)
+    assert bool(wanted.any()) == (rows > 0)

@@ -14,6 +14,7 @@ their sums.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -198,7 +199,7 @@ def _one_pass(
             # an input of its own: else the first to ask would pay for the Gram matrices of all
             input = copies.setdefault(label, LayerInput(grad.input.x)) if len(wanted) > 1 else grad.input
             with fast_products(device) if fast else nullcontext():
-                wanted[label][0][name].update(LayerGrad(input=input, g=grad.g))
+                wanted[label][0][name].update(dataclasses.replace(grad, input=input))
             own[label] += _now(device) - began
 
     began = _now(device)

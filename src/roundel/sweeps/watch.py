@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from roundel.sweeps.layers import Layers, ReachedError
+from roundel.sweeps.tap import by_sequence
 
 __all__ = ["Readers", "Seen", "observe", "reading_order"]
 
@@ -45,11 +46,11 @@ class Seen:
     """What one linear saw in one forward pass."""
 
     x: Tensor
-    """Its input, as the linear got it."""
+    """Its input, `(sequences, rows, d_in)` where rows can be told apart by sequence (`tap.by_sequence`), else as the linear got it."""
     order: int
     key: tuple[Any, ...]
     rest: Tensor | None = None
-    """What its output was added to, that is the sum without it."""
+    """What its output was added to, that is the sum without it; of the same form."""
     factor: float = 1.0
     """What its output was multiplied by before."""
     runs: int = 1
@@ -138,12 +139,16 @@ def observe(
     """
     seen: dict[str, Seen] = {}
 
+    def told_apart(x: Tensor) -> Tensor:
+        found = by_sequence(x, *hidden.shape[:2])
+        return x if found is None else found
+
     def complete() -> bool:
         return len(seen) == len(linears) and all(seen[name].rest is not None for name in added)
 
     def found(name: str, rest: Tensor, factor: float) -> None:
         if name in seen:
-            seen[name].rest, seen[name].factor = rest, factor
+            seen[name].rest, seen[name].factor = told_apart(rest), factor
             if stop and complete():
                 raise ReachedError(hidden)
 
@@ -154,7 +159,7 @@ def observe(
         if name in seen:
             seen[name].runs += 1
             return
-        seen[name] = Seen(x=x, order=len(seen), key=(x.data_ptr(), x.shape, x._version))
+        seen[name] = Seen(x=told_apart(x), order=len(seen), key=(x.data_ptr(), x.shape, x._version))
         if stop and complete():
             raise ReachedError(hidden)
 

@@ -48,7 +48,7 @@ class Sketch(ABC):
         """Adds one batch."""
         for sequence in grad.sequences():
             self.add_sequence(grad, sequence)
-            self.tokens += grad.g.shape[1]
+            self.tokens += grad.tokens
 
     @abstractmethod
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:

@@ -243,7 +243,8 @@ class _Paths:
     ) -> dict[str, RoundedWeight]:
         """Rounds a group and takes both paths to its end."""
         layers, device = self._layers, self._layers.device
-        order = reading_order(layers, index, self._ids([0]), self._x.read([0]).to(device), linears) if linears else []
+        few = self._rows[:2]  # in one sequence what sees some of the tokens may happen to see as many as there are
+        order = reading_order(layers, index, self._ids(few), self._x.read(few).to(device), linears) if linears else []
         corrected = [readers for readers in order if readers.per_token]
         after, inputs, rests = self._original(index, linears, corrected)
         kept = {name: linear.weight.detach().clone() for name, linear in linears.items()}
