@@ -67,6 +67,7 @@ REPORT = {
 }
 ROW = {
     *(
+        "tensor",
         "shape",
         "scheme",
         "dtype",

@@ -1,5 +1,6 @@
 """The overlay over a checkpoint's files, and what `fuse_rotation` refuses before it looks at the model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,9 @@ def test_a_tied_checkpoint_may_hold_the_head_instead_of_the_embedding(tmp_path: 
     assert all(torch.equal(checkpoint.read(name), value) for name, value in values.items())
 
 
-def test_names_of_a_base_model_are_found(tmp_path: Path, values: dict[str, Tensor]) -> None:
-    checkpoint = fused(values).checkpoint(stored(tmp_path, {"embed_tokens.weight": torch.zeros(6, 4)}))
+def test_stored_names_are_found(tmp_path: Path, values: dict[str, Tensor]) -> None:
+    original = replace(stored(tmp_path, {"embed_tokens.weight": torch.zeros(6, 4)}), names={EMBEDDING: "embed_tokens.weight"})
+    checkpoint = fused(values).checkpoint(original)
     assert set(checkpoint) == {"embed_tokens.weight", HEAD}
     assert torch.equal(checkpoint.read("embed_tokens.weight"), values[EMBEDDING])
 

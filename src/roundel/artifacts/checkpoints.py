@@ -18,24 +18,25 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roundel.errors import ModelError, in_layer
 from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
+from roundel.models.load import load_config
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
 
-__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "owners", "read", "stored_prefix", "write"]
+__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "owners", "read", "write"]
 
 GGUF_FILE = "model.gguf"
 
@@ -184,7 +185,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         raise ModelError(
             f"{path}/roundel.json does not say how each linear was rounded: {error!r}; it is damaged or of an older version"
         ) from error
-    owned = owners(checkpoint, layers)
+    owned = owners(checkpoint, report["layers"])
     tensors_of: dict[str, list[str]] = {}
     for tensor, module in owned.items():
         tensors_of.setdefault(module, []).append(tensor)
@@ -193,7 +194,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
             sizes[tensor] = checkpoint.sizes[tensor]
         elif (module := owned[tensor]) not in weights:
             own = tensors_of[module]
-            prefix = stored_prefix(own[0], module)
+            prefix = f"{own[0].rpartition('.')[0]}."
             scheme, shape, dtype = layers[module]
             with in_layer(module):
                 parts = {other.removeprefix(prefix): checkpoint.read(other) for other in own}
@@ -210,7 +211,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         reader=checkpoint.read,
         weights=weights,
         dtypes=dtypes,
-        linears=frozenset(name for name, module in _skeleton(path, config).named_modules() if type(module) is nn.Linear),
+        linears=frozenset(name for name, module in _skeleton(path).named_modules() if type(module) is nn.Linear),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
 
@@ -227,21 +228,24 @@ def _report(path: Path) -> dict[str, Any]:
     return report
 
 
-def stored_prefix(tensor: str, module: str) -> str:
-    """The stored name of a module with a dot, which may lack the leading name of a base model."""
-    return f"{module}." if tensor.startswith(f"{module}.") else f"{module.partition('.')[2]}."
+def owners(checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The quantized linear that each of its tensors, biases aside, belongs to; `layers` are rows of the report.
 
-
-def owners(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, str]:
-    """The quantized linear that each of its tensors, biases aside, belongs to."""
-    stored = {name: module for module in modules for name in (module, module.partition(".")[2]) if name}
+    Older reports do not have the tensors' names: then they are the module's own, or lack the leading name of a base model.
+    """
+    stored: dict[str, str] = {}
+    for module, row in layers.items():
+        tensors = [str(row["tensor"])] if "tensor" in row else [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+        stored |= {tensor.rpartition(".")[0]: module for tensor in tensors}
     found = {tensor: stored.get(tensor.rpartition(".")[0]) for tensor in checkpoint}
     return {tensor: module for tensor, module in found.items() if module is not None and not tensor.endswith(".bias")}
 
 
-def _skeleton(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The architecture, without its weights."""
-    known = AutoConfig.for_model(**config) if "model_type" in config else AutoConfig.from_pretrained(path, trust_remote_code=False)
+def _skeleton(path: Path) -> nn.Module:
+    """The original's architecture, without its weights."""
+    known = load_config(path)
+    if hasattr(known, "quantization_config"):
+        del known.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)  # type: ignore[no-untyped-call]
     assert isinstance(model, nn.Module)
@@ -266,7 +270,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
     if (path / GGUF_FILE).is_file():
         if config.get("model_type") in _GGUF_TYPES:
             return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
-        tensors = gguf.read(path / GGUF_FILE, config=config, tensors=_skeleton(path, config).state_dict())
+        tensors = gguf.read(path / GGUF_FILE, config=config, tensors=_skeleton(path).state_dict())
         with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
             write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
             write_json(Path(scratch) / "config.json", config)

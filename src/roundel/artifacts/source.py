@@ -94,7 +94,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     if recipe.written_format() == "gguf":
         gguf.check_architecture(config)
         gguf.check_tokenizer(path)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path).of(model)
     parameters, fusion = sum(p.numel() for p in model.parameters()), None
     if recipe.rotate == "fused":
         fused = fuse_rotation(model, seed=recipe.seed)
@@ -114,7 +114,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     form = recipe.written_format()
     if form in FORMATS:
         FORMATS[form].check_names(found)
-    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is not in the checkpoint under the module's name")
+    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")
     return Source(
         name=name,
         path=path,

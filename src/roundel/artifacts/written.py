@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.artifacts.checkpoints import GGUF_FILE, load_written, owners, stored_prefix
+from roundel.artifacts.checkpoints import GGUF_FILE, load_written, owners
 from roundel.artifacts.source import Source
 from roundel.errors import in_layer
 from roundel.formats import FORMATS
@@ -70,7 +70,7 @@ class Written:
         names, row = self._tensors[module], self._layers[module]
         if self._form not in FORMATS:
             return self._checkpoint.read(names[0]).float()
-        prefix = stored_prefix(names[0], module)
+        prefix = f"{names[0].rpartition('.')[0]}."
         with in_layer(module):
             parts = {name.removeprefix(prefix): self._checkpoint.read(name) for name in names}
             return dequantized(FORMATS[self._form].unpack(parts, parse_scheme(row["scheme"]), (row["shape"][0], row["shape"][1])))

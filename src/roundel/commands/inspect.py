@@ -198,7 +198,7 @@ def _rounded(
                 stored = opened.source.checkpoint.weight_of(name)
                 assert stored is not None
                 original, factors = opened.source.checkpoint.read(stored), opened.factors[name]
-                asked.append(Linear(name=name, stored=original, factors=factors, damping=opened.recipe.damping))
+                asked.append(Linear(name=name, tensor=stored, stored=original, factors=factors, damping=opened.recipe.damping))
                 with in_layer(name):
                     structure[name] = _structure(factors, opened.recipe.damping)
             results = round_linears(opened.recipe, opened.grid, asked, device_of(opened.source.model))

@@ -88,7 +88,7 @@ class RoundelQuantizer(HfQuantizer):
                 replacement = QuantizedLinear(layout, bias=linear.bias)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
-        _check_files(kwargs.get("checkpoint_files"), self.quantization_config.layouts)
+        _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -134,7 +134,7 @@ def register() -> None:
         register_quantizer(METHOD)(RoundelQuantizer)
 
 
-def _check_files(paths: Sequence[str] | None, layouts: Mapping[str, Layout]) -> None:
+def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Compares the headers of safetensors files with what `quantization_config` promises.
 
     Raises:
@@ -148,10 +148,13 @@ def _check_files(paths: Sequence[str] | None, layouts: Mapping[str, Layout]) -> 
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 header = file.get_slice(name)
                 stored[name] = tuple(header.get_shape()), _DTYPES.get(header.get_dtype())
+    from roundel.models.names import stored_names  # which imports what this module is registered from
+
+    names, _ = stored_names(model, stored)
     for module, layout in layouts.items():
         for key, expected in layout.tensors().items():
             name = f"{module}.{key}"
-            found = stored.get(name) or stored.get(name.partition(".")[2])
+            found = stored.get(names.get(name, name))
             if found is None:
                 raise ModelError(f"the checkpoint lacks {name}, which quantization_config promises")
             if found != expected:

@@ -7,9 +7,8 @@ bit what it was.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from roundel.errors import ModelError
+from roundel.models.names import stored_names
 
 __all__ = ["Checkpoint"]
 
@@ -29,6 +29,10 @@ class Checkpoint:
 
     files: dict[str, Path]
     sizes: dict[str, int]
+    names: Mapping[str, str] = field(default_factory=dict)
+    """By parameter of the model the tensor that has its values, where its name is another one (`names`)."""
+    made: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By parameter that is made of several tensors, or of parts of one, their names."""
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -58,27 +62,24 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as handle:
             return handle.get_tensor(name)  # type: ignore[no-any-return]
 
-    def fused_in(self, model: nn.Module) -> dict[str, list[str]]:
+    def of(self, model: nn.Module) -> Checkpoint:
+        """The same, with the names of the model that is loaded from it."""
+        names, made = stored_names(model, self.files)
+        return replace(self, names={name: stored for name, stored in names.items() if name != stored}, made=made)
+
+    def fused_in(self, model: nn.Module) -> dict[str, Sequence[str]]:
         """The model's parameters of three dimensions that are stored in pieces (one for each expert), with the pieces' names.
 
         A quantized checkpoint stores such a parameter whole, as the model has it: the conversion that Transformers 5 makes of the pieces
         takes them for packed weights as soon as the checkpoint is a compressed-tensors one.
         """
-        fused = {}
-        unknown = [stored for stored in self.files.keys() - model.state_dict().keys() if ".experts." in stored]
-        for name, parameter in model.named_parameters():
-            if parameter.ndim != 3 or name in self.files:
-                continue
-            layer = re.match(r"\D*\d+\.", name)  # "model.layers.0.": below it, pieces may have other names than the parameter
-            pieces = sorted(stored for stored in unknown if layer and stored.startswith(layer[0]))
-            if pieces:
-                fused[name] = pieces
-        return fused
+        return {name: self.made[name] for name, parameter in model.named_parameters() if name in self.made and parameter.ndim == 3}
+
+    def stored(self, name: str) -> str | None:
+        """The tensor that has the values of a parameter of the model, if there is one."""
+        found = self.names.get(name, name)
+        return found if found in self.files else None
 
     def weight_of(self, module: str) -> str | None:
-        """The stored name of a module's weight: its own, or without the leading name that a checkpoint of a base model leaves out."""
-        full = f"{module}.weight"
-        if full in self.files:
-            return full
-        shorter = full.partition(".")[2]
-        return shorter if shorter in self.files else None
+        """The tensor that has a module's weight."""
+        return self.stored(f"{module}.weight")

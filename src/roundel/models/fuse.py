@@ -107,14 +107,14 @@ class FusedModel:
         overlay, dtypes = {}, {}
         twins = {self.head: self.untied, self.untied: self.head} if self.untied else {}
         for name, tensor in self.overlay.items():
-            found = _stored_name(original, name)
-            like = found or _stored_name(original, twins.get(name) or name)
+            found = original.stored(name)
+            like = found or original.stored(twins.get(name) or name)
             if like is None:
                 raise ModelError(f"{name} is not in the checkpoint under this name: rotations cannot be fused into it; use --rotate none")
             stored = found or name
             overlay[stored], dtypes[stored] = tensor, _stored_type(original.files[like], like)
             files[stored], sizes[stored] = original.files[like], tensor.numel() * dtypes[stored].itemsize
-        return OverlaidCheckpoint(files=files, sizes=sizes, overlay=overlay, dtypes=dtypes)
+        return OverlaidCheckpoint(files=files, sizes=sizes, names=original.names, made=original.made, overlay=overlay, dtypes=dtypes)
 
     def config(self, original: Mapping[str, Any]) -> dict[str, Any]:
         """The contents of config.json for the fused model."""
@@ -134,12 +134,6 @@ class FusedModel:
             "added_parameters": self.overlay[self.head].numel() if self.untied else 0,
             "logits_difference": self.difference,
         }
-
-
-def _stored_name(checkpoint: Checkpoint, name: str) -> str | None:
-    """A parameter's stored name: its own, or without the leading name that a checkpoint of a base model leaves out."""
-    shorter = name.partition(".")[2]
-    return name if name in checkpoint.files else shorter if shorter in checkpoint.files else None
 
 
 def _stored_type(path: Path, name: str) -> torch.dtype:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from roundel.errors import SchemeError
+from roundel.sweeps.layers import text_lists
 
 __all__ = ["Selection", "select_linears"]
 
@@ -36,8 +37,7 @@ def select_linears(
         model: The model.
         check: Raises a `SchemeError` for a shape that cannot be stored.
         include: Patterns of module names (`*.mlp.*`, or a regular expression after `re:`). By default all linears
-            inside the decoder layers, that
-            is inside a `ModuleList`: neither embeddings nor the output head.
+            inside the language model's decoder layers: neither embeddings nor the output head, nor towers for images and sounds.
         exclude: Patterns of names to leave out.
 
     Raises:
@@ -49,7 +49,8 @@ def select_linears(
                 re.compile(pattern[3:])
             except re.error as error:
                 raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
-    in_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    every = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    in_layers = tuple(f"{name}." for name in text_lists(model))
     tied = _tied_to_embedding(model)
     linears: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
@@ -62,6 +63,8 @@ def select_linears(
             continue
         wanted = _matches(name, include) if include else name.startswith(in_layers)
         if not wanted:
+            if not include and name.startswith(every):
+                skipped[name] = "not part of the language model's decoder layers"
             continue
         if _matches(name, exclude):
             skipped[name] = "excluded by pattern"

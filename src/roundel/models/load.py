@@ -191,9 +191,10 @@ def _decompress(model: nn.Module, compressor: Any, path: Path, zero_points: Sequ
     Transformers would do it in the first forward pass, but for these: it makes parameters for zero points as they are unpacked, and refuses
     the packed ones of the checkpoint; and 4-bit floats in a float32 model end in a product of two types.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path).of(model)
     for name in zero_points:
-        stored = name if name in checkpoint.files else name.partition(".")[2]
+        stored = checkpoint.stored(name)
+        assert stored is not None  # it was found there in another shape
         module, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(module), parameter, nn.Parameter(checkpoint.read(stored), requires_grad=False))
     guarded("packed weights", path, lambda: compressor.decompress_model(model))

@@ -36,6 +36,7 @@ def draft_rounding(
     asked = [
         Linear(
             name=name,
+            tensor=stored,
             stored=source.checkpoint.read(stored),
             factors=candidate.factors,
             damping=min(10.0, recipe.damping * candidate.damping),

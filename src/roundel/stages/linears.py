@@ -36,6 +36,8 @@ class Linear:
 
     name: str
     """Seeds its rotation."""
+    tensor: str
+    """The stored name of its weight."""
     stored: Tensor
     factors: Factors
     damping: float
@@ -115,6 +117,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
         weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
     result = stacked(weights)
     row = {
+        "tensor": linear.tensor,
         "shape": list(linear.stored.shape),
         "bits": grid.bits,
         "scheme": grid.name,

@@ -70,12 +70,12 @@ def rest_of(source: Source) -> dict[str, torch.dtype]:
     """Norms, biases, embedding and output head, if it is not quantized, and the types in which they are stored."""
     ends = {id(module.weight) for module in (source.model.get_input_embeddings(), source.model.get_output_embeddings()) if module}  # type: ignore[no-untyped-call]
     quantized = {id(linear.weight) for linear in source.linears.values()}
-    names = [
-        name
+    stored = {
+        name: source.checkpoint.stored(name)
         for name, parameter in source.model.named_parameters()
-        if (parameter.ndim == 1 or id(parameter) in ends - quantized) and name in source.checkpoint.files
-    ]
-    return {name: source.checkpoint.read(name).dtype for name in names}
+        if parameter.ndim == 1 or id(parameter) in ends - quantized
+    }
+    return {name: source.checkpoint.read(tensor).dtype for name, tensor in stored.items() if tensor is not None}
 
 
 def _bits_with_vectors(weight: RoundedWeight, recipe: Recipe) -> dict[str, float]:

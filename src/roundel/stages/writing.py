@@ -30,7 +30,7 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
     checkpoint = source.checkpoint
     names = {id(source.model.get_parameter(name)): name for name in moved}
     aliases = {  # a tied head may be stored once more
-        name: moved[names[id(parameter)]]
+        checkpoint.stored(name): moved[names[id(parameter)]]
         for name, parameter in source.model.named_parameters(remove_duplicate=False)
         if id(parameter) in names
     }

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from roundel.errors import ModelError
 
-__all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers"]
+__all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers", "text_lists"]
 
 SLICE = 1 << 24
 """Logits that exist at a time: 64 MB in float32."""
@@ -310,14 +310,26 @@ def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) 
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, _hidden_name(kwargs): hidden})
 
 
+def text_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost lists of layers of the language model: those beside its embedding, not the towers of a wrapper."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    inside = next((name for name, module in model.named_modules() if module is embedding), "")
+    while inside:
+        inside = inside.rpartition(".")[0]
+        if own := [name for name in lists if name.startswith(f"{inside}." if inside else "")]:
+            return own
+    return lists
+
+
 def decoder_layers(model: nn.Module) -> list[str]:
-    """Names of the decoder layers: the modules of that outermost list that has most weights in its linears.
+    """Names of the decoder layers: the modules of that list of the language model that has most weights.
 
     Raises:
         ModelError: there is none.
     """
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
-    lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    lists = text_lists(model)
     if not lists:
         raise ModelError("the model has no list of decoder layers, over which it could be quantized layer by layer")
 

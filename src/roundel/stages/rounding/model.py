@@ -99,7 +99,7 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
                     places=natural[0],
                     steps=natural[1],
                     factors=lambda index: {name: own.factors for name, own in measured.curvatures.load(index).items()},
-                    original=lambda name: _stored(source, name),
+                    original=lambda name: source.checkpoint.read(_tensor(source, name)),
                     seed=recipe.seed,
                     moved=work.rounded,
                     resident=source.weights is None,
@@ -128,17 +128,18 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
 def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature, target: Tensor | None, moments: Moments | None) -> Linear:
     return Linear(
         name=name,
-        stored=_stored(source, name),
+        tensor=_tensor(source, name),
+        stored=source.checkpoint.read(_tensor(source, name)),
         target=target,
         factors=curvature.factors if moments is None else moments.met(curvature.factors),
         damping=min(10.0, recipe.damping * curvature.damping),
     )
 
 
-def _stored(source: Source, name: str) -> Tensor:
+def _tensor(source: Source, name: str) -> str:
     stored = source.checkpoint.weight_of(name)
     assert stored is not None
-    return source.checkpoint.read(stored)
+    return stored
 
 
 def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
