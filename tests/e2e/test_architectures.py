@@ -58,6 +58,7 @@ REPORT = {
     },
     "calibration": {"source", "sequences", "sequences_to_choose_by", "seq_len", "tokens", "sha256", "fingerprint"},
     "bits_per_weight": {"quantized", "model", "quantized_fraction"},
+    "coverage": {"decoder_weights", "quantized", "share", "left"},
     "predicted_kl": {"total", "total_stderr", "joint", "joint_stderr", "by", "predicted_over_measured"},
     "evaluation": {"source", "sha256", "overlap_with_calibration", "kl", "top1_agreement", "perplexity", "tokens", "sequences"},
     "layers": None,

@@ -43,6 +43,16 @@ def test_experts_stay_and_the_rest_is_quantized(name: str, quantize, tmp_path: P
     reasons = {layer: reason for layer, reason in result.details["skipped"].items() if "experts" in layer}
     assert len(reasons) == 2
     assert all("fused experts" in reason for reason in reasons.values())
+    coverage = result.details["coverage"]
+    of_experts = sum(value.numel() for parameter, value in original.named_parameters() if "experts" in parameter)
+    assert coverage["left"]["fused experts: their weights are one tensor of three dimensions"] == of_experts
+    assert coverage["quantized"] == 2 * (2 * 64 * 64 + 2 * 32 * 64)
+    assert coverage["share"] == coverage["quantized"] / coverage["decoder_weights"] < 0.4
+    (warning,) = (line for line in result.details["warnings"] if "of the decoder layers' matrices" in line)
+    assert warning.startswith(f"only {100 * coverage['share']:.0f} %")
+    assert "fused experts" in warning
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"decoder's weights that is quantized | {100 * coverage['share']:.1f} %" in card
     loaded = load_model(tmp_path / "out", device=torch.device("cpu"), dtype=torch.float32)
     for parameter, value in original.named_parameters():
         if "experts" in parameter:

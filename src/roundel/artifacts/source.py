@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from roundel.errors import ModelError
 from roundel.evaluate import compare_models
 from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
+from roundel.models.coverage import Coverage, coverage_of
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
@@ -57,6 +58,10 @@ class Source:
     def layers(self) -> Layers:
         """The model, layer by layer."""
         return Layers(self.model, self.weights)
+
+    def coverage(self, quantized: Collection[str] | None = None) -> Coverage:
+        """The share of the decoder's weights in all linears that are looked at, or in these."""
+        return coverage_of(self.model, self.layers.names, self.linears.keys() if quantized is None else quantized, self.skipped)
 
     def whole(self, what: str) -> PreTrainedModel:
         """The model, for what needs all of it at once.

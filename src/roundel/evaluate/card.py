@@ -60,6 +60,8 @@ def model_card(report: dict[str, Any]) -> str:
     """README.md of the output directory, from the contents of roundel.json."""
     recipe, measured, bits = report["recipe"], report["evaluation"], report["bits_per_weight"]
     kl, predicted, by = measured["kl"], report["predicted_kl"], report["predicted_kl"].get("by", "total")
+    share = report["coverage"]["share"] if "coverage" in report else None  # older reports have none
+    covered = "" if share is None else f"| share of the decoder's weights that is quantized | {100 * share:.1f} % |\n"
     skipped = "".join(f"- `{name}`: {reason}\n" for name, reason in report["skipped"].items())
     left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
     form = report["format"]
@@ -82,7 +84,7 @@ whole model's output distribution.
 | top-1 agreement | {100 * measured["top1_agreement"]:.1f} % |
 | perplexity, quantized and original | {number(measured["perplexity"]["model"])}, {number(measured["perplexity"]["reference"])} |
 | bits per weight: quantized linears, whole checkpoint | {bits["quantized"]:.3f}, {bits["model"]:.3f} |
-
+{covered}
 Evaluation text: `{measured["source"]}`; {100 * measured["overlap_with_calibration"]:.1f} % of its 32-token windows
 occur in the calibration text.
 

@@ -153,6 +153,7 @@ def checkpoint_rows(details: Mapping[str, Any]) -> list[list[str]]:
         ["KL predicted", with_error(predicted[predicted["by"]], predicted[f"{predicted['by']}_stderr"])],
         ["bits per weight: quantized linears", f"{bits['quantized']:.3f}"],
         ["bits per weight: whole checkpoint", f"{bits['model']:.3f}"],
+        *[["share of the decoder's weights that is quantized", f"{100 * own['share']:.1f} %"] for own in [details.get("coverage")] if own],
         ["linears quantized, left as they were", f"{len(details['layers'])}, {len(details['skipped'])}"],
     ]
 

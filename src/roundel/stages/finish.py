@@ -16,7 +16,7 @@ from roundel.stages.rounding import Rounded
 from roundel.stages.writing import write_model
 from roundel.store import staged_directory
 
-__all__ = ["finish", "warn_of_fusion", "weights_of"]
+__all__ = ["finish", "warn_of_source", "weights_of"]
 
 
 def finish(
@@ -58,8 +58,10 @@ def weights_of(recipe: Recipe, *, tried: bool = False) -> dict[str, float]:
     return found | {"writing": 4.0, "evaluation": 2.0 * held, "prediction": 48.0}
 
 
-def warn_of_fusion(source: Source, notes: Notes) -> None:
-    """Says what a fused rotation has cost."""
+def warn_of_source(source: Source, notes: Notes) -> None:
+    """Says before the work if little of the model is reached, and what a fused rotation has cost."""
+    if (message := source.coverage().warning) is not None:
+        notes.warn(message)
     if source.fusion and source.fusion["untied"]:
         added = source.fusion["added_parameters"]
         notes.warn(f"the output head is no longer tied to the embedding, so that the rotation could be fused: {added} weights more")

@@ -18,7 +18,7 @@ from roundel.artifacts.work import open_work
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
-from roundel.stages.finish import finish, warn_of_fusion, weights_of
+from roundel.stages.finish import finish, warn_of_source, weights_of
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
@@ -82,7 +82,7 @@ def quantize(
     with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(stages):
         with notes.timed("load"):
             source = load_source(str(model), recipe, device, dtype, work=place)
-            warn_of_fusion(source, notes)
+            warn_of_source(source, notes)
             if stored is not None:
                 check_model(stored, source)
         if searched:

@@ -104,6 +104,7 @@ def report_details(
             "model": 8 * written / source.parameters,
             "quantized_fraction": weights / source.parameters,
         },
+        "coverage": source.coverage(chosen).as_json(),
         "predicted_kl": {
             "total": prediction.total,
             "total_stderr": _finite(prediction.total_stderr),
