@@ -1,15 +1,31 @@
-"""Mixtures of experts: Transformers fuses the experts' weights, so they stay in their precision, and the checkpoint still loads."""
+"""Mixtures of experts: every expert's matrices are linears of their own, however Transformers stores and runs them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 import roundel
 from e2e import tiny
+from roundel.artifacts.checkpoints import read
+from roundel.errors import SchemeError
+from roundel.models.experts import Part, SplitExperts, join_experts, parts_of, split_experts
 from roundel.models.load import load_model
+from roundel.rounding.round import dequantized
 
+Quantize = Callable[..., roundel.Quantized]
+CPU = torch.device("cpu")
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -19,43 +35,190 @@ SMALL = {
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+HYBRID = {
+    "layers_block_type": ["mamba", "moe"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 
-def configurations(vocabulary: int) -> dict[str, PreTrainedConfig]:
-    return {
-        "mixtral": MixtralConfig(vocab_size=vocabulary, num_local_experts=4, **SMALL),
-        "qwen3-moe": Qwen3MoeConfig(
-            vocab_size=vocabulary, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, **SMALL
-        ),
-    }
+def configuration(name: str, vocabulary: int) -> PreTrainedConfig:
+    given = {**SMALL, "vocab_size": vocabulary}
+    few = {"num_experts_per_tok": 2, "head_dim": 16}
+    match name:
+        case "mixtral":  # stored one by one under other names
+            return MixtralConfig(**given, num_local_experts=4)
+        case "qwen3-moe":  # stored one by one
+            return Qwen3MoeConfig(**given, **few, num_experts=4, moe_intermediate_size=32)
+        case "deepseek-v3":  # latent attention, one dense layer, shared experts
+            return DeepseekV3Config(**{**given, **LATENT})
+        case "nemotron-h":  # no gate
+            return NemotronHConfig(**{**given, **HYBRID})
+    # stored together, transposed, halves interleaved, with biases
+    return GptOssConfig(**{**given, "intermediate_size": 64}, **few, num_local_experts=4, sliding_window=16)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_experts_stay_and_the_rest_is_quantized(name: str, quantize, tmp_path: Path) -> None:
-    tokenizer = tiny.make_tokenizer(starts=False)
+EXPERTS = {"mixtral": 2 * 4 * 3, "qwen3-moe": 2 * 4 * 3, "deepseek-v3": 4 * 3, "nemotron-h": 4 * 2, "gpt-oss": 2 * 4 * 3}
+
+
+def original(name: str, vocabulary: int = 300) -> torch.nn.Module:
     torch.manual_seed(0)
-    original = AutoModelForCausalLM.from_config(configurations(len(tokenizer))[name])
-    original.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    result = quantize(tmp_path / "model", tmp_path / "out", scheme="int4-g32")
-    assert len(result.details["layers"]) == 8
-    assert all("self_attn" in layer for layer in result.details["layers"])
-    reasons = {layer: reason for layer, reason in result.details["skipped"].items() if "experts" in layer}
-    assert len(reasons) == 2
-    assert all("fused experts" in reason for reason in reasons.values())
-    coverage = result.details["coverage"]
-    of_experts = sum(value.numel() for parameter, value in original.named_parameters() if "experts" in parameter)
-    assert coverage["left"]["fused experts: their weights are one tensor of three dimensions"] == of_experts
-    assert coverage["quantized"] == 2 * (2 * 64 * 64 + 2 * 32 * 64)
-    assert coverage["share"] == coverage["quantized"] / coverage["decoder_weights"] < 0.4
-    (warning,) = (line for line in result.details["warnings"] if "of the decoder layers' matrices" in line)
-    assert warning.startswith(f"only {100 * coverage['share']:.0f} %")
-    assert "fused experts" in warning
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"decoder's weights that is quantized | {100 * coverage['share']:.1f} %" in card
-    loaded = load_model(tmp_path / "out", device=torch.device("cpu"), dtype=torch.float32)
-    for parameter, value in original.named_parameters():
-        if "experts" in parameter:
-            assert torch.equal(loaded.get_parameter(parameter), value)
-    assert isinstance(result, roundel.Quantized)
+    model = AutoModelForCausalLM.from_config(configuration(name, vocabulary))
+    with torch.no_grad():
+        for own, parameter in model.named_parameters():
+            if own.endswith("bias") or "sinks" in own:
+                parameter.normal_(std=0.1)
+        if name == "deepseek-v3":
+            model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -1e4  # the last expert gets no token
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer, path = tiny.make_tokenizer(starts=False), tmp_path_factory.mktemp("source") / request.param
+    original(request.param, len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 43).view(2, 20), use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_split_experts_compute_the_same_and_join_again(name: str) -> None:
+    model = original(name)
+    wanted, kept = logits(model), {own: value.clone() for own, value in model.state_dict().items()}
+    split_experts(model)
+    split = [module for module in model.modules() if isinstance(module, SplitExperts)]
+    assert sum(len(parts_of(module)) for module in split) == EXPERTS[name]
+    assert not any(parameter.ndim == 3 for own, parameter in model.named_parameters() if "experts" in own)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    for module in split:
+        join_experts(module)
+    assert model.state_dict().keys() == kept.keys()
+    assert all(torch.equal(value, kept[own]) for own, value in model.state_dict().items())
+    assert torch.equal(logits(model), wanted)
+
+
+def fused(model: torch.nn.Module, linear: str) -> torch.Tensor:
+    """An expert's weight in a model that Transformers has loaded."""
+    owner, expert, projection = linear.rsplit(".", 2)
+    twin = model.get_submodule(owner)
+    stack = "gate_up_proj" if hasattr(twin, "gate_up_proj") and projection != "down_proj" else projection
+    whole = twin.get_parameter(stack)
+    half = whole.shape[2 if twin.is_transposed else 1] // 2
+    sides = (slice(0, half), slice(half, None)) if twin.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+    rows = sides[projection == "up_proj"] if stack == "gate_up_proj" else slice(None)
+    return Part(stack=stack, expert=int(expert), rows=rows, transposed=twin.is_transposed).of(whole)
+
+
+def test_all_experts_are_quantized_and_read_back(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    result = quantize(source, tmp_path / "out", scheme="int4-g32", memory="1K" if source.name == "mixtral" else None)
+    layers = result.details["layers"]
+    experts = [name for name in layers if ".experts." in name]
+    assert len(experts) == EXPERTS[source.name]
+    assert result.details["coverage"]["share"] > 0.95
     assert 0 < result.report.kl_mean < 1
+    together = source.name == "gpt-oss"
+    assert result.details["format"] == ("native" if together else "compressed-tensors")
+    assert any("Transformers finds no experts of gpt_oss" in line for line in result.details["warnings"]) == together
+    stored, loaded = read(result.path).rounded, load_model(result.path, device=CPU, dtype=torch.float32)
+    assert stored.keys() == layers.keys()
+    for name in experts:
+        weight = loaded.get_submodule(name).dequantized() if together else fused(loaded, name)
+        # Transformers multiplies codes and scales of experts in the scales' 16 bits
+        torch.testing.assert_close(weight, dequantized(stored[name]), rtol=0 if together else 2**-10, atol=0 if together else 1e-6)
+    before, after = load_file(source / "model.safetensors"), load_file(result.path / "model.safetensors")
+    quantized = {row["tensor"] for row in layers.values()}
+    whole = {name for name in before if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
+    for name in before.keys() - quantized - whole:
+        assert torch.equal(before[name], after[name])
+    assert whole.isdisjoint(after)
+
+
+def test_an_expert_without_a_token_takes_the_curvature_of_the_others(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name != "deepseek-v3":
+        pytest.skip("its router leaves out none")
+    result = quantize(source, tmp_path / "out", scheme="int3-g32")
+    rows = {name.rpartition(".")[2]: row for name, row in result.details["layers"].items() if ".experts.3." in name}
+    assert rows.keys() == {"gate_proj", "up_proj", "down_proj"}
+    for row in rows.values():
+        assert (row["text_rows"], row["borrowed"], row["predicted_kl"]) == (0, 1.0, 0.0)
+        assert 0 < row["proxy_loss"] < 1
+    others = [row for name, row in result.details["layers"].items() if ".experts.0." in name]
+    assert all(row["text_rows"] > 0 and row["borrowed"] < 1 for row in others)
+    (warning,) = (line for line in result.details["warnings"] if "rows a column" in line)
+    assert "saw fewer than 4 rows a column" in warning
+
+
+@pytest.mark.parametrize("form", ["native", "dense", "gptq"])
+def test_other_formats(source: Path, form: str, quantize: Quantize, tmp_path: Path) -> None:
+    if (source.name, form) == ("nemotron-h", "gptq"):
+        pytest.skip("its widths do not fill GPTQ's words")
+    result = quantize(source, tmp_path / "out", scheme="int4-g32", format="native")
+    if (source.name, form) == ("gpt-oss", "dense"):
+        for write in (
+            lambda: roundel.export(result.path, to=form, output=tmp_path / form),
+            lambda: quantize(source, tmp_path / form, scheme="int4-g32", format=form),
+        ):
+            with pytest.raises(SchemeError, match="stores all experts of a layer in one tensor"):
+                write()
+        return
+    wanted = {name: dequantized(weight) for name, weight in read(result.path).rounded.items()}
+    if form != "native":
+        roundel.export(result.path, to=form, output=tmp_path / form)
+    if form == "gptq":
+        names = load_file(tmp_path / form / "model.safetensors")
+        assert sum(name.endswith(".qweight") for name in names) == len(wanted)
+        return
+    loaded = load_model(tmp_path / ("out" if form == "native" else form), device=CPU, dtype=torch.float32)
+    if form == "dense":
+        split_experts(loaded)
+    for name, weight in wanted.items():
+        module = loaded.get_submodule(name)
+        assert torch.equal(module.dequantized() if form == "native" else module.weight, weight)
+
+
+def test_tuned_end_to_end(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name not in ("mixtral", "gpt-oss"):
+        pytest.skip("the others differ in nothing that tuning sees")
+    result = quantize(source, tmp_path / "out", scheme="int3-g32", tune="end-to-end", tune_steps=2, tune_tokens=64)
+    kl = result.details["tuning"]["held_out_kl"]
+    assert 0 < kl["after"] <= kl["before"]
+
+
+def test_a_layer_of_which_no_expert_fits_stays_whole(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    result = quantize(source, tmp_path / "out", scheme="int4-g32", exclude=("*.experts.*",))
+    reasons = {reason for name, reason in result.details["skipped"].items() if name.endswith(".experts")}
+    assert reasons == {"excluded by pattern"}
+    loaded = load_model(result.path, device=CPU, dtype=torch.float32)
+    model = load_model(source, device=CPU, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and "shared" not in name:
+            assert torch.equal(loaded.get_parameter(name), parameter)
+    assert "of the decoder layers' matrices are quantized; most of the rest" in "".join(result.details["warnings"])

@@ -27,16 +27,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from roundel.errors import ModelError, in_layer
+from roundel.errors import ModelError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
+from roundel.models.linears import matrix_modules
 from roundel.models.load import load_config
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
 
-__all__ = ["GGUF_FILE", "Frame", "Stored", "load_written", "owners", "read", "write"]
+__all__ = ["GGUF_FILE", "Frame", "Stored", "check_apart", "load_written", "owners", "read", "write"]
 
 GGUF_FILE = "model.gguf"
 
@@ -64,7 +65,7 @@ class Frame:
     dtypes: Mapping[str, torch.dtype]
     """The original type of each quantized linear's weight, by module."""
     linears: frozenset[str]
-    """Names of all linears of the model."""
+    """Names of all modules that an engine may run as a linear (`models.linears.matrix_modules`)."""
 
 
 def write(
@@ -211,7 +212,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         reader=checkpoint.read,
         weights=weights,
         dtypes=dtypes,
-        linears=frozenset(name for name, module in _skeleton(path).named_modules() if type(module) is nn.Linear),
+        linears=matrix_modules(_skeleton(path)),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
 
@@ -226,6 +227,16 @@ def _report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not isinstance(report.get("layers"), dict):
         raise ModelError(f"{path}/roundel.json is damaged: it names no layers")
     return report
+
+
+def check_apart(form: str) -> None:
+    """Refuses a format whose readers want an expert's weight in one tensor with those of all others.
+
+    Raises:
+        SchemeError: with what would work.
+    """
+    if form == "dense":
+        raise SchemeError("dense: this model stores all experts of a layer in one tensor, which is not put together again; try native")
 
 
 def owners(checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -209,6 +209,7 @@ class FactorsDirectory:
         dtype = getattr(torch, self.header.factor_type)
         for name, sketch in sketches.items():
             tensors[f"{name}::tokens"] = torch.tensor(sketch.tokens)
+            tensors[f"{name}::rows"] = torch.tensor(sketch.rows)
             tensors.update({f"{name}::{key}": _pack(total, dtype) for key, total in sketch.sums.items()})
         for name, factors in previous.items():
             tensors[f"{name}::previous.H_out"] = _pack(factors.H_out, dtype)
@@ -248,7 +249,7 @@ class FactorsDirectory:
                     carry={key: value.to(device) for key, value in _carried(own).items()},
                 )
             sketch = estimator.sketch(d_out, d_in, device, index=estimator.passes - 1, previous=previous)
-            sketch.tokens = int(own["tokens"])
+            sketch.tokens, sketch.rows = int(own["tokens"]), int(own.get("rows", own["tokens"]))
             for key, total in sketch.sums.items():
                 total.copy_(_unpack(own[key], total))
         except KeyError as error:

@@ -21,6 +21,7 @@ from roundel.evaluate import compare_models
 from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.coverage import Coverage, coverage_of
+from roundel.models.experts import SplitExperts, join_experts, split_experts
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
@@ -105,6 +106,8 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint), fused.config(config), fused.as_json()
         nn.Module.to(model, pick_dtype(dtype, place))
+    split_experts(model)
+    checkpoint = checkpoint.of(model)
     first, *others = (
         select_linears(model, partial(recipe.check_shape, scheme), include=recipe.include, exclude=recipe.exclude)
         for scheme in recipe.used_schemes
@@ -116,10 +119,12 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
             skipped={**selection.skipped, **other.skipped},
         )
     found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
+    skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
+    if _join_idle(model, found, skipped):
+        checkpoint = checkpoint.of(model)
     form = recipe.written_format()
     if form in FORMATS:
         FORMATS[form].check_names(found)
-    absent = dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")
     return Source(
         name=name,
         path=path,
@@ -130,10 +135,26 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         parameters=parameters,
         fusion=fusion,
         linears=found,
-        skipped={**selection.skipped, **absent},
+        skipped=skipped,
         length=min(recipe.seq_len, positions(model.config)),
         weights=weights,
     )
+
+
+def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, str]) -> bool:
+    """Puts experts together again of whom none is looked at, and their reasons too; whether there are any."""
+    idle = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, SplitExperts) and not any(own.startswith(f"{name}.") for own in linears)
+    ]
+    for name in idle:
+        join_experts(model.get_submodule(name))
+        own = [linear for linear in skipped if linear.startswith(f"{name}.")]
+        skipped[name] = skipped[own[0]]
+        for linear in own:
+            del skipped[linear]
+    return bool(idle)
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -197,10 +197,18 @@ def _rounded(
             for name in names:
                 stored = opened.source.checkpoint.weight_of(name)
                 assert stored is not None
-                original, factors = opened.source.checkpoint.read(stored), opened.factors[name]
-                asked.append(Linear(name=name, tensor=stored, stored=original, factors=factors, damping=opened.recipe.damping))
+                asked.append(
+                    Linear(
+                        name=name,
+                        tensor=stored,
+                        part_of=opened.source.checkpoint.part_of(stored),
+                        stored=opened.source.checkpoint.read(stored),
+                        factors=opened.factors[name],
+                        damping=opened.recipe.damping,
+                    )
+                )
                 with in_layer(name):
-                    structure[name] = _structure(factors, opened.recipe.damping)
+                    structure[name] = _structure(opened.factors[name], opened.recipe.damping)
             results = round_linears(opened.recipe, opened.grid, asked, device_of(opened.source.model))
             for name, (weight, row) in zip(names, results, strict=True):
                 rounded[name], rows[name] = weight, row

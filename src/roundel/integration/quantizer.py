@@ -80,6 +80,9 @@ class RoundelQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         shared = {*tied.keys(), *tied.values()}
+        from roundel.models.experts import split_experts
+
+        split_experts(model, self.quantization_config.layouts)
         for name, layout in self.quantization_config.layouts.items():
             with in_layer(name):
                 linear = _linear(model, name, layout)
@@ -90,6 +93,12 @@ class RoundelQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), child, replacement)
         _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        """Of experts that are packed one by one, without what would join them."""
+        from roundel.models.names import split_conversions  # which imports what this module is registered from
+
+        return split_conversions(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.layouts:
@@ -150,7 +159,7 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
                 stored[name] = tuple(header.get_shape()), _DTYPES.get(header.get_dtype())
     from roundel.models.names import stored_names  # which imports what this module is registered from
 
-    names, _ = stored_names(model, stored)
+    names = stored_names(model, stored).same
     for module, layout in layouts.items():
         for key, expected in layout.tensors().items():
             name = f"{module}.{key}"
@@ -170,8 +179,7 @@ def _linear(model: nn.Module, name: str, layout: Layout) -> nn.Linear:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
-        hint = "; experts that Transformers fuses into one tensor cannot be packed" if "expert" in name else ""
-        raise ModelError(f"the model of config.json has no such linear{hint}") from error
+        raise ModelError("the model of config.json has no such linear") from error
     if type(module) is not nn.Linear:
         raise ModelError(f"a {type(module).__name__} cannot be packed, only a linear")
     shape = module.out_features, module.in_features

@@ -7,7 +7,7 @@ bit what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from roundel.errors import ModelError
-from roundel.models.names import stored_names
+from roundel.models.names import StoredNames, stored_names
 
 __all__ = ["Checkpoint"]
 
@@ -29,10 +29,8 @@ class Checkpoint:
 
     files: dict[str, Path]
     sizes: dict[str, int]
-    names: Mapping[str, str] = field(default_factory=dict)
-    """By parameter of the model the tensor that has its values, where its name is another one (`names`)."""
-    made: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By parameter that is made of several tensors, or of parts of one, their names."""
+    names: StoredNames = field(default_factory=StoredNames)
+    """Of the parameters of the model that is loaded from it."""
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -58,27 +56,32 @@ class Checkpoint:
         return iter(self.files)
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
-        with safe_open(self.files[name], framework="pt") as handle:
-            return handle.get_tensor(name)  # type: ignore[no-any-return]
+        """One tensor, or one expert's part of one under the name of `stored`."""
+        if name in self.files:
+            with safe_open(self.files[name], framework="pt") as handle:
+                return handle.get_tensor(name)  # type: ignore[no-any-return]
+        whole, part = self.names.parts[name]
+        with safe_open(self.files[whole], framework="pt") as handle:
+            return part.of(handle.get_slice(whole)[part.expert : part.expert + 1], first=part.expert).contiguous()
 
     def of(self, model: nn.Module) -> Checkpoint:
         """The same, with the names of the model that is loaded from it."""
-        names, made = stored_names(model, self.files)
-        return replace(self, names={name: stored for name, stored in names.items() if name != stored}, made=made)
+        return replace(self, names=stored_names(model, self.files))
 
-    def fused_in(self, model: nn.Module) -> dict[str, Sequence[str]]:
-        """The model's parameters of three dimensions that are stored in pieces (one for each expert), with the pieces' names.
-
-        A quantized checkpoint stores such a parameter whole, as the model has it: the conversion that Transformers 5 makes of the pieces
-        takes them for packed weights as soon as the checkpoint is a compressed-tensors one.
-        """
-        return {name: self.made[name] for name, parameter in model.named_parameters() if name in self.made and parameter.ndim == 3}
+    def fused_in(self, model: nn.Module) -> dict[str, list[str]]:
+        """The model's parameters of three dimensions that are stored in pieces (one for each expert), with the pieces' names."""
+        return {
+            name: self.names.made[name] for name, parameter in model.named_parameters() if name in self.names.made and parameter.ndim == 3
+        }
 
     def stored(self, name: str) -> str | None:
         """The tensor that has the values of a parameter of the model, if there is one."""
-        found = self.names.get(name, name)
-        return found if found in self.files else None
+        found = self.names.same.get(name, name)
+        return found if found in self.files or found in self.names.parts else None
+
+    def part_of(self, name: str) -> str | None:
+        """The tensor that this one is only a part of."""
+        return self.names.parts[name][0] if name in self.names.parts else None
 
     def weight_of(self, module: str) -> str | None:
         """The tensor that has a module's weight."""

@@ -114,7 +114,7 @@ class FusedModel:
             stored = found or name
             overlay[stored], dtypes[stored] = tensor, _stored_type(original.files[like], like)
             files[stored], sizes[stored] = original.files[like], tensor.numel() * dtypes[stored].itemsize
-        return OverlaidCheckpoint(files=files, sizes=sizes, names=original.names, made=original.made, overlay=overlay, dtypes=dtypes)
+        return OverlaidCheckpoint(files=files, sizes=sizes, names=original.names, overlay=overlay, dtypes=dtypes)
 
     def config(self, original: Mapping[str, Any]) -> dict[str, Any]:
         """The contents of config.json for the fused model."""

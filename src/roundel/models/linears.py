@@ -13,7 +13,7 @@ from torch import nn
 from roundel.errors import SchemeError
 from roundel.sweeps.layers import text_lists
 
-__all__ = ["Selection", "select_linears"]
+__all__ = ["Selection", "matrix_modules", "select_linears"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ def select_linears(
     refused: Counter[str] = Counter()
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
-            fused = name.startswith(in_layers) and any(p.ndim == 3 for p in module.parameters(recurse=False))
-            if fused:
-                skipped[name] = "fused experts: their weights are one tensor of three dimensions"
+            stacked = not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+            if stacked and name.startswith(in_layers):
+                skipped[name] = f"fused experts: the weights of {type(module).__name__} are tensors of three dimensions"
             continue
         wanted = _matches(name, include) if include else name.startswith(in_layers)
         if not wanted:
@@ -83,6 +83,15 @@ def select_linears(
             raise SchemeError(refused.most_common(1)[0][0])  # what would help most of them
         raise SchemeError("no linear is left to quantize" + (f": --include {' '.join(include)} matches none" if include else ""))
     return Selection(linears=linears, skipped=skipped)
+
+
+def matrix_modules(model: nn.Module) -> frozenset[str]:
+    """Names of all modules that have a matrix as their weight, embeddings aside: those that some engine runs as a linear (routers, too)."""
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding) and isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim == 2
+    )
 
 
 def _tied_to_embedding(model: nn.Module) -> set[nn.Parameter]:

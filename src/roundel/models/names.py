@@ -3,35 +3,84 @@
 Checkpoints are stored under names that are older than the code that reads them, or shared with other engines: prefixes differ between a
 base model, a causal one and a wrapper with a vision tower, and blocks were renamed. Transformers keeps a list of such changes for each
 architecture, and of others that change values too (experts that are stacked, halves that are joined). Only the former are names.
+
+Experts that were split (`experts`) are found in either form: stored one by one, or as parts of one tensor of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-__all__ = ["stored_names"]
+from roundel.models.experts import PROJECTIONS, Part, SplitExperts, parts_of
+
+__all__ = ["StoredNames", "split_conversions", "stored_names"]
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """By parameter or buffer the name of the stored tensor that has its values; and of those that are made of several, or of parts of one,
-    all of theirs, in the order of the names."""
+@dataclass
+class StoredNames:
+    """Of a model's parameters and buffers."""
+
+    same: dict[str, str] = field(default_factory=dict)
+    """By parameter the stored tensor that has its values, or the name of the `part` of one that has."""
+    made: dict[str, list[str]] = field(default_factory=dict)
+    """By parameter that is made of several tensors, or of parts of one, their names."""
+    parts: dict[str, tuple[str, Part]] = field(default_factory=dict)
+    """What are parts of stored tensors, under the names that they would have by themselves."""
+
+
+def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
+    """How a model's parameters are stored in a checkpoint that has these tensors."""
     if not isinstance(model, PreTrainedModel):
-        return {name: name for name in stored}, {}
-    conversions = get_model_conversion_mapping(model)
+        return StoredNames(same={name: name for name in stored})
+    split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+    conversions = split_conversions(model, get_model_conversion_mapping(model))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    names: dict[str, str] = {}
-    made: dict[str, list[str]] = {}
+    known = {**model.state_dict(), **dict.fromkeys(_stacks(split), True)}
+    found = StoredNames()
     for name in sorted(stored):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if pattern is None:
-            names[target] = name
+            found.same[target] = name
         else:
-            made.setdefault(target, []).append(name)
-    return names, made
+            found.made.setdefault(target, []).append(name)
+    for name, module in split.items():
+        for own, part in parts_of(module).items():
+            if (whole := found.same.get(f"{name}.{part.stack}")) is not None:
+                parameter = f"{name}.{own}.weight"
+                found.same[parameter] = f"{whole.rpartition('.')[0]}.{own}.weight"
+                found.parts[found.same[parameter]] = (whole, part)
+    return found
+
+
+def split_conversions(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
+    """Transformers' changes for a model whose experts were split: what would join experts' matrices gives them their modules' names."""
+    stacks = _stacks({name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)})
+    kept, added = [], []
+    for entry in conversions:
+        joins = isinstance(entry, WeightConverter) and len(entry.target_patterns) == 1
+        target = entry.target_patterns[0] if joins else ""
+        if not (
+            joins and all("*." in source for source in entry.source_patterns) and any(re.search(f"{target}$", stack) for stack in stacks)
+        ):
+            kept.append(entry)
+            continue
+        parent, _, stack = target.rpartition(".")
+        for source, projection in zip(entry.source_patterns, PROJECTIONS[stack], strict=True):
+            own = source.removesuffix("weight").replace("*.", r"(\d+)\.")
+            renaming = WeightRenaming(own, rf"{parent}.\1.{projection}.")
+            renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+            added.append(renaming)
+    return [*kept, *added]
+
+
+def _stacks(split: Mapping[str, SplitExperts]) -> list[str]:
+    return [f"{name}.{stack}" for name, module in split.items() for stack in module.stacks]

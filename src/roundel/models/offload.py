@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roundel.errors import ModelError
+from roundel.models.experts import SplitExperts
 from roundel.models.load import guarded, load_config
 from roundel.store import staged_file, storage
 from roundel.sweeps.layers import decoder_layers
@@ -60,13 +61,25 @@ class FileWeights:
                 value = value.to(self._dtype)
                 if not torch.isfinite(value).all():
                     raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")
-            set_module_tensor_to_device(self._model, name, self._device, value=value)
-            self._owner(name).requires_grad_(False)
+            owner, _, own = name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            if isinstance(module, SplitExperts):
+                module.put(own, value.to(self._device))
+            else:
+                set_module_tensor_to_device(self._model, name, self._device, value=value)
+                module.requires_grad_(False)
+        for name in changed.keys() - self._where.keys():  # an expert's
+            self._model.get_parameter(name).data.copy_(changed[name])
         try:
             yield
         finally:
             for name in mine:
-                set_module_tensor_to_device(self._model, name, "meta")
+                owner, _, own = name.rpartition(".")
+                module = self._model.get_submodule(owner)
+                if isinstance(module, SplitExperts):
+                    module.put(own, self._where[name][0][self._where[name][1]].to("meta"))
+                else:
+                    set_module_tensor_to_device(self._model, name, "meta")
 
     def keep(self, group: str, parameters: Sequence[str]) -> None:
         """The values that parameters of a loaded group have now are loaded from now on; those of its others are the files' again.
@@ -83,9 +96,6 @@ class FileWeights:
         with staged_file(path) as temporary:
             save_file({name: self._model.get_parameter(name).detach().cpu().contiguous() for name in parameters}, temporary)
         self._changed[group] = path
-
-    def _owner(self, name: str) -> nn.Module:
-        return self._model.get_submodule(name.rpartition(".")[0])
 
 
 def parameter_bytes(path: Path, dtype: torch.dtype) -> int:

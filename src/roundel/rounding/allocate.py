@@ -11,6 +11,7 @@ Some hundred units and ten schemes take milliseconds. A unit is a linear, or tho
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,11 +97,17 @@ def _solved(options: Mapping[str, Mapping[str, Option]], least: Mapping[str, flo
         capacity -= over  # the solver keeps the budget up to its tolerance only
 
 
-def fused_units(names: Sequence[str]) -> dict[str, list[str]]:
-    """Units of the linears, named after their first member: members of `FUSED` under one parent together, all others by themselves."""
+def fused_units(names: Sequence[str], *, experts: bool = False) -> dict[str, list[str]]:
+    """Units of the linears, named after their first member: members of `FUSED` under one parent together, all others by themselves.
+
+    With `experts` all experts of a layer are one unit.
+    """
     units: dict[tuple[str, str], list[str]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")
+        if experts and (found := re.fullmatch(r"(.*\bexperts)\.\d+", parent)) is not None:
+            units.setdefault((found[1], ""), []).append(name)
+            continue
         family = next((family[0] for family in FUSED if own in family), own)
         units.setdefault((parent, family), []).append(name)
     return {members[0]: members for members in units.values()}

@@ -256,6 +256,6 @@ def _add_processes(sketches: dict[str, Sketch], world: int) -> None:
     for sketch in sketches.values():
         for total in sketch.sums.values():
             distributed.all_reduce(total)
-        tokens = torch.tensor(sketch.tokens, device=sketch.device)
-        distributed.all_reduce(tokens)
-        sketch.tokens = int(tokens)
+        counts = torch.tensor([sketch.tokens, sketch.rows], device=sketch.device)
+        distributed.all_reduce(counts)
+        sketch.tokens, sketch.rows = map(int, counts)

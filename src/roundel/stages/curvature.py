@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,10 +27,12 @@ from roundel.artifacts.factors import FactorsDirectory
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.calibration import Split
-from roundel.curvature import Candidate, Sketch, choose, parse_curvature
+from roundel.curvature import Sketch, choose, parse_curvature
 from roundel.curvature.collect import collect_visit, inner_products, passes
+from roundel.curvature.pooling import ENOUGH, Pooled
 from roundel.errors import FactorsError, NumericalError
 from roundel.grids import parse_scheme
+from roundel.models.experts import expert_family
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
@@ -107,6 +110,9 @@ def measured_in(curvatures: Curvatures, source: Source, notes: Notes) -> Measure
             for name, reason in known["skipped"].items():
                 source.skipped[name] = reason
                 notes.warn(f"{name} stays in its precision: {reason}")
+    if few := [name for name, row in found.items() if "borrowed" in row]:
+        one = "" if len(few) == 1 else f" and {len(few) - 1} more"
+        notes.warn(f"{few[0]}{one} saw fewer than {ENOUGH} rows a column: part of their curvature is that of their layer's other experts")
     if not found:
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     return Measured(curvatures=curvatures, rows={name: found[name] for name in source.linears if name in found})
@@ -157,21 +163,25 @@ def settle(
         held: Sequences to choose by.
         batch_size: Sequences in a pass.
     """
-    estimator = parse_curvature(recipe.curvature)
+    family_of = partial(expert_family, source.model)
+    pooled = Pooled(parse_curvature(recipe.curvature), sketches, family_of)
     skipped: dict[str, str] = {}
     for name in sketches:
-        if any(candidate.factors.scale == 0 for candidate in estimator.candidates(sketches[name]).values()):
+        if any(candidate.factors.scale == 0 for candidate in pooled.candidates(name).values()):
             skipped[name] = "no usable gradient reached it"
     names = [name for name in sketches if name not in skipped]
-    labels = {name: next(iter(estimator.candidates(sketches[name]))) for name in names}
-    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    labels = {name: next(iter(pooled.candidates(name))) for name in names}
+    rows: dict[str, dict[str, Any]] = {name: {"text_rows": sketches[name].rows} if family_of(name) else {} for name in names}
     if recipe.bits is not None:
-        _draft_schemes(visit, recipe, source, sketches, names, held or range(count), rows, batch_size)
+        _draft_schemes(visit, recipe, source, pooled, names, held or range(count), rows, batch_size)
     elif held and names:
-        _choose_factors(visit, recipe, source, sketches, names, held, labels, rows, batch_size)
+        _choose_factors(visit, recipe, source, sketches, pooled, names, held, labels, rows, batch_size)
+        pooled = Pooled(parse_curvature(recipe.curvature), sketches, family_of)  # with the gradients that were chosen by
     final: dict[str, LinearCurvature] = {}
     for name in names:
-        candidate = estimator.candidates(sketches[name])[labels[name]]
+        candidate = pooled.candidates(name)[labels[name]]
+        if part := pooled.borrowed(name):
+            rows[name]["borrowed"] = part
         final[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=rows[name])
     return final, skipped
 
@@ -181,6 +191,7 @@ def _choose_factors(
     recipe: Recipe,
     source: Source,
     sketches: Mapping[str, Sketch],
+    pooled: Pooled,
     names: Sequence[str],
     held: Sequence[int],
     labels: dict[str, str],
@@ -188,12 +199,11 @@ def _choose_factors(
     batch_size: int,
 ) -> None:
     """Puts the candidate that each linear is to be rounded with into `labels`; the gradients that were chosen by join the sums."""
-    estimator, grid = parse_curvature(recipe.curvature), parse_scheme(recipe.scheme)
+    grid = parse_scheme(recipe.scheme)
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
     drafts: dict[str, dict[str, Draft]] = {}
     for name in names:
-        candidates: dict[str, Candidate] = estimator.candidates(sketches[name])
-        drafts[name] = draft_rounding(draft, grid.draft(), source, name, candidates, kept=False)
+        drafts[name] = draft_rounding(draft, grid.draft(), source, name, pooled.candidates(name), kept=False)
     joins = recipe.labels != "data"  # the prediction's labels are the model's own, those sums have others
     predicted = _predicted(visit, source, drafts, held, batch_size, sketches if joins else None)
     for name, own in predicted.items():
@@ -206,18 +216,17 @@ def _draft_schemes(
     visit: Visit,
     recipe: Recipe,
     source: Source,
-    sketches: Mapping[str, Sketch],
+    pooled: Pooled,
     names: Sequence[str],
     held: Sequence[int],
     rows: dict[str, dict[str, Any]],
     batch_size: int,
 ) -> None:
     """Puts into `rows` what each of the recipe's schemes would take and cost each linear, for `stages.rounding.allocation`."""
-    estimator = parse_curvature(recipe.curvature)
     drafts: dict[str, dict[str, Draft]] = {}
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
     for name in names:
-        candidate = next(iter(estimator.candidates(sketches[name]).values()))
+        candidate = next(iter(pooled.candidates(name).values()))
         drafts[name] = {
             scheme: draft_rounding(draft, parse_scheme(scheme), source, name, {"": candidate}, kept=True)[""]
             for scheme in recipe.candidate_schemes()

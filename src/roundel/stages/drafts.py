@@ -37,6 +37,7 @@ def draft_rounding(
         Linear(
             name=name,
             tensor=stored,
+            part_of=source.checkpoint.part_of(stored),
             stored=source.checkpoint.read(stored),
             factors=candidate.factors,
             damping=min(10.0, recipe.damping * candidate.damping),

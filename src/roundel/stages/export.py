@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.artifacts.checkpoints import read, write
+from roundel.artifacts.checkpoints import check_apart, read, write
 from roundel.artifacts.factors import FactorsDirectory
 from roundel.curvature import Sketch
 from roundel.errors import FactorsError, ModelError, OutputError, SchemeError, in_layer
@@ -61,6 +61,8 @@ def export(
                 raise SchemeError(
                     f"rounded to {weight.scheme}, not to {kind}: export carries codes over; quantize again with --scheme {kind}"
                 )
+    if any("part_of" in row for row in stored.report["layers"].values()):
+        check_apart(form)
     if form == "gguf":
         gguf.check_architecture(frame.config)
         gguf.check_tokenizer(frame.directory)

@@ -38,6 +38,8 @@ class Linear:
     """Seeds its rotation."""
     tensor: str
     """The stored name of its weight."""
+    part_of: str | None
+    """The stored tensor that it is a part of, an expert's of all."""
     stored: Tensor
     factors: Factors
     damping: float
@@ -118,6 +120,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
     result = stacked(weights)
     row = {
         "tensor": linear.tensor,
+        **({} if linear.part_of is None else {"part_of": linear.part_of}),
         "shape": list(linear.stored.shape),
         "bits": grid.bits,
         "scheme": grid.name,

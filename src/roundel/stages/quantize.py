@@ -18,7 +18,7 @@ from roundel.artifacts.work import open_work
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
-from roundel.stages.finish import finish, warn_of_source, weights_of
+from roundel.stages.finish import finish, warn_of_source, weights_of, with_readable_format
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
@@ -83,6 +83,7 @@ def quantize(
         with notes.timed("load"):
             source = load_source(str(model), recipe, device, dtype, work=place)
             warn_of_source(source, notes)
+            recipe = with_readable_format(recipe, source, notes)
             if stored is not None:
                 check_model(stored, source)
         if searched:

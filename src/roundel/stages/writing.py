@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from roundel.artifacts.checkpoints import Frame, write
 from roundel.artifacts.source import Source
+from roundel.models.linears import matrix_modules
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
@@ -26,7 +27,7 @@ def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded,
 
 def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:
     """The original without the weights of its quantized linears, given by their types, and with `moved` for parameters that were tuned;
-    experts stored one by one become the parameters that the model has."""
+    experts of whom none is quantized stay one parameter, those of whom some are become tensors of their own."""
     checkpoint = source.checkpoint
     names = {id(source.model.get_parameter(name)): name for name in moved}
     aliases = {  # a tied head may be stored once more
@@ -38,6 +39,7 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
     pieces = {piece for stored in fused.values() for piece in stored}
     kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
     weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
+    quantized = set(weights.values())
 
     def read(tensor: str) -> Tensor:
         if tensor in aliases:
@@ -46,7 +48,16 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
             return checkpoint.read(tensor)
         return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()
 
-    sizes = {tensor: checkpoint.sizes[tensor] for tensor in checkpoint if tensor not in pieces}
+    whole: dict[str, list[str]] = {}
+    for part, (stored, _) in checkpoint.names.parts.items():
+        whole.setdefault(stored, []).append(part)
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint:
+        parts = whole.get(tensor, [])
+        if not quantized.isdisjoint(parts):
+            sizes |= dict.fromkeys(parts, checkpoint.sizes[tensor] // len(parts))
+        elif tensor not in pieces:
+            sizes[tensor] = checkpoint.sizes[tensor]
     sizes |= {tensor: source.model.get_parameter(tensor).numel() * kind.itemsize for tensor, kind in kinds.items()}
     return Frame(
         directory=source.path,
@@ -55,5 +66,5 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
         reader=read,
         weights=weights,
         dtypes={name: getattr(torch, dtypes[name]) for name in weights},
-        linears=frozenset(name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)),
+        linears=matrix_modules(source.model),
     )

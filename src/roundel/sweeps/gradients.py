@@ -15,6 +15,7 @@ all sequences at all boundaries, and two of gradients, as the store decides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from roundel.errors import ModelError
 from roundel.linalg.fast import fast
 from roundel.sweeps.hidden import HiddenStates, HiddenStore
 from roundel.sweeps.labels import Labels
@@ -267,7 +269,7 @@ def safe_batch_size(
     parts: Sequence[int] = (),
     quickly: bool = False,
 ) -> int:
-    """`batch_size`, if a batch gives every linear of the first group that has any the same bits as its sequences one by one; else 1.
+    """`batch_size`, if a batch gives every linear, of one group of each kind, the same bits as its sequences one by one; else 1.
 
     Args:
         layers: The model.
@@ -278,9 +280,25 @@ def safe_batch_size(
         quickly: As for `gradient_visits`.
     """
     batch_size = min(batch_size, max(parts, default=len(tokens)), len(tokens))
-    index = next((index for index in range(len(layers)) if layers.inside(index, linears)), None)
-    if batch_size <= 1 or index is None:
+    kinds: dict[tuple[str, ...], int] = {}
+    """The first of all groups that have the same linears."""
+    for index in range(len(layers)):
+        if names := layers.inside(index, linears):
+            kinds.setdefault(tuple(re.sub(r"\d+", "", name) for name in names), index)
+    if batch_size <= 1 or not kinds:
         return 1
+    return min(_safe_in_group(layers, index, linears, tokens, batch_size, parts, quickly) for index in kinds.values())
+
+
+def _safe_in_group(
+    layers: Layers,
+    index: int,
+    linears: Mapping[str, nn.Linear],
+    tokens: TokenBatch,
+    batch_size: int,
+    parts: Sequence[int],
+    quickly: bool,
+) -> int:
     own = {name: linears[name] for name in layers.inside(index, linears)}
 
     def digests(size: int, rows: Sequence[int]) -> dict[tuple[str, int], tuple[int, int]]:
@@ -300,7 +318,11 @@ def safe_batch_size(
     with layers.loaded(index):
         single = digests(1, range(batch_size))
         for size in {batch_size, *(count % batch_size for count in (parts or [len(tokens)]))} - {0, 1}:
-            if any(single[key] != bits for key, bits in digests(size, range(size)).items()):
+            try:
+                together = digests(size, range(size))
+            except ModelError:  # rows of several sequences cannot be told apart
+                return 1
+            if any(single[key] != bits for key, bits in together.items()):
                 return 1
     return batch_size
 

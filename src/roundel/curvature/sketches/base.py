@@ -37,6 +37,9 @@ class Sketch(ABC):
         self.d_out, self.d_in, self.device, self.index = d_out, d_in, device, index
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
+        """Of text."""
+        self.rows = 0
+        """That the linear has seen of them; not the same where it is an expert's."""
 
     def start(self, **sizes: int) -> None:
         """Starts sums of `(size, size)` matrices, by name, and the sum `trace`."""
@@ -47,8 +50,10 @@ class Sketch(ABC):
     def update(self, grad: LayerGrad) -> None:
         """Adds one batch."""
         for sequence in grad.sequences():
-            self.add_sequence(grad, sequence)
+            if grad.g.shape[1]:
+                self.add_sequence(grad, sequence)
             self.tokens += grad.tokens
+            self.rows += grad.g.shape[1]
 
     @abstractmethod
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
@@ -74,6 +79,7 @@ class Sketch(ABC):
         for name, total in self.sums.items():
             total.add_(other.sums[name])
         self.tokens += other.tokens
+        self.rows += other.rows
 
     def add_token_trace(self, grad: LayerGrad, sequence: int) -> None:
         """Adds `sum_t |g_t|^2 |x_t|^2` to the sum `trace`: the Fisher's trace without its cross-token terms."""

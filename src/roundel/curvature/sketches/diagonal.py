@@ -36,6 +36,7 @@ class _Diagonals(Sketch):
         if isinstance(other, _Diagonals):
             self.full.merge(other.full)
             self.tokens += other.tokens
+            self.rows += other.rows
         else:
             super().merge(other)  # which refuses
 

@@ -126,10 +126,12 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
 
 
 def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature, target: Tensor | None, moments: Moments | None) -> Linear:
+    tensor = _tensor(source, name)
     return Linear(
         name=name,
-        tensor=_tensor(source, name),
-        stored=source.checkpoint.read(_tensor(source, name)),
+        tensor=tensor,
+        part_of=source.checkpoint.part_of(tensor),
+        stored=source.checkpoint.read(tensor),
         target=target,
         factors=curvature.factors if moments is None else moments.met(curvature.factors),
         damping=min(10.0, recipe.damping * curvature.damping),
