@@ -120,9 +120,9 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         )
     found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
     skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
-    if _join_idle(model, found, skipped):
-        checkpoint = checkpoint.of(model)
     form = recipe.written_format()
+    if _join_idle(model, found, skipped, keeps=form == "compressed-tensors"):
+        checkpoint = checkpoint.of(model)
     if form in FORMATS:
         FORMATS[form].check_names(found)
     return Source(
@@ -141,12 +141,15 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     )
 
 
-def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, str]) -> bool:
-    """Puts experts together again of whom none is looked at, and their reasons too; whether there are any."""
+def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, str], *, keeps: bool) -> bool:
+    """Puts experts together again of whom none is looked at, and their reasons too; whether there are any.
+
+    With `keeps` not those that Transformers reads one by one.
+    """
     idle = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, SplitExperts) and not any(own.startswith(f"{name}.") for own in linears)
+        if isinstance(module, SplitExperts) and not (keeps and module.sequential) and not any(own.startswith(f"{name}.") for own in linears)
     ]
     for name in idle:
         join_experts(model.get_submodule(name))

@@ -10,7 +10,9 @@ other as the module's own definition does. Biases, activation, gate function, no
 
 Only an expert that has tokens runs, with its tokens alone. Cost: the same products, in `3 experts` calls of smaller matrices.
 
-Not done: modules that define their experts in another way than `use_experts_implementation` knows (Llama 4, JetMoE).
+Modules say how they store and run their experts (`use_experts_implementation`); `OTHERS` says it for those that do not.
+
+Not done: further ways (JetMoE, DBRX, LongCat's experts that do nothing).
 """
 
 from __future__ import annotations
@@ -23,10 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "SplitExperts", "expert_family", "join_experts", "parts_of", "split_experts"]
+__all__ = ["Part", "SplitExperts", "expert_family", "experts_of", "join_experts", "parts_of", "split_experts"]
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Of an expert, by the parameter that holds those of all."""
+
+
+USUAL: dict[str, bool] = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+OTHERS: dict[str, dict[str, bool]] = {"Llama4TextExperts": {"is_transposed": True}, "Step3p7Experts": {}}
+"""By class, in what its experts differ from the usual ones."""
+
+
+SEQUENTIAL = {"Llama4TextExperts"}
+"""Classes in whose place Transformers itself has experts one by one, as soon as a checkpoint is a compressed-tensors one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +92,8 @@ class SplitExperts:
         if self.has_gate:
             gate, up = own.gate_proj(x), own.up_proj(x)
             both = torch.cat([gate, up], -1) if self.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
-            inner = self._apply_gate(both + self.gate_up_proj_bias[expert] if self.has_bias else both)
+            both = both + self.gate_up_proj_bias[expert] if self.has_bias else both
+            inner = self._apply_gate(both) if hasattr(self, "_apply_gate") else self.act_fn(gate) * up
         else:
             up = own.up_proj(x)
             inner = self.act_fn(up + self.up_proj_bias[expert] if self.has_bias else up)
@@ -86,11 +104,29 @@ class SplitExperts:
             y = self.post_expert_norm(y)
         return y
 
+    @property
+    def sequential(self) -> bool:
+        """Whether Transformers reads compressed-tensors experts of this class one by one."""
+        return type(self).__bases__[1].__name__ in SEQUENTIAL
+
     def put(self: Any, stack: str, values: Tensor) -> None:
         """Gives the experts the values of a parameter of all, as views of it."""
         for name, part in parts_of(self).items():
             if part.stack == stack:
                 self.get_submodule(name).weight = nn.Parameter(part.of(values), requires_grad=False)
+
+
+class SplitSortedExperts(SplitExperts):
+    """Experts that are given all tokens each, multiplied with the router's weights: those of an expert that is not chosen are zero."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """`(experts tokens, d)`, all tokens of the first expert first."""
+        found = []
+        for expert, x in enumerate(hidden_states.chunk(self.num_split)):
+            tokens = x.detach().any(-1).nonzero()[:, 0]
+            y = torch.zeros_like(x)
+            found.append(y.index_copy(0, tokens, self.run_expert(expert, x[tokens])) if len(tokens) else y)
+        return torch.cat(found)
 
 
 def split_experts(model: nn.Module, wanted: Collection[str] | None = None) -> None:
@@ -132,14 +168,16 @@ def parts_of(module: nn.Module | SplitExperts) -> dict[str, Part]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    return hasattr(module, "_is_expert_parallel") and all(
-        module._parameters[name].ndim == 3  # type: ignore[union-attr]
-        for name in ("gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj")
-    )
+    stacks = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+    known = hasattr(module, "_is_expert_parallel") or type(module).__name__ in OTHERS
+    return known and all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in stacks)
 
 
 def _split(module: nn.Module) -> None:
     own: Any = module
+    for setting, value in {**USUAL, **OTHERS.get(type(module).__name__, {})}.items():
+        if not hasattr(module, setting):
+            setattr(module, setting, value)
     own.stacks = tuple(name for name in PROJECTIONS if name in module._parameters)
     values = {name: module._parameters.pop(name) for name in own.stacks}
     down = values["down_proj"]
@@ -161,13 +199,19 @@ def _split(module: nn.Module) -> None:
         module.get_submodule(expert).add_module(projection, linear)
 
 
+def experts_of(model: nn.Module, linear: str) -> SplitExperts | None:
+    """The split module that a linear is part of."""
+    parent = model.get_submodule(linear.rpartition(".")[0].rpartition(".")[0])
+    return parent if isinstance(parent, SplitExperts) else None
+
+
 def expert_family(model: nn.Module, linear: str) -> str | None:
     """The name that an expert's linear shares with the same one of the others; None for all other linears."""
     owner, _, projection = linear.rpartition(".")
-    parent = owner.rpartition(".")[0]
-    return f"{parent}.{projection}" if isinstance(model.get_submodule(parent), SplitExperts) else None
+    return f"{owner.rpartition('.')[0]}.{projection}" if experts_of(model, linear) is not None else None
 
 
 @cache
 def _split_class(kind: Any) -> type:
-    return type(f"Split{kind.__name__}", (SplitExperts, kind), {})
+    way = SplitSortedExperts if kind.__name__ == "Llama4TextExperts" else SplitExperts
+    return type(f"Split{kind.__name__}", (way, kind), {})

@@ -13,7 +13,7 @@ from roundel.calibration import Fingerprint, Split
 from roundel.grids import parse_scheme
 from roundel.grids.minifloat import Fp8
 from roundel.grids.uniform import Uniform
-from roundel.models.experts import expert_family
+from roundel.models.experts import expert_family, experts_of
 from roundel.recipes import Recipe
 from roundel.stages.evaluation import evaluate_written, predict
 from roundel.stages.notes import Notes
@@ -68,13 +68,12 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
     """The recipe, with Roundel's own format where nobody has asked for one and Transformers would not read the experts in the usual one."""
     experts = [name for name in source.linears if expert_family(source.model, name)]
     stored = [source.checkpoint.weight_of(name) or "" for name in experts]
-    together = any(source.checkpoint.part_of(tensor) for tensor in stored)
-    if together:
+    if together := any(source.checkpoint.part_of(tensor) for tensor in stored):
         check_apart(recipe.written_format())
     if not experts or recipe.written_format() != "compressed-tensors":
         return recipe
     kind, reason = source.config.get("model_type"), None
-    if together:
+    if together and not all(own.sequential for name in experts if (own := experts_of(source.model, name))):
         reason = f"Transformers finds no experts of {kind} that are stored one by one"
     elif unread := [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]:
         reason = f"Transformers does not decode experts in {unread[0]}"

@@ -39,7 +39,6 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
     pieces = {piece for stored in fused.values() for piece in stored}
     kinds = {tensor: checkpoint.read(stored[0]).dtype for tensor, stored in fused.items()}
     weights = {name: stored for name in dtypes if (stored := checkpoint.weight_of(name)) is not None}
-    quantized = set(weights.values())
 
     def read(tensor: str) -> Tensor:
         if tensor in aliases:
@@ -54,7 +53,7 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
     sizes: dict[str, int] = {}
     for tensor in checkpoint:
         parts = whole.get(tensor, [])
-        if not quantized.isdisjoint(parts):
+        if parts:
             sizes |= dict.fromkeys(parts, checkpoint.sizes[tensor] // len(parts))
         elif tensor not in pieces:
             sizes[tensor] = checkpoint.sizes[tensor]
