@@ -43,6 +43,7 @@ STAGES = [
     ("linears", 0),
     ("drafts", 1),
     ("text", 1),
+    ("readers", 1),
     ("sequences", 2),
     ("space", 2),
     ("curvature", 2),

@@ -64,6 +64,8 @@ class Frame:
     """The stored name of each quantized linear's weight, by module."""
     dtypes: Mapping[str, torch.dtype]
     """The original type of each quantized linear's weight, by module."""
+    turned: frozenset[str]
+    """Quantized linears whose weights are stored transposed, as dense ones."""
     linears: frozenset[str]
     """Names of all modules that an engine may run as a linear (`models.linears.matrix_modules`)."""
 
@@ -116,7 +118,8 @@ def write(
             return {tensor: frame.reader(tensor)}
         with in_layer(module):
             if packer is None:
-                return {tensor: dequantized(rounded[module]).to(frame.dtypes[module]).contiguous()}
+                W = dequantized(rounded[module]).to(frame.dtypes[module])
+                return {tensor: (W.T if module in frame.turned else W).contiguous()}
             parts = packer.pack(rounded[module])
         packed[module] = {part: value.to("meta") for part, value in parts.items()}
         prefix = tensor.removesuffix("weight")
@@ -212,6 +215,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         reader=checkpoint.read,
         weights=weights,
         dtypes=dtypes,
+        turned=frozenset(name for name, row in report["layers"].items() if row.get("turned")),
         linears=matrix_modules(_skeleton(path)),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))

@@ -25,6 +25,7 @@ from roundel.models.experts import SplitExperts, join_experts, split_experts
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
+from roundel.models.plain import as_linears
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.sweeps import Layers
@@ -106,6 +107,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint), fused.config(config), fused.as_json()
         nn.Module.to(model, pick_dtype(dtype, place))
+    as_linears(model)
     split_experts(model)
     checkpoint = checkpoint.of(model)
     first, *others = (

@@ -69,7 +69,8 @@ class Written:
     def _weight(self, module: str) -> Tensor:
         names, row = self._tensors[module], self._layers[module]
         if self._form not in FORMATS:
-            return self._checkpoint.read(names[0]).float()
+            W = self._checkpoint.read(names[0]).float()
+            return W.T if row.get("turned") else W
         prefix = f"{names[0].rpartition('.')[0]}."
         with in_layer(module):
             parts = {name.removeprefix(prefix): self._checkpoint.read(name) for name in names}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -170,7 +171,7 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
                 raise ModelError(f"{name} is {_words(*found)}; by quantization_config it is {_words(*expected)}")
 
 
-def _linear(model: nn.Module, name: str, layout: Layout) -> nn.Linear:
+def _linear(model: nn.Module, name: str, layout: Layout) -> nn.Linear | Conv1D:
     """The model's linear of that name and shape.
 
     Raises:
@@ -180,9 +181,12 @@ def _linear(model: nn.Module, name: str, layout: Layout) -> nn.Linear:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError("the model of config.json has no such linear") from error
-    if type(module) is not nn.Linear:
+    if isinstance(module, Conv1D):
+        shape = module.nf, module.nx
+    elif isinstance(module, nn.Linear):
+        shape = module.out_features, module.in_features
+    else:
         raise ModelError(f"a {type(module).__name__} cannot be packed, only a linear")
-    shape = module.out_features, module.in_features
     if shape != layout.shape:
         raise ModelError(f"by quantization_config the weight has shape {layout.shape}; by the rest of config.json it is {shape}")
     return module

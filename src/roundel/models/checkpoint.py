@@ -56,10 +56,11 @@ class Checkpoint:
         return iter(self.files)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, or one expert's part of one under the name of `stored`."""
+        """One tensor, or one expert's part of one under the name of `stored`; weights are `(d_out, d_in)` however they are stored."""
         if name in self.files:
             with safe_open(self.files[name], framework="pt") as handle:
-                return handle.get_tensor(name)  # type: ignore[no-any-return]
+                tensor: Tensor = handle.get_tensor(name)
+            return tensor.T.contiguous() if name in self.names.turned else tensor
         whole, part = self.names.parts[name]
         with safe_open(self.files[whole], framework="pt") as handle:
             return part.of(handle.get_slice(whole)[part.expert : part.expert + 1], first=part.expert).contiguous()

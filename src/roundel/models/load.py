@@ -97,7 +97,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Within the context Transformers shows no bars and gives no advice; what matters of it is checked here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -114,7 +114,7 @@ def _quiet() -> Iterator[None]:
 def guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
     """Transformers raises a dozen types, bare `Exception` among them, for a directory that it cannot read; users get one."""
     try:
-        with _quiet():
+        with quiet():
             return load()
     except Exception as error:
         first, *others = str(error).strip().splitlines() or [type(error).__name__]

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from roundel.models.experts import PROJECTIONS, Part, SplitExperts, parts_of
+from roundel.models.plain import is_turned
 
 __all__ = ["StoredNames", "split_conversions", "stored_names"]
 
@@ -34,6 +35,8 @@ class StoredNames:
     """By parameter that is made of several tensors, or of parts of one, their names."""
     parts: dict[str, tuple[str, Part]] = field(default_factory=dict)
     """What are parts of stored tensors, under the names that they would have by themselves."""
+    turned: set[str] = field(default_factory=set)
+    """Stored tensors of weights that are transposed."""
 
 
 def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
@@ -52,6 +55,9 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
             found.same[target] = name
         else:
             found.made.setdefault(target, []).append(name)
+    for name, module in model.named_modules():
+        if is_turned(module) and f"{name}.weight" in found.same:
+            found.turned.add(found.same[f"{name}.weight"])
     for name, module in split.items():
         for own, part in parts_of(module).items():
             if (whole := found.same.get(f"{name}.{part.stack}")) is not None:

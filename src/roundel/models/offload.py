@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from roundel.errors import ModelError
 from roundel.models.experts import SplitExperts
 from roundel.models.load import guarded, load_config
+from roundel.models.plain import is_turned
 from roundel.store import staged_file, storage
 from roundel.sweeps.layers import decoder_layers
 
@@ -65,6 +66,8 @@ class FileWeights:
             module = self._model.get_submodule(owner)
             if isinstance(module, SplitExperts):
                 module.put(own, value.to(self._device))
+            elif own == "weight" and is_turned(module):
+                module.weight = nn.Parameter(value.to(self._device).T, requires_grad=False)
             else:
                 set_module_tensor_to_device(self._model, name, self._device, value=value)
                 module.requires_grad_(False)

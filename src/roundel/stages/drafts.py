@@ -38,6 +38,7 @@ def draft_rounding(
             name=name,
             tensor=stored,
             part_of=source.checkpoint.part_of(stored),
+            turned=stored in source.checkpoint.names.turned,
             stored=source.checkpoint.read(stored),
             factors=candidate.factors,
             damping=min(10.0, recipe.damping * candidate.damping),

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from roundel.artifacts.checkpoints import check_apart
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.artifacts.written import Written
 from roundel.calibration import Fingerprint, Split
-from roundel.grids import parse_scheme
-from roundel.grids.minifloat import Fp8
-from roundel.grids.uniform import Uniform
-from roundel.models.experts import expert_family, experts_of
 from roundel.recipes import Recipe
 from roundel.stages.evaluation import evaluate_written, predict
 from roundel.stages.notes import Notes
@@ -22,7 +16,7 @@ from roundel.stages.rounding import Rounded
 from roundel.stages.writing import write_model
 from roundel.store import staged_directory
 
-__all__ = ["finish", "warn_of_source", "weights_of", "with_readable_format"]
+__all__ = ["finish", "warn_of_source", "weights_of"]
 
 
 def finish(
@@ -62,28 +56,6 @@ def weights_of(recipe: Recipe, *, tried: bool = False) -> dict[str, float]:
     if recipe.tune != "none":
         found["tuning"] = 6.0 * recipe.steps * recipe.step_tokens / recipe.seq_len
     return found | {"writing": 4.0, "evaluation": 2.0 * held, "prediction": 48.0}
-
-
-def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe:
-    """The recipe, with Roundel's own format where nobody has asked for one and Transformers would not read the experts in the usual one."""
-    experts = [name for name in source.linears if expert_family(source.model, name)]
-    stored = [source.checkpoint.weight_of(name) or "" for name in experts]
-    if together := any(source.checkpoint.part_of(tensor) for tensor in stored):
-        check_apart(recipe.written_format())
-    if not experts or recipe.written_format() != "compressed-tensors":
-        return recipe
-    kind, reason = source.config.get("model_type"), None
-    if together and not all(own.sequential for name in experts if (own := experts_of(source.model, name))):
-        reason = f"Transformers finds no experts of {kind} that are stored one by one"
-    elif unread := [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]:
-        reason = f"Transformers does not decode experts in {unread[0]}"
-    if reason is None:
-        return recipe
-    if recipe.format != "auto":
-        notes.warn(f"{reason}: it will not load this directory; --format native is read after import roundel")
-        return recipe
-    notes.warn(f"{reason}: written in the native format, which is read after import roundel; for vLLM give --format compressed-tensors")
-    return dataclasses.replace(recipe, format="native")
 
 
 def warn_of_source(source: Source, notes: Notes) -> None:

@@ -38,8 +38,10 @@ class Linear:
     """Seeds its rotation."""
     tensor: str
     """The stored name of its weight."""
-    part_of: str | None
+    part_of: str | None = None
     """The stored tensor that it is a part of, an expert's of all."""
+    turned: bool = False
+    """Whether it is stored transposed."""
     stored: Tensor
     factors: Factors
     damping: float
@@ -121,6 +123,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
     row = {
         "tensor": linear.tensor,
         **({} if linear.part_of is None else {"part_of": linear.part_of}),
+        **({"turned": True} if linear.turned else {}),
         "shape": list(linear.stored.shape),
         "bits": grid.bits,
         "scheme": grid.name,

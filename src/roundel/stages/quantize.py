@@ -18,8 +18,9 @@ from roundel.artifacts.work import open_work
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
-from roundel.stages.finish import finish, warn_of_source, weights_of, with_readable_format
+from roundel.stages.finish import finish, warn_of_source, weights_of
 from roundel.stages.notes import Notes
+from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
 from roundel.stages.sequences import AUTO, enough_sequences

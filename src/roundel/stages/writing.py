@@ -44,7 +44,8 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
         if tensor in aliases:
             return aliases[tensor]
         if tensor not in fused:
-            return checkpoint.read(tensor)
+            values = checkpoint.read(tensor)
+            return values.T.contiguous() if tensor in checkpoint.names.turned else values
         return source.model.get_parameter(tensor).detach().cpu().to(kinds[tensor]).contiguous()
 
     whole: dict[str, list[str]] = {}
@@ -65,5 +66,6 @@ def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor
         reader=read,
         weights=weights,
         dtypes={name: getattr(torch, dtypes[name]) for name in weights},
+        turned=frozenset(name for name, tensor in weights.items() if tensor in checkpoint.names.turned),
         linears=matrix_modules(source.model),
     )

@@ -131,6 +131,7 @@ def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature
         name=name,
         tensor=tensor,
         part_of=source.checkpoint.part_of(tensor),
+        turned=tensor in source.checkpoint.names.turned,
         stored=source.checkpoint.read(tensor),
         target=target,
         factors=curvature.factors if moments is None else moments.met(curvature.factors),

@@ -1,0 +1,79 @@
+"""Whether what is written will be read: the format, given the model, before any work.
+
+A recipe's format is chosen by its schemes alone. Some architectures are not read in it: Transformers knows no names for experts that it
+stores together, decodes experts of some schemes wrongly, keeps linears transposed, or fails while it loads packed ones. Where nobody has
+asked for a format, Roundel's own is taken instead, which is read for every architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from roundel.artifacts.checkpoints import check_apart
+from roundel.artifacts.source import Source
+from roundel.errors import SchemeError
+from roundel.formats import FORMATS
+from roundel.grids import parse_scheme
+from roundel.grids.minifloat import Fp8
+from roundel.grids.uniform import Uniform
+from roundel.models.experts import experts_of
+from roundel.models.linears import matrix_modules
+from roundel.models.plain import is_turned
+from roundel.models.readable import loading_fault
+from roundel.recipes import Recipe
+from roundel.stages.notes import Notes
+from roundel.types import RoundedWeight
+
+__all__ = ["with_readable_format"]
+
+
+def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe:
+    """The recipe, with the native format where it says `auto` and Transformers would not read the usual one; says so.
+
+    Raises:
+        SchemeError: nothing reads the format that is asked for.
+    """
+    form, kind = recipe.written_format(), source.config.get("model_type")
+    if form not in ("native", "dense") and any(is_turned(linear) for linear in source.linears.values()):
+        reason = f"the linears of {kind} are stored transposed (Conv1D), which readers of {form} do not know"
+        if recipe.format != "auto":
+            raise SchemeError(f"{reason}; use --format native")
+    elif (found := _unread_experts(recipe, source) or _fault(recipe, source)) is None:
+        return recipe
+    else:
+        reason = f"Transformers {found}"
+        if recipe.format != "auto":
+            notes.warn(f"{reason}: it will not load this directory; --format native is read after import roundel")
+            return recipe
+    notes.warn(f"{reason}: written in the native format, which is read after import roundel")
+    return dataclasses.replace(recipe, format="native")
+
+
+def _fault(recipe: Recipe, source: Source) -> str | None:
+    """What happens when Transformers loads a compressed-tensors directory of this architecture (`models.readable`)."""
+    if recipe.written_format() != "compressed-tensors":
+        return None
+    nothing = torch.empty(0, dtype=torch.int8)
+    packed = {
+        name: RoundedWeight(scheme=recipe.used_schemes[0], codes=nothing, scales={}, shape=(linear.out_features, linear.in_features))
+        for name, linear in source.linears.items()
+    }
+    others = sorted(matrix_modules(source.model) - packed.keys())
+    fault = loading_fault(source.path, FORMATS["compressed-tensors"].config(packed, others))
+    return None if fault is None else f"fails to load packed linears of {source.config.get('model_type')} ({fault})"
+
+
+def _unread_experts(recipe: Recipe, source: Source) -> str | None:
+    """What Transformers does not do with the experts of a compressed-tensors directory."""
+    experts = {name: own for name in source.linears if (own := experts_of(source.model, name)) is not None}
+    together = [name for name in experts if source.checkpoint.part_of(source.checkpoint.weight_of(name) or "")]
+    if together:
+        check_apart(recipe.written_format())
+    if not experts or recipe.written_format() != "compressed-tensors":
+        return None
+    if not all(experts[name].sequential for name in together):
+        return f"finds no experts of {source.config.get('model_type')} that are stored one by one"
+    unread = [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]
+    return f"does not decode experts in {unread[0]}" if unread else None
