@@ -25,6 +25,8 @@ from roundel.errors import OutputError, StorageError
 __all__ = ["check_output", "copy_files", "staged_directory", "staged_file", "storage", "umask", "write_json", "write_shards", "write_text"]
 
 SHARD_BYTES = 2 * 1024**3
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""How files begin that say what may be done with a model."""
 
 
 def check_output(target: Path) -> None:
@@ -117,12 +119,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_files(source: Path, target: Path, *, leave_out: set[str]) -> None:
-    """Copies a model directory's tokenizer, generation settings and licence: everything but weights, code and `leave_out`."""
-    for path in sorted(source.iterdir()):
-        keep = path.suffix in {".json", ".txt", ".model", ".jinja"} or path.name.startswith("LICENSE")
+    """Copies a model directory's tokenizer, chat templates, generation settings and terms: everything but weights, code and `leave_out`."""
+    templates = source / "additional_chat_templates"
+    for path in [*sorted(source.iterdir()), *sorted(templates.glob("*.jinja"))]:
+        keep = path.suffix in {".json", ".txt", ".model", ".jinja"} or path.name.startswith(TERMS)
         if path.is_file() and keep and path.name not in leave_out:
-            with storage(target / path.name):
-                shutil.copyfile(path, target / path.name)
+            own = target / path.relative_to(source)
+            with storage(own):
+                own.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, own)
 
 
 def write_shards(

@@ -22,7 +22,7 @@ REPORT = {
     "schema_version": None,
     "roundel": None,
     "versions": {"torch", "transformers", "compressed-tensors", "numba"},
-    "model": {"name", "revision", "parameters"},
+    "model": {"name", "revision", "parameters", "quantized"},
     "scheme": None,
     "allocation": None,
     "natural_steps": None,

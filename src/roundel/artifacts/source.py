@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from roundel.evaluate import compare_models
 from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.coverage import Coverage, coverage_of
+from roundel.models.decode import decoded
 from roundel.models.experts import SplitExperts, join_experts, split_experts
 from roundel.models.fuse import fuse_rotation
-from roundel.models.load import pick_device, pick_dtype
+from roundel.models.load import pick_device, pick_dtype, quantization_of
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
 from roundel.models.plain import as_linears
 from roundel.recipes import Recipe
@@ -40,6 +43,11 @@ class Source:
 
     name: str
     path: Path
+    """Of the weights in 16 bits or more."""
+    origin: Path
+    """Of the directory that was asked for."""
+    quantized: str | None
+    """How its weights are quantized themselves; then `path` has them decoded."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
@@ -78,7 +86,7 @@ class Source:
     @property
     def revision(self) -> str | None:
         """The Hub's commit, when the directory is one of its snapshots."""
-        return self.path.name if self.path.parent.name == "snapshots" else None
+        return self.origin.name if self.origin.parent.name == "snapshots" else None
 
 
 def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Work | None = None) -> Source:
@@ -86,7 +94,9 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
 
     Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run.
     """
-    path = locate(name)
+    path = origin = locate(name)
+    if (method := quantization_of(path)) is not None:
+        path = decoded(path, method, work.path if work is not None else Path(scratch()))
     place = pick_device(device)
     kind = torch.float32 if recipe.rotate == "fused" else pick_dtype(dtype, place)
     weights: FileWeights | None = None
@@ -96,8 +106,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     else:
         model = load_model(path, device=place, dtype=kind)
     config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise ModelError(f"{path} is quantized already; start from the original model")
+    config.pop("quantization_config", None)  # left behind over plain weights
     if recipe.written_format() == "gguf":
         gguf.check_architecture(config)
         gguf.check_tokenizer(path)
@@ -130,6 +139,8 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     return Source(
         name=name,
         path=path,
+        origin=origin,
+        quantized=method,
         model=model,
         tokenizer=load_tokenizer(path),
         checkpoint=checkpoint,
@@ -141,6 +152,14 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         length=min(recipe.seq_len, positions(model.config)),
         weights=weights,
     )
+
+
+@cache
+def scratch() -> str:
+    """A directory for as long as the process runs, where no work is kept."""
+    directory = tempfile.TemporaryDirectory(prefix="roundel-")
+    atexit.register(directory.cleanup)
+    return directory.name
 
 
 def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, str], *, keeps: bool) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -22,7 +23,21 @@ from roundel.models.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["guarded", "load_config", "load_model", "load_tokenizer", "locate", "model_type", "pick_device", "pick_dtype"]
+__all__ = [
+    "guarded",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "model_type",
+    "pick_device",
+    "pick_dtype",
+    "quantization_of",
+    "quiet",
+]
+
+PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
+"""Types of weights as they were trained, and of buffers."""
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
@@ -133,13 +148,38 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def quantization_of(path: Path) -> str | None:
+    """How the weights in a directory are quantized, by the name that config.json gives it; None if they are not.
+
+    Raises:
+        ModelError: config.json or a file of weights cannot be read.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}/config.json cannot be read: {error}") from error
+    if not settings:
+        return None
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if any(tensors.get_slice(name).get_dtype() not in PLAIN for name in tensors.keys()):  # noqa: SIM118 (not a dict)
+                    return str(settings.get("quant_method", "in an unknown way"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read: {error}") from error
+    return None
+
+
 def load_config(path: Path) -> PretrainedConfig:
-    """config.json, read by Transformers.
+    """config.json, read by Transformers, without a `quantization_config` that was left behind over plain weights.
 
     Raises:
         ModelError: it cannot be read, or the architecture is unknown.
     """
     config: PretrainedConfig = guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if getattr(config, "quantization_config", None) is not None and quantization_of(path) is None:
+        del config.quantization_config
     return config
 
 
@@ -167,7 +207,8 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_fil
         "use_safetensors": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # found and named below
-        **({} if gguf_file is None else {"gguf_file": gguf_file, "config": config}),
+        "config": config,
+        **({} if gguf_file is None else {"gguf_file": gguf_file}),
     }
     model, info = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
     missing = sorted(info["missing_keys"])

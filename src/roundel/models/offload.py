@@ -127,6 +127,7 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
     skeleton = _skeleton(path)
     places = _places(skeleton, "", frozenset(decoder_layers(skeleton)), str(device))
     options: dict[str, Any] = {
+        "config": load_config(path),
         "dtype": dtype,
         "trust_remote_code": False,
         "use_safetensors": True,

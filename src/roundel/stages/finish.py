@@ -60,6 +60,8 @@ def weights_of(recipe: Recipe, *, tried: bool = False) -> dict[str, float]:
 
 def warn_of_source(source: Source, notes: Notes) -> None:
     """Says before the work if little of the model is reached, and what a fused rotation has cost."""
+    if source.quantized is not None:
+        notes.warn(f"the original is itself quantized ({source.quantized}): all numbers are relative to its weights decoded to bfloat16")
     if (message := source.coverage().warning) is not None:
         notes.warn(message)
     if source.fusion and source.fusion["untied"]:

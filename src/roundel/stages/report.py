@@ -80,7 +80,7 @@ def report_details(
         "schema_version": SCHEMA_VERSION,
         "roundel": importlib.metadata.version("roundel"),
         "versions": versions(),
-        "model": {"name": source.name, "revision": source.revision, "parameters": source.parameters},
+        "model": {"name": source.name, "revision": source.revision, "parameters": source.parameters, "quantized": source.quantized},
         "fused_rotation": source.fusion,
         "scheme": recipe.scheme if rounded.carried.get("allocation") is None else f"{recipe.bits:g} bits",
         **rounded.carried,
