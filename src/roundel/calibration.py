@@ -3,9 +3,11 @@
 A SPEC is a text file, a `.jsonl` file (field `text` unless `field=NAME`), a directory of such files, `self` (text
 sampled from the model itself), `stdlib` (the sources of Python's standard library; `stdlib-heldout` are the modules
 that the demo model has never seen), or a Hub dataset, with options after colons:
-`name:split=train:config=en:num=1000:field=text`. Documents are tokenized and joined, with the tokenizer's end-of-text
-token between them, into one stream that is cut into windows of equal length. Where the tokenizer starts every text
-with a token of its own (Gemma, Llama), so does every window.
+`name:split=train:config=en:num=1000:field=text`. A conversation in place of text (`messages`, a list of objects with
+`role` and `content`) goes through the model's chat template, and a model that has one is asked for a conversation by
+`self`. Documents are tokenized and joined, with the tokenizer's end-of-text token between them, into one stream that
+is cut into windows of equal length. Where the tokenizer starts every text with a token of its own (Gemma, Llama), so
+does every window.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -28,21 +31,44 @@ from roundel.demo.corpus import documents as stdlib_documents
 from roundel.errors import DataError
 from roundel.types import TokenBatch
 
-__all__ = ["Fingerprint", "Split", "data_hash", "read_documents", "sample_from_model", "split_tokens", "windows"]
+__all__ = ["Fingerprint", "Split", "chat_opening", "data_hash", "read_documents", "sample_from_model", "split_tokens", "windows"]
 
 PIECE = 1 << 16
 """Characters tokenized at a time."""
+
+MESSAGE = "the user's message"
+"""Stands for one where only what surrounds it is wanted."""
 
 SAMPLES_PER_PASS = 64
 """Sequences sampled together from the model; fixed, so that the samples do not depend on any batch size."""
 
 
-def read_documents(spec: str) -> Iterator[str]:
-    """The documents of a SPEC other than `self`.
+class Rendered(str):
+    """A conversation as the chat template writes it: it ends as the template ends it."""
+
+    __slots__ = ()
+
+
+def read_documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The documents of a SPEC other than `self`; conversations are `Rendered` by the tokenizer's template.
 
     Raises:
-        DataError: there is no such file or dataset, it cannot be read, or an option is unknown.
+        DataError: there is no such file or dataset, it cannot be read, or an option is unknown; conversations without a template.
     """
+    for number, document in enumerate(_documents(spec), 1):
+        yield document if isinstance(document, str) else _rendered(document, tokenizer, f"{spec}, document {number}")
+
+
+def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: a conversation, but the model's tokenizer has no chat template; give plain text")
+    try:
+        return Rendered(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+
+def _documents(spec: str) -> Iterator[str | list[Any]]:
     path = Path(spec)
     if spec in ("stdlib", "stdlib-heldout"):
         yield from stdlib_documents("calibration" if spec == "stdlib" else "heldout")
@@ -55,7 +81,7 @@ def read_documents(spec: str) -> Iterator[str]:
             unknown = sorted(set(options) - {"field", "num"})
             if unknown:
                 raise DataError(f"option {unknown[0]!r} is for Hub datasets; files take field=NAME and num=N")
-            found: Iterator[str] = _path_documents(path, options.get("field", "text"))
+            found: Iterator[str | list[Any]] = _path_documents(path, options.get("field", "text"))
             yield from itertools.islice(found, _number(options)) if "num" in options else found
         else:
             yield from _hub_documents(location, options)
@@ -78,7 +104,7 @@ def _parse_options(spec: str) -> tuple[str, dict[str, str]]:
     return head, options
 
 
-def _path_documents(path: Path, field: str = "text") -> Iterator[str]:
+def _path_documents(path: Path, field: str = "text") -> Iterator[str | list[Any]]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in {".txt", ".md", ".jsonl"})
         if not files:
@@ -100,17 +126,28 @@ def _path_documents(path: Path, field: str = "text") -> Iterator[str]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _json_text(line: str, field: str, where: str) -> str:
+def _json_text(line: str, field: str, where: str) -> str | list[Any]:
     try:
-        text = json.loads(line)[field]
+        row = json.loads(line)
+        field = _field_of(row, field)
+        text = row[field]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{where}: expected a JSON object with the key {field!r}; name another with field=NAME") from error
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {field!r} is no string")
-    return text
+    if not (isinstance(text, str) or _is_conversation(text)):
+        raise DataError(f"{where}: {field!r} is no string and no list of messages")
+    return text  # type: ignore[no-any-return]
 
 
-def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str]:
+def _field_of(row: Mapping[str, Any], field: str) -> str:
+    """`messages` where that is there and the text that is looked for is not."""
+    return "messages" if field == "text" and field not in row and "messages" in row else field
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+
+
+def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str | list[Any]]:
     known = {"split", "config", "num", "field", "data_files"}
     if set(options) - known:
         raise DataError(f"unknown option {sorted(set(options) - known)[0]!r} in {name!r}: expected {', '.join(sorted(known))}")
@@ -126,9 +163,10 @@ def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str]:
             name, options.get("config"), split=options.get("split", "train"), data_files=options.get("data_files"), streaming=True
         )
         for row in itertools.islice(rows, count):
-            if not isinstance(row.get(field), str):
+            own = _field_of(row, field)
+            if not (isinstance(row.get(own), str) or _is_conversation(row.get(own))):
                 raise DataError(f"dataset {name!r} has no text in {field!r} but {sorted(row)}; name another with field=NAME")
-            yield row[field]
+            yield row[own]
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"no file or directory {name!r}, and no Hub dataset of that name could be read: {reason}") from error
@@ -146,7 +184,7 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
             continue
         for start in range(0, len(text), PIECE):
             stream += tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
+        if tokenizer.eos_token_id is not None and not isinstance(text, Rendered):
             stream.append(tokenizer.eos_token_id)
         if most is not None and len(stream) >= most * body:
             break
@@ -229,6 +267,17 @@ def split_tokens(
     return Split(*(TokenBatch.of(available[sorted(rows)]) for rows in (fit, rest, last, others)))
 
 
+def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a chat template writes before a user's message; none without a template."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        before = str(tokenizer.apply_chat_template([{"role": "user", "content": MESSAGE}], tokenize=False)).partition(MESSAGE)[0]
+    except (TemplateError, TypeError, ValueError, KeyError):  # one that wants more than that
+        return []
+    return list(tokenizer(before, add_special_tokens=False)["input_ids"])
+
+
 @torch.no_grad()
 def sample_from_model(
     model: nn.Module,
@@ -241,20 +290,25 @@ def sample_from_model(
 ) -> Tensor:
     """Windows `(count, length)` of text sampled from the model at temperature 1, each from a generator of its own.
 
-    Each starts with the tokenizer's beginning-of-text token, or else a token drawn uniformly.
+    Each starts with what the chat template writes before a user's message, else the tokenizer's beginning-of-text token, or else a token
+    drawn uniformly. (That an instructed model writes the user's message, too: Xu et al., Magpie, arXiv 2406.08464.)
     """
+    opening = chat_opening(tokenizer)[:length]
     device = next(model.parameters()).device
     rows = []
     for first in range(0, count, SAMPLES_PER_PASS):
         generators = [np.random.default_rng((seed, k)) for k in range(first, min(first + SAMPLES_PER_PASS, count))]
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         bos = tokenizer.bos_token_id
-        starts = [int(g.integers(vocabulary)) if bos is None else bos for g in generators]
+        starts = [opening[0] if opening else int(g.integers(vocabulary)) if bos is None else bos for g in generators]
         ids = torch.tensor(starts)[:, None]
         cache = None
         for _ in range(length - 1):
             out = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
+            if ids.shape[1] < len(opening):
+                ids = torch.cat([ids, torch.full_like(ids[:, :1], opening[ids.shape[1]])], dim=1)
+                continue
             cumulative = out.logits[:, -1].float().softmax(-1).cumsum(-1, dtype=torch.float64).cpu()
             uniform = torch.tensor([[g.random()] for g in generators], dtype=torch.float64)
             following = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp_(max=vocabulary - 1)

@@ -18,7 +18,7 @@ def test_the_model_is_small_enough_to_embed() -> None:
 def test_the_model_knows_its_text() -> None:
     """Its card says that it is far better than a trigram model; the difference to a unigram model is checked here."""
     model = load_model(locate("demo"), device=torch.device("cpu"), dtype=torch.float32)
-    ids = windows(read_documents("stdlib-heldout"), load_tokenizer(locate("demo")), 256, most=16)
+    ids = windows(read_documents("stdlib-heldout", load_tokenizer(locate("demo"))), load_tokenizer(locate("demo")), 256, most=16)
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()

@@ -116,7 +116,7 @@ def test_batches_that_change_bits_are_not_used(noise, noisy_size, expected) -> N
 
 def test_never_more_than_there_are_sequences(model, text) -> None:
     loaded = load_model(model(), device=torch.device("cpu"), dtype=torch.float32)
-    tokens = windows(read_documents(str(text)), load_tokenizer(model()), 16, most=3)
+    tokens = windows(read_documents(str(text), load_tokenizer(model())), load_tokenizer(model()), 16, most=3)
     linears = select_linears(loaded, parse_scheme("int4-g32").check).linears
     batch = TokenBatch(ids=tokens, sequence_ids=(0, 1, 2))
     assert safe_batch_size(Layers(loaded), linears, batch, batch_size=64) in (1, 3)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oracles.tiny import label_gradient, random_tokens, tiny_llama
 from roundel import calibration
-from roundel.calibration import Fingerprint, data_hash, read_documents, sample_from_model, split_tokens, windows
+from roundel.calibration import Fingerprint, chat_opening, data_hash, read_documents, sample_from_model, split_tokens, windows
 from roundel.errors import DataError
 from roundel.types import TokenBatch
 
@@ -90,7 +90,7 @@ def test_no_text_gives_no_window() -> None:
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\n\nsecond", encoding="utf-8")
-    assert list(read_documents(str(tmp_path / "a.txt"))) == ["first\n\nsecond"]
+    assert list(read_documents(str(tmp_path / "a.txt"), word_tokenizer())) == ["first\n\nsecond"]
 
 
 @pytest.fixture
@@ -112,15 +112,58 @@ def jsonl(tmp_path: Path) -> Path:
     ],
 )
 def test_jsonl_with_options(jsonl: Path, options: str, expected: list[str]) -> None:
-    assert list(read_documents(f"{jsonl}{options}")) == expected
+    assert list(read_documents(f"{jsonl}{options}", word_tokenizer())) == expected
+
+
+TURN = "w1{{ turn.role | replace('user', ' w2') | replace('assistant', ' w3') }} {{ turn.content }} </s> "
+TEMPLATE = f"{{% for turn in messages %}}{TURN}{{% endfor %}}"
+TURNS = [{"role": "user", "content": "w10 w11"}, {"role": "assistant", "content": "w12"}]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"messages": TURNS}, {"text": "w20"}, {"messages": TURNS[:1], "text": "w21"}, {"dialog": TURNS[:1]}]
+    path.write_text("\n".join(map(json.dumps, rows[:3])), encoding="utf-8")
+    whole = "w1 w2 w10 w11 </s> w1 w3 w12 </s> "
+    assert list(read_documents(str(path), chat_tokenizer())) == [whole, "w20", "w21"]
+    assert list(read_documents(f"{path}:field=messages:num=1", chat_tokenizer())) == [whole]
+    found = windows(read_documents(str(path), chat_tokenizer()), chat_tokenizer(), 13)
+    # the conversation ends as its template ends it, text with the end-of-text token
+    assert found.tolist() == [[4, 5, 13, 14, 2, 4, 6, 15, 2, 23, 2, 24, 2]]
+    path.write_text(json.dumps(rows[3]), encoding="utf-8")
+    assert list(read_documents(f"{path}:field=dialog", chat_tokenizer())) == ["w1 w2 w10 w11 </s> "]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "message"),
+    [
+        ({"messages": TURNS}, None, "document 1: a conversation, but the model's tokenizer has no chat template; give plain text"),
+        ({"messages": TURNS}, "{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+        ({"messages": TURNS}, "{% if", "document 1: the chat template refuses the conversation"),
+        ({"messages": []}, TEMPLATE, "'messages' is no string and no list of messages"),
+        ({"messages": [{"role": "user"}]}, TEMPLATE, "'messages' is no string and no list of messages"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(row, template, message, tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        list(read_documents(str(tmp_path / "a.jsonl"), tokenizer))
 
 
 def test_a_directory_is_all_its_text_files_in_order(tmp_path: Path, jsonl: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name, content in (("b.txt", "B"), ("sub/c.md", "C"), ("ignored.bin", "X"), ("ignored.py", "X")):
         (tmp_path / name).write_text(content)
-    assert list(read_documents(str(tmp_path))) == ["t0", "t1", "t2", "B", "C"]
-    assert list(read_documents(f"{tmp_path}:num=1")) == ["t0"]
+    assert list(read_documents(str(tmp_path), word_tokenizer())) == ["t0", "t1", "t2", "B", "C"]
+    assert list(read_documents(f"{tmp_path}:num=1", word_tokenizer())) == ["t0"]
 
 
 @pytest.mark.parametrize(
@@ -136,31 +179,31 @@ def test_a_directory_is_all_its_text_files_in_order(tmp_path: Path, jsonl: Path)
 )
 def test_wrong_options_are_refused(jsonl: Path, options: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        list(read_documents(f"{jsonl}{options}"))
+        list(read_documents(f"{jsonl}{options}", word_tokenizer()))
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '"text"', '{"text": 1}', '{"text": null}', "{}"])
 def test_a_wrong_json_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line, encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: "):
-        list(read_documents(str(tmp_path / "a.jsonl")))
+        list(read_documents(str(tmp_path / "a.jsonl"), word_tokenizer()))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
-        list(read_documents(str(tmp_path / name)))
+        list(read_documents(str(tmp_path / name), word_tokenizer()))
 
 
 def test_a_directory_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no \.txt"):
-        list(read_documents(str(tmp_path)))
+        list(read_documents(str(tmp_path), word_tokenizer()))
 
 
 def test_unknown_options_of_a_dataset_are_refused_before_any_download() -> None:
     with pytest.raises(DataError, match="unknown option 'sample'"):
-        list(read_documents("no/such-file.txt:sample=3"))
+        list(read_documents("no/such-file.txt:sample=3", word_tokenizer()))
 
 
 # Splitting
@@ -266,6 +309,21 @@ def test_factors_that_have_seen_all_leave_nothing_to_hold_out() -> None:
 
 
 # Sampling from the model
+
+
+def test_a_model_with_a_chat_template_is_asked_for_a_conversation() -> None:
+    tokenizer, model = chat_tokenizer(), tiny_llama(vocabulary=WORDS + 3)
+    assert chat_opening(tokenizer) == [4, 5]
+    assert chat_opening(word_tokenizer()) == []
+    drawn = sample_from_model(model, tokenizer, 5, 8, seed=3)
+    assert drawn.shape == (5, 8)
+    assert drawn[:, :2].tolist() == [[4, 5]] * 5
+    assert len({tuple(row) for row in drawn[:, 2:].tolist()}) == 5
+    plain = sample_from_model(model, word_tokenizer(), 5, 8, seed=3)
+    assert plain[:, 0].tolist() == [1] * 5
+    assert sample_from_model(model, tokenizer, 2, 1, seed=3).tolist() == [[4], [4]]
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    assert chat_opening(tokenizer) == []
 
 
 def test_samples_start_with_the_opening_token_and_do_not_depend_on_how_many_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

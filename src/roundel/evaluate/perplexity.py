@@ -49,8 +49,8 @@ def perplexity_text(named: str, tokenizer: PreTrainedTokenizerBase, length: int)
     """
     name, equals, spec = named.partition("=")
     if name not in NAMED:
-        return joined_windows(read_documents(named), tokenizer, length)
-    documents = read_documents(spec if equals else NAMED[name])
+        return joined_windows(read_documents(named, tokenizer), tokenizer, length)
+    documents = read_documents(spec if equals else NAMED[name], tokenizer)
     return drawn_windows(documents, tokenizer, length) if name == "c4" else joined_windows(documents, tokenizer, length)
 
 

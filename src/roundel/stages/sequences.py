@@ -134,7 +134,7 @@ def _tried(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> list[
 def _text(recipe: Recipe, source: Source) -> tuple[TokenBatch, TokenBatch]:
     """Sequences to judge by and to calibrate on, none of which is ever held out."""
     most = 4 * (LEAST + recipe.eval_sequences)  # of which the last are held out, if no fewer than `LEAST` calibrate (`split_text`)
-    found = windows(read_documents(recipe.calibration), source.tokenizer, source.length, most=most)
+    found = windows(read_documents(recipe.calibration, source.tokenizer), source.tokenizer, source.length, most=most)
     count = len(found) - recipe.eval_sequences
     if count < JUDGES + LEAST:
         raise DataError(

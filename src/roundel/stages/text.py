@@ -72,7 +72,7 @@ def split_text(
             model = source.whole("sampling calibration text from the model (--calibration names text instead)")
             available = sample_from_model(model, source.tokenizer, sampled, length, seed=recipe.seed, advance=advance)
     else:
-        available = windows(read_documents(recipe.calibration), source.tokenizer, length, most=most + more)
+        available = windows(read_documents(recipe.calibration, source.tokenizer), source.tokenizer, length, most=most + more)
     if len(available) < wanted:
         sequences, heldout = _within(len(available), sequences, heldout, given or {})
         if (sequences, heldout) != (recipe.sequences, heldout if recipe.eval_data else recipe.eval_sequences):
@@ -116,7 +116,7 @@ def _within(count: int, sequences: int, heldout: int, given: Mapping[str, Any]) 
 
 def evaluation_tokens(source: str, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> TokenBatch:
     """Up to `most` sequences, as many as the text has."""
-    available = windows(read_documents(source), tokenizer, length, most=most)
+    available = windows(read_documents(source, tokenizer), tokenizer, length, most=most)
     if not len(available):
         raise DataError(f"too little text in {source}: not one sequence of {length} tokens; give more text or a smaller --seq-len")
     return TokenBatch.of(available)
