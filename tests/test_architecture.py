@@ -44,6 +44,7 @@ STAGES = [
     ("drafts", 1),
     ("text", 1),
     ("readers", 1),
+    ("opening", 0),
     ("sequences", 2),
     ("space", 2),
     ("curvature", 2),

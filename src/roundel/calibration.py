@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +32,18 @@ from roundel.demo.corpus import documents as stdlib_documents
 from roundel.errors import DataError
 from roundel.types import TokenBatch
 
-__all__ = ["Fingerprint", "Split", "chat_opening", "data_hash", "read_documents", "sample_from_model", "split_tokens", "windows"]
+__all__ = [
+    "Fingerprint",
+    "Split",
+    "chat_opening",
+    "data_hash",
+    "opening_of",
+    "read_documents",
+    "sample_from_model",
+    "set_opening",
+    "split_tokens",
+    "windows",
+]
 
 PIECE = 1 << 16
 """Characters tokenized at a time."""
@@ -172,11 +184,23 @@ def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str | list[An
         raise DataError(f"no file or directory {name!r}, and no Hub dataset of that name could be read: {reason}") from error
 
 
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer starts every text with, if it does."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer("")["input_ids"] else []
+
+
+def set_opening(tokenizer: PreTrainedTokenizerBase, token: int) -> None:
+    """Lets a tokenizer that starts texts with nothing start them with a token."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    opening = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, token)])
+    tokenizer.backend_tokenizer.post_processor = opening  # type: ignore[attr-defined]
+    tokenizer.bos_token = name
+
+
 def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> Tensor:
     """Packs documents into windows `(count, length)`; reads no more documents than `most` windows need."""
-    opening = tokenizer("")["input_ids"]
-    bos = tokenizer.bos_token_id
-    prefix = [bos] if bos is not None and bos in opening else []
+    prefix = opening_of(tokenizer)
     body = length - len(prefix)
     stream: list[int] = []
     for text in documents:

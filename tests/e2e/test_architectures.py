@@ -56,7 +56,7 @@ REPORT = {
         ),
         *("include", "exclude"),
     },
-    "calibration": {"source", "sequences", "sequences_to_choose_by", "seq_len", "tokens", "sha256", "fingerprint"},
+    "calibration": {"source", "sequences", "sequences_to_choose_by", "opening", "seq_len", "tokens", "sha256", "fingerprint"},
     "bits_per_weight": {"quantized", "model", "quantized_fraction"},
     "coverage": {"decoder_weights", "quantized", "share", "left"},
     "predicted_kl": {"total", "total_stderr", "joint", "joint_stderr", "by", "predicted_over_measured"},

@@ -220,6 +220,20 @@ def test_other_formats(source: Path, form: str, quantize: Quantize, tmp_path: Pa
         assert torch.equal(module.dequantized() if form == "native" else module.weight, weight)
 
 
+@pytest.mark.parametrize("places", [0, 1])
+def test_experts_among_prefix_aware_linears_and_natural_steps(places: int, source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name not in ("deepseek-v3", "llama4"):
+        pytest.skip("the others differ in nothing that rounding sees")
+    given = {"scheme": "int3-g32", "prefix_aware": True, "natural_places": places, "prefix_sequences": 12}
+    result = quantize(source, tmp_path / "out", **given, memory="1K")
+    aware = {name for name, row in result.details["layers"].items() if row.get("prefix_aware")}
+    assert {name for name in result.details["layers"] if "self_attn" in name} <= aware
+    assert any(".experts." in name for name in aware) == bool(places)  # by their targets; steps move them like all others
+    assert 0 < result.report.kl_mean < 1
+    again = quantize(source, tmp_path / "again", **given)
+    assert (again.path / "model.safetensors").read_bytes() == (result.path / "model.safetensors").read_bytes()
+
+
 def test_tuned_end_to_end(source: Path, quantize: Quantize, tmp_path: Path) -> None:
     if source.name not in ("mixtral", "gpt-oss", "llama4"):
         pytest.skip("the others differ in nothing that tuning sees")

@@ -173,3 +173,30 @@ def test_experts_and_linears_that_do_not_run_have_no_row_for_each_token() -> Non
         Readers(names=("layers.0.experts.1",), added=(), per_token=False),
         Readers(names=("layers.0.idle",), added=(), per_token=False),
     ]
+
+
+class InPlace(nn.Module):
+    """Adds to what a linear has written, in place and with all tokens in a row, before that is added to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        y = self.one(flat)
+        y.add_(self.other(flat))
+        return x + y.view(x.shape)
+
+
+def test_the_rest_of_an_output_that_is_added_to_in_place() -> None:
+    model = Mixture()
+    model.layers = nn.ModuleList(InPlace() for _ in range(2))
+    layers, ids = Layers(model), torch.arange(18).view(2, 9)
+    hidden = layers.embed(ids)
+    own = {name: model.get_submodule(name) for name in ("layers.0.one", "layers.0.other")}
+    seen, output = observe(layers, 0, ids, hidden, own, added=list(own), stop=False)
+    with torch.no_grad():
+        for name, module in own.items():
+            assert seen[name].rest.shape == hidden.shape
+            torch.testing.assert_close(seen[name].rest + module(hidden), output)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from roundel.artifacts.checkpoints import load_written
 from roundel.artifacts.source import positions
-from roundel.calibration import Fingerprint, data_hash
+from roundel.calibration import Fingerprint, data_hash, opening_of, set_opening
 from roundel.errors import DataError
 from roundel.evaluate import Divergence, Logits, ModelLogits, compare_models
 from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
@@ -119,6 +119,9 @@ def evaluate(
     kind = pick_dtype(dtype, place)
     path, theirs = locate(str(model)), _Reference(path=locate(str(reference)), device=place, dtype=kind)
     tokenizer = load_tokenizer(theirs.path)
+    for token in _recorded(path, "opening") or []:
+        if not opening_of(tokenizer):
+            set_opening(tokenizer, token)
     longest = positions(load_config(theirs.path))
     length, span = min(seq_len, longest), min(window or WINDOW, longest)
     texts = {spec: evaluation_tokens(spec, tokenizer, length, sequences) for spec in specs}
@@ -255,12 +258,19 @@ def _perplexities(ours: nn.Module, theirs: PreTrainedModel, tokens: TokenBatch, 
     }
 
 
+def _recorded(path: Path, key: str) -> Any:
+    """What the checkpoint's roundel.json says of its calibration text; None where it says nothing."""
+    try:
+        return json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"][key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:
     """Overlap with the calibration text that the checkpoint's roundel.json remembers; None where it cannot be told."""
     try:
-        stored = json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"]["fingerprint"]
-        fingerprint = Fingerprint.from_json(stored)
-    except (OSError, ValueError, KeyError, TypeError):
+        fingerprint = Fingerprint.from_json(_recorded(path, "fingerprint"))
+    except (ValueError, KeyError, TypeError):
         return None
     own = Fingerprint.of(tokens, fingerprint.modulus)
     return own.overlap(fingerprint) if own.hashes else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roundel.artifacts.source import Source
-from roundel.calibration import Fingerprint, Split, data_hash
+from roundel.calibration import Fingerprint, Split, data_hash, opening_of
 from roundel.curvature.collect import Prediction
 from roundel.evaluate import Divergence
 from roundel.evaluate.card import model_card
@@ -93,6 +93,7 @@ def report_details(
             "source": recipe.calibration,
             "sequences": len(split.calibration),
             "sequences_to_choose_by": len(split.choice),
+            "opening": opening_of(source.tokenizer),
             "seq_len": split.heldout.ids.shape[1],
             "tokens": split.calibration.ids.numel(),
             "sha256": data_hash(split.calibration),

@@ -40,6 +40,7 @@ from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, draft_rounding
 from roundel.stages.notes import Notes
+from roundel.stages.opening import settle_opening
 from roundel.stages.text import check_vocabulary
 from roundel.store import write_json
 from roundel.sweeps import Visit, gradient_visits
@@ -89,7 +90,7 @@ def _chosen(tried: Sequence[Mapping[str, Any]]) -> int:
 
 def _tried(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> list[dict[str, Any]]:
     """Each number with its loss on other sequences, and whether it is enough."""
-    judges, tokens = _text(recipe, source)
+    judges, tokens = _text(recipe, source, notes)
     layers = source.layers
     inside = [index for index in range(len(layers)) if layers.inside(index, source.linears)]
     if not inside:
@@ -131,8 +132,9 @@ def _tried(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> list[
     return rows
 
 
-def _text(recipe: Recipe, source: Source) -> tuple[TokenBatch, TokenBatch]:
+def _text(recipe: Recipe, source: Source, notes: Notes) -> tuple[TokenBatch, TokenBatch]:
     """Sequences to judge by and to calibrate on, none of which is ever held out."""
+    settle_opening(source, recipe.calibration, notes)
     most = 4 * (LEAST + recipe.eval_sequences)  # of which the last are held out, if no fewer than `LEAST` calibrate (`split_text`)
     found = windows(read_documents(recipe.calibration, source.tokenizer), source.tokenizer, source.length, most=most)
     count = len(found) - recipe.eval_sequences

@@ -18,6 +18,7 @@ from roundel.curvature.collect import pilot_first
 from roundel.errors import DataError, ModelError
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
+from roundel.stages.opening import settle_opening
 from roundel.types import TokenBatch
 
 __all__ = [
@@ -60,6 +61,7 @@ def split_text(
     recipe: Recipe, source: Source, notes: Notes, *, known: frozenset[int] | None = None, given: Mapping[str, Any] | None = None
 ) -> Split:
     """Calibration and evaluation sequences; see `read_text`."""
+    settle_opening(source, recipe.calibration, notes)
     heldout, length = 0 if recipe.eval_data else recipe.eval_sequences, source.length
     sequences, wanted = recipe.sequences, recipe.sequences + heldout
     more, asked = max(0, recipe.prefix_count - sequences), (given or {}).get("prefix_sequences") is not None

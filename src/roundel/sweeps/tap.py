@@ -49,10 +49,10 @@ class _Uses:
 
 
 @contextmanager
-def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer) -> Iterator[None]:
+def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer, *, apart: bool = True) -> Iterator[None]:
     """Within the context every backward pass calls `consume(name, LayerGrad)` once for each linear, at the latest when the context ends.
 
-    One that no gradient has reached has no rows.
+    One that no gradient has reached has no rows. If sequences need not be told `apart`, all rows are those of one.
 
     Raises (in the pass):
         ModelError: a linear sees rows of several sequences that cannot be told apart, or its input is overwritten.
@@ -64,7 +64,7 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
     def begin(_module: nn.Module, _args: Any, output: Tensor) -> None:
         finish()
         pending.update((name, _Uses()) for name in linears)
-        shape[:] = output.shape[:2]
+        shape[:] = output.shape[:2] if apart else (1, output.shape[:2].numel())
         output.requires_grad_()
 
     def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -74,6 +74,10 @@ class _Additions(TorchDispatchMode):
         before = None
         if func in (aten.add_.Tensor, aten.add.Tensor) and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs:
             before = self._sides(*args)
+            if before is not None and func is aten.add_.Tensor:  # which may overwrite an output
+                same = args[0].data_ptr()
+                parts = {name: (o.clone() if o.data_ptr() == same else o, c) for name, (o, c) in before[0].items()}
+                before = parts, before[1]
         result = func(*args, **(kwargs or {}))
         if before is not None:
             self._added(*before, result)
@@ -105,7 +109,7 @@ class _Additions(TorchDispatchMode):
         if to_stream:
             self._stream[_key(result)] = result
             for name, (output, factor) in parts.items():
-                self._found(name, result - factor * output, factor)
+                self._found(name, result - factor * output.reshape(result.shape), factor)
         else:
             self._parts[_key(result)] = (result, parts)
 

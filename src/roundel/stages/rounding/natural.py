@@ -147,7 +147,7 @@ class NaturalSteps:
                     found[name] = grad.g.flatten(0, 1).float().T @ grad.input.x.flatten(0, 1).float()
 
             with self.layers.loaded(index):
-                with tapped(self.layers.model, own, consume):
+                with tapped(self.layers.model, own, consume, apart=False):
                     x = states[index - first].clone().requires_grad_(True)
                     fast(self.layers.run)(index, ids, x).backward(g)
                 weight += sum(float(linear.weight.detach().float().square().sum(dtype=torch.float64)) for linear in own.values())

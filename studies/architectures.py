@@ -1,0 +1,255 @@
+"""Every causal architecture of the installed Transformers that can be built small: what of it is quantized, written and read back.
+
+    python studies/architectures.py [KIND ...] [-o benchmarks/results/architectures.json] [--page docs/architectures.md]
+
+Each is a random model of two or so layers, quantized to int4-g32 with the default settings and by nearest rounding, in a process of its
+own. The written directory is loaded by Transformers (after `import roundel` where it is in the native format), and the weights that it has
+are compared with the ones that were rounded to. Rows that the file has already are not run again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width", "block_dim"), 64),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_ffn", "decoder_ffn_dim", "block_ff_dim"), 128
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(
+        ("head_dim", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "rotary_dim", "index_head_dim"), 16
+    ),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "mamba_d_head", "mamba_headdim"), 16),
+    **dict.fromkeys(("qk_head_dim", "q_lora_rank", "kv_lora_rank", "moe_latent_size", "encoder_ffn_dim"), 32),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "context_length", "max_sequence_length"), 256),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "mamba_expand", "expand"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("expert_ffn_hidden_size", "intermediate_size_mlp", "attn_intermediate_size"), 64),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(
+        ("state_size", "mamba_d_state", "ssm_state_size", "mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "time_step_rank"), 8
+    ),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "hidden_size_per_layer_input", "index_topk"), 16),
+    **dict.fromkeys(("laurel_rank",), 8),
+    **dict.fromkeys(("sliding_window", "attention_window_size"), 64),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "num_hash_layers", "zero_expert_num"), 0),
+    "conv_L_cache": 3,
+}
+"""Of attributes of configurations; those that one does not have are left out."""
+
+LISTS = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "attention_types",
+    "mixer_types",
+    "block_types",
+    "no_rope_layers",
+    "moe_layers",
+)
+"""Attributes with an entry for each layer."""
+
+TOKENS = ("pad_token_id", "bos_token_id", "image_token_id", "audio_token_id", "video_token_id")
+
+
+def shrunk(config: Any, vocabulary: int) -> None:
+    """Makes a configuration small, and those inside of it."""
+    for name, value in SMALL.items():
+        held = getattr(config, name, None)
+        if isinstance(held, int) and not isinstance(held, bool):
+            setattr(config, name, value)
+    if isinstance(getattr(config, "kv_lora_rank", None), int) and isinstance(getattr(config, "num_key_value_heads", None), int):
+        config.num_key_value_heads = config.num_attention_heads  # latent attention has one for each
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = vocabulary
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = vocabulary
+    for name in TOKENS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, 1)
+    if getattr(config, "eos_token_id", None) is not None:
+        config.eos_token_id = 2
+    for name in LISTS:
+        held = getattr(config, name, None)
+        if isinstance(held, list | tuple) and held:
+            kinds = list(dict.fromkeys(held))
+            setattr(config, name, (kinds * 2)[:2])
+    for inner in list(vars(config).values()):
+        if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
+            shrunk(inner, vocabulary)
+
+
+def one(kind: str, work: Path) -> dict[str, Any]:
+    """The row of an architecture."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import roundel
+    from roundel.artifacts.checkpoints import read
+    from roundel.models.experts import split_experts
+    from roundel.models.load import load_model, locate
+    from roundel.recipes import NEAREST
+    from roundel.rounding.round import dequantized
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    demo = locate("demo")
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    try:
+        config = AutoConfig.for_model(kind)
+        shrunk(config, len(tokenizer))
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.mul_(1.5)
+            if not torch.isfinite(model(torch.arange(3, 51)[None], use_cache=False).logits).all():
+                return {"state": "not built", "why": "the random model's logits are not finite"}
+        model.save_pretrained(work / "model")
+    except Exception as error:
+        return {"state": "not built", "why": reason(error)}
+    tokenizer.save_pretrained(work / "model")
+    row: dict[str, Any] = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    settings = {"scheme": "int4-g32", "calibration": "stdlib", "sequences": 24, "seq_len": 48, "eval_sequences": 8}
+    began = time.monotonic()
+    try:
+        result = roundel.quantize(str(work / "model"), output=work / "out", **settings)
+    except Exception as error:
+        return {**row, "state": "refused" if isinstance(error, roundel.RoundelError) else "failed", "why": reason(error)}
+    coverage = result.details["coverage"]
+    row |= {
+        "state": "quantized",
+        "seconds": round(time.monotonic() - began, 1),
+        "format": result.details["format"],
+        "share": coverage["share"],
+        "left": coverage["left"],
+        "kl": result.report.kl_mean,
+        "warnings": result.details["warnings"],
+    }
+    try:
+        nearest = roundel.quantize(str(work / "model"), output=work / "nearest", **settings, **NEAREST)
+        row["kl_nearest"] = nearest.report.kl_mean
+        loaded = load_model(work / "out", device=torch.device("cpu"), dtype=torch.float32)
+        with torch.no_grad():
+            row["finite"] = bool(torch.isfinite(loaded(torch.arange(3, 51)[None], use_cache=False).logits).all())
+        if row["format"] != "native":
+            split_experts(loaded)
+        differences = []
+        for name, weight in read(work / "out").rounded.items():
+            module, wanted = loaded.get_submodule(name), dequantized(weight)
+            W = module.dequantized() if row["format"] == "native" else module.weight
+            differences.append(float((W - wanted).abs().max() / wanted.abs().max()))
+        row["difference"] = max(differences)
+    except Exception as error:
+        row["unread"] = reason(error)
+    return row
+
+
+def reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def run(kind: str) -> dict[str, Any]:
+    """The same in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        line = [sys.executable, __file__, "--one", kind, scratch]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, timeout=600, env=environment, check=False)
+        except subprocess.TimeoutExpired:
+            return {"state": "failed", "why": "more than ten minutes"}
+        found = [text.removeprefix("ROW ") for text in done.stdout.splitlines() if text.startswith("ROW ")]
+        return json.loads(found[-1]) if found else {"state": "failed", "why": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+
+
+def page(content: dict[str, Any]) -> str:
+    """docs/architectures.md."""
+    rows = content["rows"]
+    built = {kind: row for kind, row in rows.items() if row["state"] != "not built"}
+    good = [row for row in built.values() if row["state"] == "quantized" and row["share"] >= 0.95 and "unread" not in row]
+    lines = [
+        "# Architectures",
+        "",
+        f"All {len(rows)} causal architectures of Transformers {content['versions']['transformers']}, as random models of two layers or so:",
+        f"{len(built)} can be built so small, and {len(good)} of them ({100 * len(good) / max(1, len(built)):.0f} %) are quantized with a share of",
+        "95 % or more of the weights of their decoder layers' matrices and read back. Made by `make architectures`: int4-g32, 24 sequences of 48",
+        "tokens; random models say what can be done, not how well. `difference` is the largest of the weights that Transformers has after it",
+        "loaded the directory to those that were rounded to, relative to the largest weight; experts that it decodes itself it rounds to 16 bits.",
+        "",
+        "| architecture | share | format | difference | KL | nearest | what stays, and why |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, row in sorted(built.items()):
+        if row["state"] != "quantized":
+            lines.append(f"| {kind} | – | – | – | – | – | {row['state']}: {clean(row['why'])} |")
+            continue
+        left = "; ".join(
+            f"{clean(why)} ({100 * count / (count + 1e-9 + total(row)):.1f} %)" for why, count in list(row["left"].items())[:2]
+        )
+        read = f"{row['difference']:.1g}" if "difference" in row else f"not read: {clean(row['unread'])}"
+        nearest = f"{row['kl_nearest']:.2g}" if "kl_nearest" in row else "–"
+        lines.append(f"| {kind} | {100 * row['share']:.1f} % | {row['format']} | {read} | {row['kl']:.2g} | {nearest} | {left} |")
+    missing = [f"{kind} ({clean(row['why'])})" for kind, row in sorted(rows.items()) if row["state"] == "not built"]
+    return "\n".join([*lines, "", f"Not built: {'; '.join(missing)}.", ""])
+
+
+def total(row: dict[str, Any]) -> float:
+    """Weights in the decoder's matrices that are quantized."""
+    left = sum(row["left"].values())
+    return left * row["share"] / (1 - row["share"]) if row["share"] < 1 else 1.0
+
+
+def clean(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:160]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        print("ROW " + json.dumps(one(sys.argv[2], Path(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from roundel.stages.report import versions
+
+    content = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {"kind": "architectures", "rows": {}}
+    content["versions"] = versions()
+    for kind in given.kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if kind in content["rows"] and not given.kinds:
+            continue
+        content["rows"][kind] = run(kind)
+        row = content["rows"][kind]
+        print(
+            kind,
+            row["state"],
+            f"{row.get('share', 0):.3f}",
+            row.get("format", ""),
+            row.get("difference", row.get("unread", row.get("why", ""))),
+            flush=True,
+        )
+        temporary = given.output.with_suffix(".part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        shutil.move(temporary, given.output)
+    if given.page is not None:
+        given.page.write_text(page(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
