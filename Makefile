@@ -7,6 +7,7 @@
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
 # make chaos     jobs killed at twenty random moments, and gone on with: the same bytes? (a quarter of an hour)
 # make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
+# make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
 # make doc-commands   runs the commands of README and docs on a small model (some minutes)
@@ -18,7 +19,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real chaos peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -55,6 +56,9 @@ bench-real: install
 
 chaos: install
 	$(BIN)/python benchmarks/kills.py -o benchmarks/results/kills.json
+
+architectures: install
+	$(BIN)/python studies/architectures.py --page docs/architectures.md
 
 peers: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/run.py demo --calibration stdlib --eval-data stdlib-heldout --group 64 \

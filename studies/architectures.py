@@ -180,14 +180,15 @@ def page(content: dict[str, Any]) -> str:
     rows = content["rows"]
     built = {kind: row for kind, row in rows.items() if row["state"] != "not built"}
     good = [row for row in built.values() if row["state"] == "quantized" and row["share"] >= 0.95 and "unread" not in row]
+    share = 100 * len(good) / max(1, len(built))
     lines = [
         "# Architectures",
         "",
-        f"All {len(rows)} causal architectures of Transformers {content['versions']['transformers']}, as random models of two layers or so:",
-        f"{len(built)} can be built so small, and {len(good)} of them ({100 * len(good) / max(1, len(built)):.0f} %) are quantized with a share of",
-        "95 % or more of the weights of their decoder layers' matrices and read back. Made by `make architectures`: int4-g32, 24 sequences of 48",
-        "tokens; random models say what can be done, not how well. `difference` is the largest of the weights that Transformers has after it",
-        "loaded the directory to those that were rounded to, relative to the largest weight; experts that it decodes itself it rounds to 16 bits.",
+        f"All {len(rows)} causal architectures of Transformers {content['versions']['transformers']}, as random models of two layers or so.",
+        f"{len(built)} can be built so small; {len(good)} of them ({share:.0f} %) are read back with 95 % or more of the weights of their decoder",
+        "layers' matrices quantized. Made by `make architectures`: int4-g32, 24 sequences of 48 tokens. Random models say what can be done,",
+        "not how well. The difference is the largest between the weights that Transformers has after it has loaded the directory and those",
+        "that were rounded to, relative to the largest weight; experts that it decodes itself it rounds to 16 bits.",
         "",
         "| architecture | share | format | difference | KL | nearest | what stays, and why |",
         "| --- | --- | --- | --- | --- | --- | --- |",

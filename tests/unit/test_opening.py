@@ -15,13 +15,20 @@ from roundel.sweeps import Layers
 from unit.test_calibration import text, word_tokenizer
 
 
+class Sink(nn.Module):
+    """Forgets everything unless the text begins with token 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x[:, :1, 2:3] > 0)
+
+
 class Needy(nn.Module):
     """Says the token that comes next, which is one more than the last, if the text begins with token 1; else anything."""
 
     def __init__(self, *, needs: bool, vocabulary: int = 203) -> None:
         super().__init__()
-        self.embedding, self.layers = nn.Embedding(vocabulary, vocabulary), nn.ModuleList([nn.Identity()])
-        self.needs, self.vocabulary = needs, vocabulary
+        self.embedding, self.vocabulary = nn.Embedding(vocabulary, vocabulary), vocabulary
+        self.layers = nn.ModuleList([Sink() if needs else nn.Identity()])
         with torch.no_grad():
             self.embedding.weight.copy_(4 * torch.eye(vocabulary).roll(1, 1))
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(bos_token_id=1))
@@ -33,9 +40,7 @@ class Needy(nn.Module):
         return nn.Linear(1, self.vocabulary)
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        x = self.layers[0](self.embedding(input_ids))
-        known = (input_ids[:, :1] == 1) if self.needs else torch.ones_like(input_ids[:, :1], dtype=torch.bool)
-        return SimpleNamespace(logits=x if not self.needs else x * known[..., None])
+        return SimpleNamespace(logits=self.layers[0](self.embedding(input_ids)))
 
 
 def source(model: nn.Module, *, bos: bool = False, named: bool = True) -> SimpleNamespace:
