@@ -30,7 +30,6 @@ __all__ = ["Part", "SplitExperts", "expert_family", "experts_of", "join_experts"
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Of an expert, by the parameter that holds those of all."""
 
-
 USUAL: dict[str, bool] = {
     "has_gate": True,
     "has_bias": False,
@@ -40,7 +39,6 @@ USUAL: dict[str, bool] = {
 }
 OTHERS: dict[str, dict[str, bool]] = {"Llama4TextExperts": {"is_transposed": True}, "Step3p7Experts": {}}
 """By class, in what its experts differ from the usual ones."""
-
 
 SEQUENTIAL = {"Llama4TextExperts"}
 """Classes in whose place Transformers itself has experts one by one, as soon as a checkpoint is a compressed-tensors one."""

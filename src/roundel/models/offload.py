@@ -55,9 +55,11 @@ class FileWeights:
         prefixes = tuple(f"{module}." for module in modules)
         mine = [name for name in self._where if name.startswith(prefixes)]
         changed = load_file(self._changed[modules[0]]) if modules[0] in self._changed else {}
+        shapes: dict[str, torch.Size] = {}
         for name in mine:
             source, key = self._where[name]
             value = changed[name] if name in changed else source[key]
+            shapes[name] = value.shape
             if value.is_floating_point():
                 value = value.to(self._dtype)
                 if not torch.isfinite(value).all():
@@ -80,7 +82,7 @@ class FileWeights:
                 owner, _, own = name.rpartition(".")
                 module = self._model.get_submodule(owner)
                 if isinstance(module, SplitExperts):
-                    module.put(own, self._where[name][0][self._where[name][1]].to("meta"))
+                    module.put(own, torch.empty(shapes[name], dtype=self._dtype, device="meta"))
                 else:
                     set_module_tensor_to_device(self._model, name, "meta")
 
