@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,11 @@ def main() -> None:
         axes.annotate(row["method"], (row["cpu_minutes"], row["kl"]), (6, 3), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="CPU minutes", ylabel="KL, nats per token", title=f"{name}, {ours[0]['scheme']}")
     axes.set_xlim(right=3 * max(minutes))
+    for axis, ticks in ((axes.xaxis, (5, 10, 20, 50, 100, 200, 500)), (axes.yaxis, (0.1, 0.2, 0.3, 0.5, 1, 2))):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(ROOT / "docs" / "figures" / f"efforts-{name}.png", dpi=130)

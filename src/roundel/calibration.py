@@ -194,7 +194,7 @@ def set_opening(tokenizer: PreTrainedTokenizerBase, token: int) -> None:
     """Lets a tokenizer that starts texts with nothing start them with a token."""
     name = tokenizer.convert_ids_to_tokens(token)
     opening = TemplateProcessing(single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, token)])
-    tokenizer.backend_tokenizer.post_processor = opening  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.post_processor = opening
     tokenizer.bos_token = name
 
 

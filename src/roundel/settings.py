@@ -53,7 +53,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 """What a named effort sets; all else is as in `Settings`, and what is given explicitly comes first.
 
-On two cores and a model of 135 million weights some 7, 16 and 90 minutes; twice the steps, the default of `tune`, would be 50 more."""
+On two cores and a model of 135 million weights 7, 16 and 86 minutes; twice the steps, the default of `tune`, would be 50 more."""
 
 ABLATION = (
     "auto",

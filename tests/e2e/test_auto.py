@@ -39,7 +39,7 @@ CANDIDATES = {NAME, f"{NAME}, damped", "kfac", "input only"}
 
 def parts(source: Path, text: Path, seed: int = 0) -> Split:
     """The sequences to fit on and to choose by, drawn apart from any run."""
-    available = windows(read_documents(str(text)), load_tokenizer(source), 32, most=4 * 68)
+    available = windows(read_documents(str(text), load_tokenizer(source)), load_tokenizer(source), 32, most=4 * 68)
     return split_tokens(available, calibration=64, heldout=4, choice=8, seed=seed, source="text")
 
 

@@ -241,7 +241,7 @@ def group_of(header: dict[str, Any], **changes: Any) -> None:
         (lambda h: h.update(version=2), "version 2 of the format; this Roundel reads version 1"),
         (lambda h: group_of(h, shape=[96, 32]), r"weight has shape \(96, 32\); by the rest of config.json it is"),
         (lambda h: group_of(h, modules=["model.layers.7.mlp.up_proj"]), "no such linear"),
-        (lambda h: group_of(h, modules=["model.layers.0.mlp.experts.3.up_proj"]), "experts that Transformers fuses"),
+        (lambda h: group_of(h, modules=["model.layers.0.mlp.experts.3.up_proj"]), "no such linear"),
         (lambda h: group_of(h, modules=["model.embed_tokens"]), "a Embedding cannot be packed"),
         (lambda h: group_of(h, modules=[""]), "cannot be packed"),
     ],

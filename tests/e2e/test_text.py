@@ -26,7 +26,7 @@ def short(model, tmp_path_factory) -> tuple[Path, int]:
     """Text, and how many sequences of 32 tokens it has: fewer than any default asks for."""
     path = tmp_path_factory.mktemp("short") / "short.txt"
     path.write_text(tiny.make_text(2500))
-    count = len(windows(read_documents(str(path)), load_tokenizer(model()), 32))
+    count = len(windows(read_documents(str(path), load_tokenizer(model())), load_tokenizer(model()), 32))
     assert 40 < count < Recipe().sequences
     return path, count
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from roundel.errors import ModelError, SchemeError
 from roundel.models import Checkpoint
 from roundel.models.fuse import FusedModel, fuse_rotation
+from roundel.models.names import StoredNames
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -54,7 +55,9 @@ def test_a_tied_checkpoint_may_hold_the_head_instead_of_the_embedding(tmp_path: 
 
 
 def test_stored_names_are_found(tmp_path: Path, values: dict[str, Tensor]) -> None:
-    original = replace(stored(tmp_path, {"embed_tokens.weight": torch.zeros(6, 4)}), names={EMBEDDING: "embed_tokens.weight"})
+    original = replace(
+        stored(tmp_path, {"embed_tokens.weight": torch.zeros(6, 4)}), names=StoredNames(same={EMBEDDING: "embed_tokens.weight"})
+    )
     checkpoint = fused(values).checkpoint(original)
     assert set(checkpoint) == {"embed_tokens.weight", HEAD}
     assert torch.equal(checkpoint.read("embed_tokens.weight"), values[EMBEDDING])

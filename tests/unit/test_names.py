@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, NemotronHConfig
 
 from roundel.models import Checkpoint, load_model
-from roundel.models.names import stored_names
+from roundel.models.names import StoredNames, stored_names
 from roundel.sweeps.layers import decoder_layers
 
 TEXT = {
@@ -66,9 +66,9 @@ def test_names_of_a_base_model_lack_the_prefix(tmp_path: Path) -> None:
     config = AutoModelForCausalLM.from_config(MixtralConfig(**TEXT, num_local_experts=2)).config
     AutoModel.from_config(config).save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_config(config)
-    names, _ = stored_names(whole, Checkpoint.open(tmp_path))
-    assert names["model.norm.weight"] == "norm.weight"
-    assert stored_names(nn.Linear(2, 2), ["weight"]) == ({"weight": "weight"}, {})
+    names = stored_names(whole, Checkpoint.open(tmp_path))
+    assert names.same["model.norm.weight"] == "norm.weight"
+    assert stored_names(nn.Linear(2, 2), ["weight"]) == StoredNames(same={"weight": "weight"})
 
 
 def test_decoder_layers_are_those_of_the_language_model() -> None:

@@ -158,7 +158,7 @@ def quantization_of(path: Path) -> str | None:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}/config.json cannot be read: {error}") from error
+        raise ModelError(f"{path}/config.json cannot be read as a JSON object: {error}") from error
     if not settings:
         return None
     for file in sorted(path.glob("*.safetensors")):

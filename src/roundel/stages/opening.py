@@ -36,7 +36,7 @@ def settle_opening(source: Source, calibration: str, notes: Notes) -> None:
     if token is None or calibration == "self":
         return
     text = windows(read_documents(calibration, source.tokenizer), source.tokenizer, min(LONGEST, source.length - 1), most=WINDOWS)
-    if not len(text) or text.shape[1] <= FROM:
+    if not len(text) or text.shape[1] <= FROM or int(text.max()) >= source.layers.vocabulary:
         return
     plain = loss(source.layers, text, FROM)
     opened = loss(source.layers, torch.cat([torch.full_like(text[:, :1], token), text], dim=1), FROM + 1)
