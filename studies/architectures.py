@@ -8,6 +8,7 @@ are compared with the ones that were rounded to. Rows that the file has already 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def shrunk(config: Any, vocabulary: int) -> None:
     for name, value in SMALL.items():
         held = getattr(config, name, None)
         if isinstance(held, int) and not isinstance(held, bool):
-            setattr(config, name, value)
+            put(config, name, value)
     if isinstance(getattr(config, "kv_lora_rank", None), int) and isinstance(getattr(config, "num_key_value_heads", None), int):
         config.num_key_value_heads = config.num_attention_heads  # latent attention has one for each
     if hasattr(config, "vocab_size"):
@@ -85,10 +86,16 @@ def shrunk(config: Any, vocabulary: int) -> None:
         held = getattr(config, name, None)
         if isinstance(held, list | tuple) and held:
             kinds = list(dict.fromkeys(held))
-            setattr(config, name, (kinds * 2)[:2])
+            put(config, name, (kinds * 2)[:2])
     for inner in list(vars(config).values()):
         if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
             shrunk(inner, vocabulary)
+
+
+def put(config: Any, name: str, value: Any) -> None:
+    """Sets an attribute, if it is one and not computed from others."""
+    with contextlib.suppress(AttributeError, ValueError, TypeError):
+        setattr(config, name, value)
 
 
 def one(kind: str, work: Path) -> dict[str, Any]:

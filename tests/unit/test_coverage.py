@@ -13,7 +13,7 @@ class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other, self.norm = nn.Linear(4, 6), nn.Linear(6, 4), nn.LayerNorm(4)
-        self.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 3, 4))})
+        self.experts = nn.ParameterDict({"up": nn.Parameter(torch.zeros(2, 3, 4)), "up_bias": nn.Parameter(torch.zeros(2, 3))})
 
 
 def test_matrices_of_decoder_layers_are_counted_by_reason() -> None:

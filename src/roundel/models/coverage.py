@@ -1,6 +1,6 @@
 """How much of a model a quantization reaches: the share of the weights of its decoder layers' matrices, and why the rest stays.
 
-Embedding and output head are no part of it, nor are vectors (norms, biases) and towers for images or sounds: what is counted is what a user
+Embedding and output head are no part of it, nor are norms, biases and towers for images or sounds: what is counted is what a user
 means by "quantized to 4 bits".
 """
 
@@ -52,7 +52,7 @@ def coverage_of(model: nn.Module, layers: Sequence[str], quantized: Collection[s
     prefixes = tuple(f"{layer}." for layer in layers)
     done, left = 0, Counter[str]()
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or not name.startswith(prefixes):
+        if parameter.ndim < 2 or not name.startswith(prefixes) or name.endswith("bias"):  # experts have a bias each
             continue
         owner, _, own = name.rpartition(".")
         if owner in quantized and own == "weight":
