@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -237,6 +236,7 @@ def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from roundel.stages.report import versions
+    from roundel.store import write_json
 
     content = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {"kind": "architectures", "rows": {}}
     content["versions"] = versions()
@@ -253,9 +253,7 @@ def main() -> None:
             row.get("difference", row.get("unread", row.get("why", ""))),
             flush=True,
         )
-        temporary = given.output.with_suffix(".part")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        shutil.move(temporary, given.output)
+        write_json(given.output, content)
     if given.page is not None:
         given.page.write_text(page(content), encoding="utf-8")
 

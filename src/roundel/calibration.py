@@ -51,6 +51,9 @@ PIECE = 1 << 16
 MESSAGE = "the user's message"
 """Stands for one where only what surrounds it is wanted."""
 
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+"""What a chat template raises that does not take a conversation."""
+
 SAMPLES_PER_PASS = 64
 """Sequences sampled together from the model; fixed, so that the samples do not depend on any batch size."""
 
@@ -76,7 +79,7 @@ def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: st
         raise DataError(f"{where}: a conversation, but the model's tokenizer has no chat template; give plain text")
     try:
         return Rendered(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except REFUSALS as error:
         raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
 
 
@@ -145,7 +148,7 @@ def _json_text(line: str, field: str, where: str) -> str | list[Any]:
         text = row[field]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{where}: expected a JSON object with the key {field!r}; name another with field=NAME") from error
-    if not (isinstance(text, str) or _is_conversation(text)):
+    if not _is_document(text):
         raise DataError(f"{where}: {field!r} is no string and no list of messages")
     return text  # type: ignore[no-any-return]
 
@@ -155,8 +158,11 @@ def _field_of(row: Mapping[str, Any], field: str) -> str:
     return "messages" if field == "text" and field not in row and "messages" in row else field
 
 
-def _is_conversation(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+def _is_document(value: object) -> bool:
+    """Whether it is text, or a conversation."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    return isinstance(value, str)
 
 
 def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str | list[Any]]:
@@ -176,7 +182,7 @@ def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str | list[An
         )
         for row in itertools.islice(rows, count):
             own = _field_of(row, field)
-            if not (isinstance(row.get(own), str) or _is_conversation(row.get(own))):
+            if not _is_document(row.get(own)):
                 raise DataError(f"dataset {name!r} has no text in {field!r} but {sorted(row)}; name another with field=NAME")
             yield row[own]
     except (OSError, ValueError, RuntimeError) as error:
@@ -297,7 +303,7 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return []
     try:
         before = str(tokenizer.apply_chat_template([{"role": "user", "content": MESSAGE}], tokenize=False)).partition(MESSAGE)[0]
-    except (TemplateError, TypeError, ValueError, KeyError):  # one that wants more than that
+    except REFUSALS:  # one that wants more than that
         return []
     return list(tokenizer(before, add_special_tokens=False)["input_ids"])
 

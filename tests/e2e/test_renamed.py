@@ -10,28 +10,20 @@ from transformers import AutoModelForCausalLM, Gemma3Config, NemotronHConfig, Pr
 
 import roundel
 from e2e import tiny
+from e2e.test_experts import SMALL
 from roundel.artifacts.checkpoints import read
 from roundel.models.load import load_model
 from roundel.rounding.round import dequantized
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.1,
-}
 VISION = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
 MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8}
 
 
 def configuration(name: str, vocabulary: int) -> PreTrainedConfig:
     if name == "gemma3":
-        text = {**SMALL, "vocab_size": vocabulary, "max_position_embeddings": 128}
+        text = {**SMALL, "head_dim": 16, "vocab_size": vocabulary}
         return Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, image_token_index=5)
-    return NemotronHConfig(**SMALL, **MAMBA, vocab_size=vocabulary, layers_block_type=["mamba", "attention"])
+    return NemotronHConfig(**SMALL, **MAMBA, head_dim=16, vocab_size=vocabulary, layers_block_type=["mamba", "attention"])
 
 
 @pytest.fixture(scope="module", params=["gemma3", "nemotron-h"])

@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from roundel.errors import ModelError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.linears import matrix_modules
-from roundel.models.load import load_config
+from roundel.models.load import load_config, skeleton
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
@@ -261,10 +261,7 @@ def _skeleton(path: Path) -> nn.Module:
     known = load_config(path)
     if hasattr(known, "quantization_config"):
         del known.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(known, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    assert isinstance(model, nn.Module)
-    return model
+    return skeleton(known)
 
 
 def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from roundel.formats import FORMATS, gguf
 from roundel.models import Checkpoint, Selection, load_model, load_tokenizer, locate, select_linears
 from roundel.models.coverage import Coverage, coverage_of
 from roundel.models.decode import decoded
-from roundel.models.experts import SplitExperts, join_experts, split_experts
+from roundel.models.experts import join_experts, split_experts, split_modules
 from roundel.models.fuse import fuse_rotation
 from roundel.models.load import pick_device, pick_dtype, quantization_of
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
@@ -110,11 +110,11 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     if recipe.written_format() == "gguf":
         gguf.check_architecture(config)
         gguf.check_tokenizer(path)
-    checkpoint = Checkpoint.open(path).of(model)
+    checkpoint = Checkpoint.open(path)
     parameters, fusion = sum(p.numel() for p in model.parameters()), None
     if recipe.rotate == "fused":
         fused = fuse_rotation(model, seed=recipe.seed)
-        checkpoint, config, fusion = fused.checkpoint(checkpoint), fused.config(config), fused.as_json()
+        checkpoint, config, fusion = fused.checkpoint(checkpoint.of(model)), fused.config(config), fused.as_json()
         nn.Module.to(model, pick_dtype(dtype, place))
     as_linears(model)
     split_experts(model)
@@ -167,13 +167,13 @@ def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, st
 
     With `keeps` not those that Transformers reads one by one.
     """
-    idle = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, SplitExperts) and not (keeps and module.sequential) and not any(own.startswith(f"{name}.") for own in linears)
-    ]
-    for name in idle:
-        join_experts(model.get_submodule(name))
+    idle = {
+        name: module
+        for name, module in split_modules(model).items()
+        if not (keeps and module.sequential) and not any(own.startswith(f"{name}.") for own in linears)
+    }
+    for name, module in idle.items():
+        join_experts(module)
         own = [linear for linear in skipped if linear.startswith(f"{name}.")]
         skipped[name] = skipped[own[0]]
         for linear in own:

@@ -195,18 +195,7 @@ def _rounded(
         for names in by_decoder_layer(linears):
             asked = []
             for name in names:
-                stored = opened.source.checkpoint.weight_of(name)
-                assert stored is not None
-                asked.append(
-                    Linear(
-                        name=name,
-                        tensor=stored,
-                        part_of=opened.source.checkpoint.part_of(stored),
-                        stored=opened.source.checkpoint.read(stored),
-                        factors=opened.factors[name],
-                        damping=opened.recipe.damping,
-                    )
-                )
+                asked.append(Linear.of(opened.source, name, factors=opened.factors[name], damping=opened.recipe.damping))
                 with in_layer(name):
                     structure[name] = _structure(opened.factors[name], opened.recipe.damping)
             results = round_linears(opened.recipe, opened.grid, asked, device_of(opened.source.model))

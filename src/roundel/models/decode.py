@@ -10,7 +10,6 @@ Cost: the model in bfloat16, in memory once and on the disk until the job is don
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
 from roundel.errors import ModelError
-from roundel.models.load import guarded, load_model
+from roundel.models.load import guarded, load_model, quantization_settings, skeleton
 from roundel.store import copy_files, staged_directory
 
 __all__ = ["decoded"]
@@ -48,11 +47,10 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
     target = folder / f"decoded-{hashlib.sha256(chr(10).join(known_by).encode()).hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if method == "compressed-tensors":
         model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16)
     else:
-        settings = {name: value for name, value in config["quantization_config"].items() if name not in ("quant_method", "dequantize")}
+        settings = {name: value for name, value in quantization_settings(path).items() if name not in ("quant_method", "dequantize")}
         options = {
             "dtype": torch.bfloat16,
             "trust_remote_code": False,
@@ -65,14 +63,10 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
             del owner.quantization_config
     own: Any = model
     own.hf_quantizer = own._weight_conversions = None  # which would undo the decoding
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    plain = skeleton.state_dict().keys()
+    plain = skeleton(model.config).state_dict().keys()
     values = {name: tensor for name, tensor in model.state_dict().items() if name in plain}
     folder.mkdir(parents=True, exist_ok=True)
     with staged_directory(target) as staging:
         guarded("decoded model", path, lambda: model.save_pretrained(staging, state_dict=values))
-        copy_files(
-            path, staging, leave_out={"config.json", "model.safetensors.index.json", *(file.name for file in path.glob("*.safetensors"))}
-        )
+        copy_files(path, staging, leave_out={"config.json", "model.safetensors.index.json"})
     return target

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "SplitExperts", "expert_family", "experts_of", "join_experts", "parts_of", "split_experts"]
+__all__ = ["Part", "SplitExperts", "expert_family", "experts_of", "join_experts", "parts_of", "split_experts", "split_modules"]
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Of an expert, by the parameter that holds those of all."""
@@ -135,7 +135,12 @@ def split_experts(model: nn.Module, wanted: Collection[str] | None = None) -> No
             _split(module)
 
 
-def join_experts(module: nn.Module) -> None:
+def split_modules(model: nn.Module) -> dict[str, SplitExperts]:
+    """All modules that were split, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+
+
+def join_experts(module: nn.Module | SplitExperts) -> None:
     """Gives a split module its fused parameters and its class back."""
     own: Any = module
     for stack in own.stacks:
@@ -146,10 +151,10 @@ def join_experts(module: nn.Module) -> None:
         values = next(iter(weights.values())).new_empty(shape)
         for name, part in parts.items():
             part.of(values).copy_(weights[name])
-        module._parameters[stack] = nn.Parameter(values, requires_grad=False)
+        own._parameters[stack] = nn.Parameter(values, requires_grad=False)
     for expert in range(own.num_split):
-        del module._modules[str(expert)]
-    module.__class__ = type(module).__bases__[1]
+        del own._modules[str(expert)]
+    own.__class__ = type(module).__bases__[1]
 
 
 def parts_of(module: nn.Module | SplitExperts) -> dict[str, Part]:

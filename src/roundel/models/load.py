@@ -33,7 +33,9 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "quantization_of",
+    "quantization_settings",
     "quiet",
+    "skeleton",
 ]
 
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
@@ -148,18 +150,26 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def quantization_settings(path: Path) -> dict[str, Any]:
+    """What config.json says of a quantization, of the model or of its language model; empty where it says nothing.
+
+    Raises:
+        ModelError: config.json cannot be read.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}/config.json cannot be read as a JSON object: {error}") from error
+
+
 def quantization_of(path: Path) -> str | None:
     """How the weights in a directory are quantized, by the name that config.json gives it; None if they are not.
 
     Raises:
         ModelError: config.json or a file of weights cannot be read.
     """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}/config.json cannot be read as a JSON object: {error}") from error
-    if not settings:
+    if not (settings := quantization_settings(path)):
         return None
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -181,6 +191,13 @@ def load_config(path: Path) -> PretrainedConfig:
     if getattr(config, "quantization_config", None) is not None and quantization_of(path) is None:
         del config.quantization_config
     return config
+
+
+def skeleton(config: PretrainedConfig) -> nn.Module:
+    """The causal language model of a configuration, without storage."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_file: str | None = None) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from roundel.models.experts import PROJECTIONS, Part, SplitExperts, parts_of
+from roundel.models.experts import PROJECTIONS, Part, SplitExperts, parts_of, split_modules
 from roundel.models.plain import is_turned
 
 __all__ = ["StoredNames", "split_conversions", "stored_names"]
@@ -43,7 +43,7 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
     """How a model's parameters are stored in a checkpoint that has these tensors."""
     if not isinstance(model, PreTrainedModel):
         return StoredNames(same={name: name for name in stored})
-    split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+    split = split_modules(model)
     conversions = split_conversions(model, get_model_conversion_mapping(model))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -69,7 +69,7 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
 
 def split_conversions(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
     """Transformers' changes for a model whose experts were split: what would join experts' matrices gives them their modules' names."""
-    stacks = _stacks({name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)})
+    stacks = _stacks(split_modules(model))
     kept, added = [], []
     for entry in conversions:
         joins = isinstance(entry, WeightConverter) and len(entry.target_patterns) == 1

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roundel.errors import ModelError
 from roundel.models.experts import SplitExperts
-from roundel.models.load import guarded, load_config
+from roundel.models.load import guarded, load_config, skeleton
 from roundel.models.plain import is_turned
 from roundel.store import staged_file, storage
 from roundel.sweeps.layers import decoder_layers
@@ -64,27 +64,26 @@ class FileWeights:
                 value = value.to(self._dtype)
                 if not torch.isfinite(value).all():
                     raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")
-            owner, _, own = name.rpartition(".")
-            module = self._model.get_submodule(owner)
-            if isinstance(module, SplitExperts):
-                module.put(own, value.to(self._device))
-            elif own == "weight" and is_turned(module):
-                module.weight = nn.Parameter(value.to(self._device).T, requires_grad=False)
-            else:
-                set_module_tensor_to_device(self._model, name, self._device, value=value)
-                module.requires_grad_(False)
+            self._put(name, value.to(self._device))
         for name in changed.keys() - self._where.keys():  # an expert's
             self._model.get_parameter(name).data.copy_(changed[name])
         try:
             yield
         finally:
             for name in mine:
-                owner, _, own = name.rpartition(".")
-                module = self._model.get_submodule(owner)
-                if isinstance(module, SplitExperts):
-                    module.put(own, torch.empty(shapes[name], dtype=self._dtype, device="meta"))
-                else:
-                    set_module_tensor_to_device(self._model, name, "meta")
+                self._put(name, torch.empty(shapes[name], dtype=self._dtype, device="meta"))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Gives a parameter these values, as they are stored, on their device."""
+        owner, _, own = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        if isinstance(module, SplitExperts):
+            module.put(own, value)
+        elif own == "weight" and is_turned(module):
+            module.weight = nn.Parameter(value.T, requires_grad=False)
+        else:
+            set_module_tensor_to_device(self._model, name, value.device, value=value)
+            module.requires_grad_(False)
 
     def keep(self, group: str, parameters: Sequence[str]) -> None:
         """The values that parameters of a loaded group have now are loaded from now on; those of its others are the files' again.
@@ -109,8 +108,7 @@ def parameter_bytes(path: Path, dtype: torch.dtype) -> int:
 
 
 def _skeleton(path: Path) -> nn.Module:
-    with torch.device("meta"):
-        model: nn.Module = guarded("model", path, lambda: AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False))  # type: ignore[no-untyped-call]
+    model: nn.Module = guarded("model", path, lambda: skeleton(load_config(path)))
     return model
 
 
@@ -126,8 +124,8 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
     Raises:
         ModelError: as `load_model`.
     """
-    skeleton = _skeleton(path)
-    places = _places(skeleton, "", frozenset(decoder_layers(skeleton)), str(device))
+    empty = _skeleton(path)
+    places = _places(empty, "", frozenset(decoder_layers(empty)), str(device))
     options: dict[str, Any] = {
         "config": load_config(path),
         "dtype": dtype,

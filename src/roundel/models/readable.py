@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from roundel.models.load import load_config, quiet
+from roundel.models.load import load_config, quiet, skeleton
 
 __all__ = ["loading_fault"]
 
@@ -25,7 +24,7 @@ def loading_fault(path: Path, quantization: Mapping[str, Any]) -> str | None:
     config = load_config(path)
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: Any = skeleton(config)
             quantizer = AutoHfQuantizer.from_config(dict(quantization))
             quantizer.validate_environment(device_map=None)
             quantizer.preprocess_model(model=model, dtype=torch.float32, device_map=None, checkpoint_files=None, use_kernels=False)

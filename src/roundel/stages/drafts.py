@@ -31,18 +31,8 @@ def draft_rounding(
     recipe: Recipe, grid: Grid, source: Source, name: str, candidates: Mapping[str, Candidate], *, kept: bool
 ) -> dict[str, Draft]:
     """A linear rounded with each of some factors, by label; where they are not `kept` the recipe's format need not hold them."""
-    stored = source.checkpoint.weight_of(name)
-    assert stored is not None
     asked = [
-        Linear(
-            name=name,
-            tensor=stored,
-            part_of=source.checkpoint.part_of(stored),
-            turned=stored in source.checkpoint.names.turned,
-            stored=source.checkpoint.read(stored),
-            factors=candidate.factors,
-            damping=min(10.0, recipe.damping * candidate.damping),
-        )
+        Linear.of(source, name, factors=candidate.factors, damping=min(10.0, recipe.damping * candidate.damping))
         for candidate in candidates.values()
     ]
     found = round_linears(recipe, grid, asked, device_of(source.model), kept=kept)

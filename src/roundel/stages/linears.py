@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roundel.artifacts.source import Source
 from roundel.errors import SchemeError, in_layer
 from roundel.formats import FORMATS
 from roundel.grids import Grid, TileGrid
@@ -38,15 +39,23 @@ class Linear:
     """Seeds its rotation."""
     tensor: str
     """The stored name of its weight."""
-    part_of: str | None = None
+    part_of: str | None
     """The stored tensor that it is a part of, an expert's of all."""
-    turned: bool = False
+    turned: bool
     """Whether it is stored transposed."""
     stored: Tensor
     factors: Factors
     damping: float
     target: Tensor | None = None
     """What it is rounded to, if not to what is stored."""
+
+    @classmethod
+    def of(cls, source: Source, name: str, **given: Any) -> Linear:
+        """A linear of the source, with its weight as it is stored; `given` are the other fields."""
+        checkpoint, tensor = source.checkpoint, source.checkpoint.weight_of(name)
+        assert tensor is not None
+        part_of, turned = checkpoint.part_of(tensor), tensor in checkpoint.names.turned
+        return cls(name=name, tensor=tensor, part_of=part_of, turned=turned, stored=checkpoint.read(tensor), **given)
 
 
 @dataclass(frozen=True, kw_only=True)

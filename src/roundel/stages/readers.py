@@ -8,6 +8,7 @@ asked for a format, Roundel's own is taken instead, which is read for every arch
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,7 +19,7 @@ from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.grids.minifloat import Fp8
 from roundel.grids.uniform import Uniform
-from roundel.models.experts import experts_of
+from roundel.models.experts import SplitExperts, experts_of
 from roundel.models.linears import matrix_modules
 from roundel.models.plain import is_turned
 from roundel.models.readable import loading_fault
@@ -40,9 +41,15 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
         reason = f"the linears of {kind} are stored transposed (Conv1D), which readers of {form} do not know"
         if recipe.format != "auto":
             raise SchemeError(f"{reason}; use --format native")
-    elif (found := _unread_experts(recipe, source) or _fault(recipe, source)) is None:
-        return recipe
     else:
+        experts = {name: own for name in source.linears if (own := experts_of(source.model, name)) is not None}
+        together = [name for name in experts if source.checkpoint.part_of(source.checkpoint.weight_of(name) or "")]
+        if together:
+            check_apart(form)
+        if form != "compressed-tensors":
+            return recipe
+        if (found := _unread_experts(recipe, experts, together, kind) or _fault(recipe, source)) is None:
+            return recipe
         reason = f"Transformers {found}"
         if recipe.format != "auto":
             notes.warn(f"{reason}: it will not load this directory; --format native is read after import roundel")
@@ -53,8 +60,6 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
 
 def _fault(recipe: Recipe, source: Source) -> str | None:
     """What happens when Transformers loads a compressed-tensors directory of this architecture (`models.readable`)."""
-    if recipe.written_format() != "compressed-tensors":
-        return None
     nothing = torch.empty(0, dtype=torch.int8)
     packed = {
         name: RoundedWeight(scheme=recipe.used_schemes[0], codes=nothing, scales={}, shape=(linear.out_features, linear.in_features))
@@ -65,15 +70,9 @@ def _fault(recipe: Recipe, source: Source) -> str | None:
     return None if fault is None else f"fails to load packed linears of {source.config.get('model_type')} ({fault})"
 
 
-def _unread_experts(recipe: Recipe, source: Source) -> str | None:
-    """What Transformers does not do with the experts of a compressed-tensors directory."""
-    experts = {name: own for name in source.linears if (own := experts_of(source.model, name)) is not None}
-    together = [name for name in experts if source.checkpoint.part_of(source.checkpoint.weight_of(name) or "")]
-    if together:
-        check_apart(recipe.written_format())
-    if not experts or recipe.written_format() != "compressed-tensors":
-        return None
+def _unread_experts(recipe: Recipe, experts: Mapping[str, SplitExperts], together: Sequence[str], kind: str | None) -> str | None:
+    """What Transformers does not do with experts of a compressed-tensors directory, some of which are stored in one tensor `together`."""
     if not all(experts[name].sequential for name in together):
-        return f"finds no experts of {source.config.get('model_type')} that are stored one by one"
+        return f"finds no experts of {kind} that are stored one by one"
     unread = [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]
-    return f"does not decode experts in {unread[0]}" if unread else None
+    return f"does not decode experts in {unread[0]}" if experts and unread else None

@@ -99,7 +99,7 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
                     places=natural[0],
                     steps=natural[1],
                     factors=lambda index: {name: own.factors for name, own in measured.curvatures.load(index).items()},
-                    original=lambda name: source.checkpoint.read(_tensor(source, name)),
+                    original=lambda name: _stored(source, name),
                     seed=recipe.seed,
                     moved=work.rounded,
                     resident=source.weights is None,
@@ -126,23 +126,19 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
 
 
 def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature, target: Tensor | None, moments: Moments | None) -> Linear:
-    tensor = _tensor(source, name)
-    return Linear(
-        name=name,
-        tensor=tensor,
-        part_of=source.checkpoint.part_of(tensor),
-        turned=tensor in source.checkpoint.names.turned,
-        stored=source.checkpoint.read(tensor),
+    return Linear.of(
+        source,
+        name,
         target=target,
         factors=curvature.factors if moments is None else moments.met(curvature.factors),
         damping=min(10.0, recipe.damping * curvature.damping),
     )
 
 
-def _tensor(source: Source, name: str) -> str:
+def _stored(source: Source, name: str) -> Tensor:
     stored = source.checkpoint.weight_of(name)
     assert stored is not None
-    return stored
+    return source.checkpoint.read(stored)
 
 
 def _fitted(recipe: Recipe, rounded: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
