@@ -15,8 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, int] = {
@@ -99,7 +103,6 @@ def put(config: Any, name: str, value: Any) -> None:
 
 def one(kind: str, work: Path) -> dict[str, Any]:
     """The row of an architecture."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import roundel
@@ -141,6 +144,7 @@ def one(kind: str, work: Path) -> dict[str, Any]:
         "format": result.details["format"],
         "share": coverage["share"],
         "left": coverage["left"],
+        "experts": any("text_rows" in layer for layer in result.details["layers"].values()),
         "kl": result.report.kl_mean,
         "warnings": result.details["warnings"],
     }
@@ -158,9 +162,23 @@ def one(kind: str, work: Path) -> dict[str, Any]:
             W = module.dequantized() if row["format"] == "native" else module.weight
             differences.append(float((W - wanted).abs().max() / wanted.abs().max()))
         row["difference"] = max(differences)
+        row["changed"] = changed(work, result.details["layers"].values())
     except Exception as error:
         row["unread"] = reason(error)
     return row
+
+
+def changed(work: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Stored tensors, beside the quantized ones, of which what was written is not the source's bit for bit."""
+    from roundel.models.checkpoint import Checkpoint
+
+    before, after = Checkpoint.open(work / "model"), Checkpoint.open(work / "out")
+    replaced = {row["tensor"] for row in rows} | {row.get("part_of") for row in rows}
+    return [name for name in before if name not in replaced and not (name in after and same(before.read(name), after.read(name)))]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def reason(error: Exception) -> str:

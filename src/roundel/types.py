@@ -96,6 +96,8 @@ class LayerGrad:
     g: Float[Tensor, "sequences rows d_out"]
     text: int | None = None
     """Tokens of each sequence, where they are not the rows: what is given per token is per token of text."""
+    blind: bool = False
+    """Whether it was used although no gradient came back."""
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,9 @@ Only an expert that has tokens runs, with its tokens alone. Cost: the same produ
 
 Modules say how they store and run their experts (`use_experts_implementation`); `OTHERS` says it for those that do not.
 
-Not done: further ways (JetMoE, DBRX, LongCat's experts that do nothing).
+Experts need not be feed-forward blocks: a module may multiply each token with one matrix of its own (`SplitMatrices`).
+
+Not done: experts that are rows of one matrix (DBRX).
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from torch import Tensor, nn
 
 __all__ = ["Part", "SplitExperts", "expert_family", "experts_of", "join_experts", "parts_of", "split_experts", "split_modules"]
 
-PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+PROJECTIONS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+    "weight": ("proj",),
+}
 """Of an expert, by the parameter that holds those of all."""
 
 USUAL: dict[str, bool] = {
@@ -37,7 +44,12 @@ USUAL: dict[str, bool] = {
     "is_concatenated": True,
     "has_post_expert_norm": False,
 }
-OTHERS: dict[str, dict[str, bool]] = {"Llama4TextExperts": {"is_transposed": True}, "Step3p7Experts": {}}
+OTHERS: dict[str, dict[str, bool]] = {
+    "JetMoeParallelExperts": {},
+    "Llama4TextExperts": {"is_transposed": True},
+    "LongcatFlashExperts": {},
+    "Step3p7Experts": {},
+}
 """By class, in what its experts differ from the usual ones."""
 
 SEQUENTIAL = {"Llama4TextExperts"}
@@ -64,8 +76,8 @@ class Part:
 class SplitExperts:
     """What a module of fused experts is beside its own class once it is split."""
 
-    stacks: tuple[str, ...]
-    """Of `PROJECTIONS`, those that it had."""
+    stacks: dict[str, int]
+    """Of `PROJECTIONS`, those that it had, and how many matrices were in each: not fewer than it has experts."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum, for each token, of what its experts make of it.
@@ -77,10 +89,12 @@ class SplitExperts:
         """
         total = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < self.num_split:
+            real = 0 <= expert < self.num_split
+            if not real and not hasattr(self, "identity_expert"):
                 continue  # a place that no expert has taken
             tokens, chosen = (top_k_index == expert).nonzero(as_tuple=True)
-            y = self.run_expert(int(expert), hidden_states[tokens]) * top_k_weights[tokens, chosen, None]
+            x = hidden_states[tokens]
+            y = (self.run_expert(int(expert), x) if real else x) * top_k_weights[tokens, chosen, None]
             total = total.index_add(0, tokens, y.to(total.dtype))
         return total
 
@@ -127,6 +141,21 @@ class SplitSortedExperts(SplitExperts):
         return torch.cat(found)
 
 
+class SplitMatrices(SplitExperts):
+    """Experts that are one matrix each, given the tokens of all of them, in order."""
+
+    def forward(self: Any, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
+        """`(tokens, d_out)`; the first `expert_size[0]` tokens are those of the first expert."""
+        found = []
+        for expert, x in enumerate(inputs.split(expert_size)):
+            linear = self.get_submodule(str(expert)).proj
+            found.append(linear(x) if len(x) else x.new_zeros(0, linear.out_features))
+        return torch.cat(found)
+
+
+WAYS: dict[str, type[SplitExperts]] = {"Llama4TextExperts": SplitSortedExperts, "JetMoeParallelExperts": SplitMatrices}
+
+
 def split_experts(model: nn.Module, wanted: Collection[str] | None = None) -> None:
     """Splits modules of fused experts of a model: all, or those that have any of the linears `wanted`."""
     owners = None if wanted is None else {name.rpartition(".")[0].rpartition(".")[0] for name in wanted}
@@ -147,8 +176,8 @@ def join_experts(module: nn.Module | SplitExperts) -> None:
         parts = {name: part for name, part in parts_of(module).items() if part.stack == stack}
         weights = {name: own.get_submodule(name).weight for name in parts}
         d_out, d_in = (sum(weight.shape[0] for weight in weights.values()) // own.num_split, next(iter(weights.values())).shape[1])
-        shape = (own.num_split, d_in, d_out) if own.is_transposed else (own.num_split, d_out, d_in)
-        values = next(iter(weights.values())).new_empty(shape)
+        shape = (own.stacks[stack], d_in, d_out) if own.is_transposed else (own.stacks[stack], d_out, d_in)
+        values = next(iter(weights.values())).new_zeros(shape)
         for name, part in parts.items():
             part.of(values).copy_(weights[name])
         own._parameters[stack] = nn.Parameter(values, requires_grad=False)
@@ -171,8 +200,10 @@ def parts_of(module: nn.Module | SplitExperts) -> dict[str, Part]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    stacks = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
-    known = hasattr(module, "_is_expert_parallel") or type(module).__name__ in OTHERS
+    kind = type(module).__name__
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    stacks = ["weight"] if WAYS.get(kind) is SplitMatrices else [first, "down_proj"]
+    known = hasattr(module, "_is_expert_parallel") or kind in OTHERS
     return known and all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in stacks)
 
 
@@ -181,10 +212,9 @@ def _split(module: nn.Module) -> None:
     for setting, value in {**USUAL, **OTHERS.get(type(module).__name__, {})}.items():
         if not hasattr(module, setting):
             setattr(module, setting, value)
-    own.stacks = tuple(name for name in PROJECTIONS if name in module._parameters)
-    values = {name: module._parameters.pop(name) for name in own.stacks}
-    down = values["down_proj"]
-    assert down is not None
+    values = {name: values for name in PROJECTIONS if (values := module._parameters.pop(name, None)) is not None}
+    own.stacks = {name: len(stack) for name, stack in values.items()}
+    down = list(values.values())[-1]
     module.__dict__.pop("forward", None)  # of the old class, left by hooks that are gone
     own._is_hf_initialized = True  # Transformers would fill the old parameters
     own.num_split, own.d_inner = down.shape[0], down.shape[1 if own.is_transposed else 2]
@@ -194,9 +224,7 @@ def _split(module: nn.Module) -> None:
         expert, _, projection = name.partition(".")
         if expert not in module._modules:
             module.add_module(expert, nn.Module())
-        stack = values[part.stack]
-        assert stack is not None
-        weight = part.of(stack.detach())
+        weight = part.of(values[part.stack].detach())
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         module.get_submodule(expert).add_module(projection, linear)
@@ -216,5 +244,4 @@ def expert_family(model: nn.Module, linear: str) -> str | None:
 
 @cache
 def _split_class(kind: Any) -> type:
-    way = SplitSortedExperts if kind.__name__ == "Llama4TextExperts" else SplitExperts
-    return type(f"Split{kind.__name__}", (way, kind), {})
+    return type(f"Split{kind.__name__}", (WAYS.get(kind.__name__, SplitExperts), kind), {})

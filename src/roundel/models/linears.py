@@ -11,9 +11,14 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from roundel.errors import SchemeError
+from roundel.models.experts import SplitExperts
 from roundel.sweeps.layers import text_lists
 
 __all__ = ["Selection", "matrix_modules", "select_linears"]
+
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Names beside experts; each decides over whole experts with few weights, and stays in its precision unless it is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ def select_linears(
                 raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     every = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     in_layers = tuple(f"{name}." for name in text_lists(model))
-    tied = _tied_to_embedding(model)
+    tied, routers = _tied_to_embedding(model), _routers(model)
     linears: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
     refused: Counter[str] = Counter()
@@ -68,6 +73,8 @@ def select_linears(
             continue
         if _matches(name, exclude):
             skipped[name] = "excluded by pattern"
+        elif not include and f"{name}.".startswith(routers):
+            skipped[name] = "chooses or weights experts"
         elif module.weight in tied:
             skipped[name] = "shares its weight with the embedding"
         else:
@@ -92,6 +99,16 @@ def matrix_modules(model: nn.Module) -> frozenset[str]:
         for name, module in model.named_modules()
         if not isinstance(module, nn.Embedding) and isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim == 2
     )
+
+
+def _routers(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of names of what chooses experts, or weights a shared one: what stands beside them and is called so."""
+    homes = {name.rpartition(".")[0] for name, module in model.named_modules() if _has_experts(name, module)}
+    return tuple(f"{home}.{own}." for home in homes for own in ROUTERS)
+
+
+def _has_experts(name: str, module: nn.Module) -> bool:
+    return isinstance(module, SplitExperts) or (isinstance(module, nn.ModuleList) and name.endswith(".experts"))
 
 
 def _tied_to_embedding(model: nn.Module) -> set[nn.Parameter]:

@@ -49,8 +49,12 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     known = {**model.state_dict(), **dict.fromkeys(_stacks(split), True)}
     found = StoredNames()
+
+    def target_of(name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+
     for name in sorted(stored):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        target, pattern = target_of(name)
         if pattern is None:
             found.same[target] = name
         else:
@@ -62,7 +66,10 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
         for own, part in parts_of(module).items():
             if (whole := found.same.get(f"{name}.{part.stack}")) is not None:
                 parameter = f"{name}.{own}.weight"
-                found.same[parameter] = f"{whole.rpartition('.')[0]}.{own}.weight"
+                owners = (whole.removesuffix(f".{part.stack}"), whole.removesuffix(".weight").rpartition(".")[0], name)
+                found.same[parameter] = next(
+                    (place for owner in owners if target_of(place := f"{owner}.{own}.weight")[0] == parameter), parameter
+                )
                 found.parts[found.same[parameter]] = (whole, part)
     return found
 

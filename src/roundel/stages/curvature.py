@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from roundel.artifacts import factors as factor_files
@@ -39,6 +40,7 @@ from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import steps, visits_without_gradients
+from roundel.types import KroneckerFactors
 
 __all__ = ["Measured", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
 
@@ -113,7 +115,10 @@ def measured_in(curvatures: Curvatures, source: Source, notes: Notes) -> Measure
     if few := [name for name, row in found.items() if "borrowed" in row]:
         one = "" if len(few) == 1 else f" and {len(few) - 1} more"
         notes.warn(f"{few[0]}{one} saw fewer than {ENOUGH} rows a column: part of their curvature is that of their layer's other experts")
-    if not found:
+    if unseen := [name for name, row in found.items() if row.get("text_rows") == 0 and "borrowed" not in row]:
+        one = "" if len(unseen) == 1 else f" and {len(unseen) - 1} more"
+        notes.warn(f"{unseen[0]}{one} never ran on the text: rounded to nearest, and no KL of this report says what that costs")
+    if len(unseen) == len(found):
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     return Measured(curvatures=curvatures, rows={name: found[name] for name in source.linears if name in found})
 
@@ -169,7 +174,12 @@ def settle(
     for name in sketches:
         if any(candidate.factors.scale == 0 for candidate in pooled.candidates(name).values()):
             skipped[name] = "no usable gradient reached it"
-    names = [name for name in sketches if name not in skipped]
+    unseen = [name for name in skipped if sketches[name].rows == 0] if recipe.bits is None else []
+    if len(unseen) == len(sketches):  # such as layers that only images go through
+        return {}, dict.fromkeys(unseen, "no text goes through its layer")
+    for name in unseen:
+        del skipped[name]
+    names = [name for name in sketches if name not in skipped and name not in unseen]
     labels = {name: next(iter(pooled.candidates(name))) for name in names}
     rows: dict[str, dict[str, Any]] = {name: {"text_rows": sketches[name].rows} if family_of(name) else {} for name in names}
     if recipe.bits is not None:
@@ -183,7 +193,14 @@ def settle(
         if part := pooled.borrowed(name):
             rows[name]["borrowed"] = part
         final[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=rows[name])
+    for name in unseen:
+        final[name] = LinearCurvature(factors=_flat(sketches[name].d_out, sketches[name].d_in), row={"text_rows": 0})
     return final, skipped
+
+
+def _flat(d_out: int, d_in: int) -> KroneckerFactors:
+    """Of a linear of which nothing is known: what is rounded with it is rounded to nearest, and counts for nothing."""
+    return KroneckerFactors(H_out=torch.eye(d_out), H_in=torch.eye(d_in), scale=0.0)
 
 
 def _choose_factors(

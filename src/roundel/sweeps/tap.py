@@ -46,23 +46,28 @@ class _Uses:
         self.inputs: list[tuple[LayerInput, int]] = []
         """With the version of their memory, which must not change."""
         self.gradients: dict[int, Tensor] = {}
+        self.ran = False
 
 
 @contextmanager
 def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer, *, apart: bool = True) -> Iterator[None]:
     """Within the context every backward pass calls `consume(name, LayerGrad)` once for each linear, at the latest when the context ends.
 
-    One that no gradient has reached has no rows. If sequences need not be told `apart`, all rows are those of one.
+    One that no gradient has reached has no rows, and is `blind` if it was used. If sequences need not be told `apart`, all rows are those
+    of one.
 
     Raises (in the pass):
         ModelError: a linear sees rows of several sequences that cannot be told apart, or its input is overwritten.
     """
     pending: dict[str, _Uses] = {}
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in linears}
+    entered: set[nn.Module] = set()
     shared: WeakValueDictionary[tuple[Any, ...], LayerInput] = WeakValueDictionary()
     shape: list[int] = []
 
     def begin(_module: nn.Module, _args: Any, output: Tensor) -> None:
         finish()
+        entered.clear()
         pending.update((name, _Uses()) for name in linears)
         shape[:] = output.shape[:2] if apart else (1, output.shape[:2].numel())
         output.requires_grad_()
@@ -75,6 +80,8 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
                     f"the input has shape {tuple(args[0].shape)}, in which {shape[0]} sequences of {shape[1]} tokens cannot be told apart; "
                     "take one at a time (--batch-size 1), or leave it out with --exclude"
                 )
+        if name in pending:
+            pending[name].ran = True
         if output.requires_grad and name in pending:
             inputs = pending[name].inputs
             output.register_hook(partial(backward, name, pending[name], len(inputs)))
@@ -101,7 +108,8 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
             input = LayerInput(torch.cat([uses.inputs[use][0].x for use in order], dim=1))
             g = torch.cat([uses.gradients[use] for use in order], dim=1)
         with in_layer(name):
-            consume(name, LayerGrad(input=input, g=g, text=shape[1]))
+            used = uses.ran or owners[name] in entered  # which may take the weight without calling the linear
+            consume(name, LayerGrad(input=input, g=g, text=shape[1], blind=used and not order))
 
     def finish() -> None:
         """What no gradient, or not that of all uses, has reached."""
@@ -113,6 +121,7 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handles = [embedding.register_forward_hook(begin)]
     handles += [module.register_forward_hook(partial(forward, name)) for name, module in linears.items()]
+    handles += [owner.register_forward_pre_hook(lambda module, _args: entered.add(module)) for owner in set(owners.values())]
     try:
         with torch.enable_grad():
             yield

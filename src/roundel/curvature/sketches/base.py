@@ -39,7 +39,7 @@ class Sketch(ABC):
         self.tokens = 0
         """Of text."""
         self.rows = 0
-        """That the linear has seen of them; not the same where it is an expert's."""
+        """That the linear has seen of them; not the same where it is an expert's. One a sequence where no gradient came back."""
 
     def start(self, **sizes: int) -> None:
         """Starts sums of `(size, size)` matrices, by name, and the sum `trace`."""
@@ -53,7 +53,7 @@ class Sketch(ABC):
             if grad.g.shape[1]:
                 self.add_sequence(grad, sequence)
             self.tokens += grad.tokens
-            self.rows += grad.g.shape[1]
+            self.rows += grad.g.shape[1] + grad.blind
 
     @abstractmethod
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
