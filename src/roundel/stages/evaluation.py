@@ -59,7 +59,7 @@ def evaluate_written(written: Written, source: Source, split: Split, notes: Note
 
         outer = written.outside()
         first = layers.embed(ids([0]))
-        shape = (count, length, first.shape[-1])
+        shape = (count, *first.shape[1:])
         x, xq = (store.new(f"{path}-000", shape, first.dtype) for path in ("original", "written"))
         for part in batches(rows, batch_size):
             x.write(part, layers.embed(ids(part)))

@@ -168,7 +168,7 @@ def forward(
 ) -> list[HiddenStates]:
     """The hidden states before each group, and after the last; those that the store has already are taken."""
     one = layers.embed(_ids(layers, tokens, [0]))
-    shape, everything = (len(tokens), one.shape[1], one.shape[2]), range(len(tokens))
+    shape, everything = (len(tokens), *one.shape[1:]), range(len(tokens))
     states: list[HiddenStates] = []
     for index in range(-1, len(layers)):
         name = f"hidden-{index + 1:03d}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ __all__ = ["HiddenStates", "HiddenStore"]
 
 
 class HiddenStates:
-    """`(sequences, tokens, width)` numbers, read and written by sequences; what is read is in main memory."""
+    """`(sequences, tokens, width)` numbers, or several such rows a token, read and written by sequences; what is read is in main memory."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None = None, *, whole: bool = False) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None = None, *, whole: bool = False) -> None:
         """Empty ones, or with `whole` those that the file holds."""
         self.shape, self.dtype, self.path, self._whole = shape, dtype, path, whole
-        self._row = shape[1] * shape[2] * dtype.itemsize
+        self._row = prod(shape[1:]) * dtype.itemsize
         self._memory = None
         if path is None:
             self._memory = torch.empty(shape, dtype=dtype)
@@ -106,21 +107,21 @@ class HiddenStore:
     kept: bool = False
     _used: dict[int, int] = field(default_factory=dict)
 
-    def new(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> HiddenStates:
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         """Empty states; `name` is the file's, if it takes one."""
-        size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        size = prod(shape) * dtype.itemsize
         if self.directory is None or (not self.kept and sum(self._used.values()) + size <= self.memory):
             made = HiddenStates(shape, dtype)
             self._used[id(made)] = size
             return made
         return HiddenStates(shape, dtype, self.directory / f"{name}.bin")
 
-    def find(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> HiddenStates | None:
+    def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates | None:
         """States that an earlier process has finished; None where there are none."""
         if not self.kept or self.directory is None:
             return None
         path = self.directory / f"{name}.bin"
-        size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        size = prod(shape) * dtype.itemsize
         return HiddenStates(shape, dtype, path, whole=True) if path.is_file() and path.stat().st_size == size else None
 
     def drop(self, states: HiddenStates) -> None:

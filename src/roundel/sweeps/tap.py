@@ -65,12 +65,12 @@ def tapped(model: nn.Module, linears: Mapping[str, nn.Linear], consume: Consumer
     shared: WeakValueDictionary[tuple[Any, ...], LayerInput] = WeakValueDictionary()
     shape: list[int] = []
 
-    def begin(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def begin(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         finish()
         entered.clear()
         pending.update((name, _Uses()) for name in linears)
         shape[:] = output.shape[:2] if apart else (1, output.shape[:2].numel())
-        output.requires_grad_()
+        return output.requires_grad_().clone()  # which the model may overwrite
 
     def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = by_sequence(args[0].detach(), *shape)

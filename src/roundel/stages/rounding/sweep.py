@@ -136,10 +136,10 @@ class _Paths:
         self._layers, self._prefix, self._batch_size, self._store = layers, prefix, batch_size, store
         self._run: Callable[..., Tensor] = fast(layers.run) if prefix.quickly else layers.run
         self._observe: Callable[..., tuple[dict[str, Seen], Tensor]] = fast(observe) if prefix.quickly else observe
-        count, length = prefix.tokens.ids.shape
+        count = len(prefix.tokens)
         self._rows = range(count)
         first = layers.embed(self._ids([0]))
-        self._shape, self._dtype = (count, length, first.shape[-1]), first.dtype
+        self._shape, self._dtype = (count, *first.shape[1:]), first.dtype
         self._x: HiddenStates
         self._xq: HiddenStates
         self._after: tuple[HiddenStates, HiddenStates]
@@ -232,7 +232,7 @@ class _Paths:
                 self._layers.keep(index, [])
 
     def _new(self, name: str, width: int | None = None) -> HiddenStates:
-        return self._store.new(name, (*self._shape[:2], width or self._shape[2]), self._dtype)
+        return self._store.new(name, (*self._shape[:2], width) if width else self._shape, self._dtype)
 
     def _ids(self, rows: object) -> Tensor:
         return self._prefix.tokens.ids[list(rows)].to(self._layers.device)  # type: ignore[call-overload]
