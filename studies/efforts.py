@@ -2,7 +2,7 @@
 
     python studies/efforts.py smollm2-135m
 
-The points of others are what `elsewhere` in that file holds: measured on the same model, text and scheme on another machine.
+The points of others are its `peers`, and what it holds as measured `elsewhere`: the same model, text and scheme on another machine.
 """
 
 import argparse
@@ -28,7 +28,8 @@ def main() -> None:
     axes.errorbar(minutes, [row["kl"] for row in ours], [row["kl_stderr"] for row in ours], marker="o", label="Roundel")
     for row, x in zip(ours, minutes, strict=True):
         axes.annotate(f"--effort {row['effort']}", (x, row["kl"]), (6, 6), textcoords="offset points")
-    others = found.get("elsewhere", [])
+    here = [{**row, "cpu_minutes": row["cpu_seconds"] / 60} for row in found.get("peers", [])]
+    others = here + found.get("elsewhere", [])
     axes.scatter([row["cpu_minutes"] for row in others], [row["kl"] for row in others], marker="s", color="0.4", label="others")
     for row in others:
         axes.annotate(row["method"], (row["cpu_minutes"], row["kl"]), (6, 3), textcoords="offset points")

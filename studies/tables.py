@@ -249,7 +249,7 @@ def real(name: str) -> str:
     columns = ("", "KL", "perplexity", "bits per weight", "minutes", "CPU minutes", "resident, GB")
     cells = [
         [
-            f"`{' '.join(['--effort', row['effort'], *row['options']])}`",
+            row["method"] if "method" in row else f"`{' '.join(['--effort', row['effort'], *row['options']])}`",
             with_error(row["kl"], row["kl_stderr"]),
             f"{row['perplexity_original']:.1f} → {row['perplexity']:.1f}",
             f"{row['bits_per_weight']:.2f}",
@@ -257,7 +257,7 @@ def real(name: str) -> str:
             f"{row['cpu_seconds'] / 60:.1f}",
             f"{row['peak_mib'] * 2**20 / 1e9:.2f}",
         ]
-        for row in sorted(found["rows"], key=lambda row: -row["kl"])
+        for row in sorted(found["rows"], key=lambda row: -row["kl"]) + found.get("peers", [])
     ]
     cells += [
         [f"{row['method']} *", f"{row['kl']:.3f}", "–", "–", "–", f"{row['cpu_minutes']:.0f}", "–"]
