@@ -46,7 +46,7 @@ SMALL: dict[str, int] = {
         ("state_size", "mamba_d_state", "ssm_state_size", "mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "time_step_rank"), 8
     ),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "hidden_size_per_layer_input", "index_topk"), 16),
-    **dict.fromkeys(("laurel_rank",), 8),
+    **dict.fromkeys(("laurel_rank", "mamba_dt_rank", "dt_rank"), 8),
     **dict.fromkeys(("sliding_window", "attention_window_size"), 64),
     **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "num_hash_layers", "zero_expert_num"), 0),
     "conv_L_cache": 3,

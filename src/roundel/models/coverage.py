@@ -1,7 +1,7 @@
 """How much of a model a quantization reaches: the share of the weights of its decoder layers' matrices, and why the rest stays.
 
-Embedding and output head are no part of it, nor are norms, biases and towers for images or sounds: what is counted is what a user
-means by "quantized to 4 bits".
+Embedding and output head are no part of it, nor are norms, biases, towers for images or sounds, and what multiplies channel by channel
+(convolutions, `A_log`): what is counted is what a user means by "quantized to 4 bits".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["Coverage", "coverage_of"]
 
@@ -55,6 +56,8 @@ def coverage_of(model: nn.Module, layers: Sequence[str], quantized: Collection[s
         if parameter.ndim < 2 or not name.startswith(prefixes) or name.endswith("bias"):  # experts have a bias each
             continue
         owner, _, own = name.rpartition(".")
+        if own == "A_log" or isinstance(model.get_submodule(owner), _ConvNd) or max(parameter.shape) == parameter.numel():
+            continue
         if owner in quantized and own == "weight":
             done += parameter.numel()
         else:

@@ -36,6 +36,7 @@ SLICE = 1 << 24
 """Logits that exist at a time: 64 MB in float32."""
 
 PROBE_TOKENS = 8
+TOWERS = ("audio", "image", "speech", "video", "vision", "visual")
 
 
 class OnDemand(Protocol):
@@ -311,7 +312,10 @@ def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) 
 
 
 def text_lists(model: nn.Module) -> list[str]:
-    """Names of the outermost lists of layers of the language model: those beside its embedding, not the towers of a wrapper."""
+    """Names of the outermost lists of layers of the language model: those beside its embedding, not the towers of a wrapper.
+
+    Towers that are kept beside the embedding themselves tell by their names (`TOWERS`).
+    """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
@@ -319,7 +323,7 @@ def text_lists(model: nn.Module) -> list[str]:
     while inside:
         inside = inside.rpartition(".")[0]
         if own := [name for name in lists if name.startswith(f"{inside}." if inside else "")]:
-            return own
+            return [name for name in own if not any(word in name for word in TOWERS)] or own
     return lists
 
 
