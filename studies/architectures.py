@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim", "lru_width", "block_dim"), 64),
     **dict.fromkeys(
-        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_ffn", "decoder_ffn_dim", "block_ff_dim"), 128
+        ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_ffn", "dff", "decoder_ffn_dim", "block_ff_dim"), 128
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
@@ -50,8 +50,54 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(("sliding_window", "attention_window_size"), 64),
     **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers", "num_hash_layers", "zero_expert_num"), 0),
     "conv_L_cache": 3,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "o_groups": 2,
+    "o_lora_rank": 32,
 }
 """Of attributes of configurations; those that one does not have are left out."""
+
+GEMMA4 = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma4": {"text_config": GEMMA4, "vision_config": {"position_embedding_size": 64}},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "laguna": {
+        "num_attention_heads_per_layer": [4, 4],
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "hidden_size": 64,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "zamba2": {  # a block that two layers use
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "adapter_rank": 32,
+    },
+}
+"""What is made differently of some, beside `SMALL`: from the beginning if it is complete, else afterwards."""
 
 LISTS = (
     "layer_types",
@@ -71,10 +117,10 @@ TOKENS = ("pad_token_id", "bos_token_id", "image_token_id", "audio_token_id", "v
 def shrunk(config: Any, vocabulary: int) -> None:
     """Makes a configuration small, and those inside of it."""
     for name, value in SMALL.items():
-        held = getattr(config, name, None)
+        held = attribute(config, name)
         if isinstance(held, int) and not isinstance(held, bool):
             put(config, name, value)
-    if isinstance(getattr(config, "kv_lora_rank", None), int) and isinstance(getattr(config, "num_key_value_heads", None), int):
+    if isinstance(attribute(config, "kv_lora_rank"), int) and isinstance(attribute(config, "num_key_value_heads"), int):
         config.num_key_value_heads = config.num_attention_heads  # latent attention has one for each
     if hasattr(config, "vocab_size"):
         config.vocab_size = vocabulary
@@ -95,14 +141,21 @@ def shrunk(config: Any, vocabulary: int) -> None:
             shrunk(inner, vocabulary)
 
 
+def attribute(config: Any, name: str) -> Any:
+    """One that it has, and the same for all layers."""
+    with contextlib.suppress(Exception):
+        return getattr(config, name, None)
+    return None
+
+
 def put(config: Any, name: str, value: Any) -> None:
     """Sets an attribute, if it is one and not computed from others."""
     with contextlib.suppress(AttributeError, ValueError, TypeError):
         setattr(config, name, value)
 
 
-def one(kind: str, work: Path) -> dict[str, Any]:
-    """The row of an architecture."""
+def one(kind: str, work: Path, *, nearest: bool = True) -> dict[str, Any]:
+    """The row of an architecture; rounded to `nearest` as well, to compare with."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import roundel
@@ -117,8 +170,12 @@ def one(kind: str, work: Path) -> dict[str, Any]:
     demo = locate("demo")
     tokenizer = AutoTokenizer.from_pretrained(demo)
     try:
-        config = AutoConfig.for_model(kind)
+        otherwise = OTHERWISE.get(kind, {})
+        given = {name: value for name, value in otherwise.items() if isinstance(value, dict) or "hidden_size" in otherwise}
+        config = AutoConfig.for_model(kind, **given)
         shrunk(config, len(tokenizer))
+        for name in otherwise.keys() - given.keys():
+            put(config, name, otherwise[name])
         model = AutoModelForCausalLM.from_config(config).float().eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -149,8 +206,8 @@ def one(kind: str, work: Path) -> dict[str, Any]:
         "warnings": result.details["warnings"],
     }
     try:
-        nearest = roundel.quantize(str(work / "model"), output=work / "nearest", **settings, **NEAREST)
-        row["kl_nearest"] = nearest.report.kl_mean
+        if nearest:
+            row["kl_nearest"] = roundel.quantize(str(work / "model"), output=work / "nearest", **settings, **NEAREST).report.kl_mean
         loaded = load_model(work / "out", device=torch.device("cpu"), dtype=torch.float32)
         with torch.no_grad():
             row["finite"] = bool(torch.isfinite(loaded(torch.arange(3, 51)[None], use_cache=False).logits).all())

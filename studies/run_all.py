@@ -81,6 +81,11 @@ STUDIES = dict(
             figures={"kl.png": "curvatures-demo.png", "ranking.png": "ranking-demo.png"},
         ),
         comparison(
+            "curvatures-demo-mixture",
+            f"MODELS/demo-mixture {DEMO.removeprefix('demo ')}",
+            f"--sequences 128 --seeds 3 --curvatures auto,gptq,nearest --schemes {INTEGERS[64]}",
+        ),
+        comparison(
             "trellises-stories260K",
             STORIES,
             f"--sequences 128 --seeds 3 --curvatures {ROTATABLE} --schemes {SMALL_TRELLISES[10]}",

@@ -27,7 +27,7 @@ def test_quantized_and_read_back(kind: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, "architectures", raising=False)
     import architectures
 
-    row = architectures.one(kind, tmp_path)
+    row = architectures.one(kind, tmp_path, nearest=False)
     assert row["state"] == "quantized", row
     assert "unread" not in row, row
     assert row["finite"]

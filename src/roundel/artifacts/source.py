@@ -129,7 +129,9 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
             linears={module: linear for module, linear in selection.linears.items() if module in other.linears},
             skipped={**selection.skipped, **other.skipped},
         )
-    found = {module: linear for module, linear in selection.linears.items() if checkpoint.weight_of(module)}
+    found = {
+        module: linear for module, linear in selection.linears.items() if (checkpoint.weight_of(module) or "").endswith(".weight")
+    }  # packed tensors have names beside that one
     skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
     form = recipe.written_format()
     if _join_idle(model, found, skipped, keeps=form == "compressed-tensors"):

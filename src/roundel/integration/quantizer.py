@@ -79,19 +79,19 @@ class RoundelQuantizer(HfQuantizer):
     quantization_config: RoundelConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        shared = {*tied.keys(), *tied.values()}
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         from roundel.models.experts import split_experts
 
         split_experts(model, self.quantization_config.layouts)
         for name, layout in self.quantization_config.layouts.items():
             with in_layer(name):
                 linear = _linear(model, name, layout)
-                if f"{name}.weight" in shared:
-                    raise ModelError("this linear shares its weight with the embedding, so it cannot be quantized by itself")
+                places = _places(model, name, tied)
                 replacement = QuantizedLinear(layout, bias=linear.bias)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, replacement)
+            for place in places:
+                parent, _, child = place.rpartition(".")
+                setattr(model.get_submodule(parent), child, replacement)
+                tied.pop(f"{place}.weight", None)
         _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
 
@@ -169,6 +169,19 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
                 raise ModelError(f"the checkpoint lacks {name}, which quantization_config promises")
             if found != expected:
                 raise ModelError(f"{name} is {_words(*found)}; by quantization_config it is {_words(*expected)}")
+
+
+def _places(model: nn.Module, name: str, tied: Mapping[str, str]) -> list[str]:
+    """A linear and all that have the same weight, as in a block that several layers run; `tied` are weights by what they are taken from.
+
+    Raises:
+        ModelError: the embedding has it, too.
+    """
+    own = tied.get(f"{name}.weight", f"{name}.weight")
+    found = [own, *(other for other, source in tied.items() if source == own)]
+    if any(isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Embedding) for weight in found):
+        raise ModelError("this linear shares its weight with the embedding, so it cannot be quantized by itself")
+    return [weight.rpartition(".")[0] for weight in found]
 
 
 def _linear(model: nn.Module, name: str, layout: Layout) -> nn.Linear | Conv1D:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def loading_fault(path: Path, quantization: Mapping[str, Any]) -> str | None:
             for module in model.modules():
                 module._is_hf_initialized = False
             model.initialize_weights()
+            model.tie_weights()
     except Exception as error:  # whatever it is, it would be the user's
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        return f"{type(error).__name__}: {shorten(str(error).strip() or 'no reason given', 160, placeholder=' ...')}"
     return None
