@@ -35,7 +35,7 @@ from roundel.grids.trellis import ORDER, Trellis
 from roundel.kernels.decode import decode_scalars, decode_tiles, decode_vectors
 from roundel.rotation import Rotation
 
-__all__ = ["QuantizedLinear", "decode_rows"]
+__all__ = ["QuantizedLinear", "SharedLinear", "decode_rows"]
 
 BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Weights that are dense at a time."""
@@ -244,3 +244,22 @@ def _levels(scheme: str, bits: int) -> Float[Tensor, " levels"]:
 def _codewords(grid: Lattice) -> Float[Tensor, "codes values"]:
     with torch.inference_mode(False):
         return grid.decode_tiles(torch.arange(1 << grid.tile_bits())[:, None])
+
+
+class SharedLinear(nn.Module):
+    """A further place where a linear runs, as in a block of several layers: its tensors are that one's."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "linear":  # not registered: it is stored, moved and initialised where it belongs
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T + bias` of that linear."""
+        y: Tensor = self.linear(x)
+        return y

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from roundel.errors import ModelError, in_layer
 from roundel.formats.native import METHOD, Layout, parse_config
-from roundel.integration.linear import QuantizedLinear
+from roundel.integration.linear import QuantizedLinear, SharedLinear
 
 __all__ = ["RoundelConfig", "RoundelQuantizer", "register"]
 
@@ -88,10 +88,11 @@ class RoundelQuantizer(HfQuantizer):
                 linear = _linear(model, name, layout)
                 places = _places(model, name, tied)
                 replacement = QuantizedLinear(layout, bias=linear.bias)
+            _put(model, name, replacement)
             for place in places:
-                parent, _, child = place.rpartition(".")
-                setattr(model.get_submodule(parent), child, replacement)
                 tied.pop(f"{place}.weight", None)
+                if place != name:
+                    _put(model, place, SharedLinear(replacement))
         _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
 
@@ -123,8 +124,10 @@ class RoundelQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(module.dequantized().to(dtype or torch.float32), requires_grad=False)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(linear.weight.dtype), requires_grad=False)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+            _put(model, name, linear)
+            for other in model.modules():
+                if isinstance(other, SharedLinear) and other.linear is module:
+                    other.linear = linear
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -169,6 +172,11 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
                 raise ModelError(f"the checkpoint lacks {name}, which quantization_config promises")
             if found != expected:
                 raise ModelError(f"{name} is {_words(*found)}; by quantization_config it is {_words(*expected)}")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _places(model: nn.Module, name: str, tied: Mapping[str, str]) -> list[str]:
