@@ -132,6 +132,10 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     found = {
         module: linear for module, linear in selection.linears.items() if (checkpoint.weight_of(module) or "").endswith(".weight")
     }  # packed tensors have names beside that one
+    for owner in split_modules(model):  # experts that are stored as others' are, or not at all
+        own = [name for name in selection.linears if name.startswith(f"{owner}.")]
+        if not all(name in found for name in own):
+            found = {name: linear for name, linear in found.items() if name not in own}
     skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
     form = recipe.written_format()
     if _join_idle(model, found, skipped, keeps=form == "compressed-tensors"):
