@@ -36,6 +36,7 @@ from roundel.errors import OutputError, SchemeError
 from roundel.evaluate import compare_models
 from roundel.evaluate.comparison import PRINTED, compared_rows, summary_rows, write_comparison
 from roundel.models import select_linears
+from roundel.models.experts import experts_of
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.recipes import GPTQ, NEAREST, Recipe
@@ -356,15 +357,19 @@ def _safe_batch(source: Source, tokens: TokenBatch, estimators: Iterable[Estimat
 
 
 def _diagnosed(source: Source, factors: dict[str, dict[str, Factors]], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:
-    """Held-out J and cosine of each curvature, all linears together; nothing with fewer than two held-out sequences."""
+    """Held-out J and cosine of each curvature, all linears but experts together; nothing with fewer than two held-out sequences.
+
+    Experts' rows of several sequences, of which the Fisher's norm needs pairs, cannot be told apart.
+    """
     heldout: TokenBatch = split.heldout[:DIAGNOSED]
-    if len(heldout) < 2:
+    linears = {name: linear for name, linear in source.linears.items() if experts_of(source.model, name) is None}
+    if len(heldout) < 2 or not linears:
         return {}
     batch = max(2, default_batch(heldout.ids.shape[1]))
-    with notes.progress.stage("held-out gradients", steps(source.layers, source.linears) * len(heldout)) as advance:
+    with notes.progress.stage("held-out gradients", steps(source.layers, linears) * len(heldout)) as advance:
         found = diagnose(
             source.layers,
-            source.linears,
+            linears,
             factors,
             heldout,
             seed=recipe.seed,

@@ -38,6 +38,7 @@ from roundel.evaluate import plots
 from roundel.evaluate.html import Paragraph, Picture, Table, page
 from roundel.linalg.dependency import structural_nilpotence
 from roundel.linalg.ldl import damped_ldl
+from roundel.models.experts import experts_of
 from roundel.progress import Progress, Silent
 from roundel.rounding.round import dequantized
 from roundel.settings import Settings
@@ -120,7 +121,9 @@ def inspect(
         progress.warn(warnings[-1])
     usable: dict[str, nn.Linear] = {}
     for name, linear in opened.source.linears.items():
-        if opened.factors[name].scale > 0:
+        if experts_of(opened.source.model, name) is not None:
+            skipped[name] = "an expert, whose rows of several sequences cannot be told apart"
+        elif opened.factors[name].scale > 0:
             usable[name] = linear
         else:
             skipped[name] = "no usable gradient reached it"
