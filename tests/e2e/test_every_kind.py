@@ -1,7 +1,8 @@
 """A fixed part of `make architectures`: one of each kind of model, from quantizing to what Transformers reads back."""
 
-import sys
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,12 +22,14 @@ ROUNDED_BY_TRANSFORMERS = 5e-4
 """Experts that it decodes itself get 16 bits."""
 
 
-@pytest.mark.parametrize("kind", [kind for kinds in KINDS.values() for kind in kinds])
-def test_quantized_and_read_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(STUDIES))
-    monkeypatch.delitem(sys.modules, "architectures", raising=False)
-    import architectures
+    return importlib.import_module("architectures")
 
+
+@pytest.mark.parametrize("kind", [kind for kinds in KINDS.values() for kind in kinds])
+def test_quantized_and_read_back(kind: str, architectures: ModuleType, tmp_path: Path) -> None:
     row = architectures.one(kind, tmp_path, nearest=False)
     assert row["state"] == "quantized", row
     assert "unread" not in row, row
@@ -34,3 +37,10 @@ def test_quantized_and_read_back(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert row["share"] >= 0.95
     assert row["changed"] == []
     assert row["difference"] <= (ROUNDED_BY_TRANSFORMERS if row["experts"] else 0)
+
+
+def test_what_no_packed_format_can_hold_is_refused_before_the_work(architectures: ModuleType, tmp_path: Path) -> None:
+    row = architectures.one("rwkv", tmp_path)
+    assert row["state"] == "refused"
+    assert "rescale_every" in row["why"]
+    assert not (tmp_path / "out").exists()

@@ -254,3 +254,15 @@ def test_a_layer_of_which_no_expert_fits_stays_whole(source: Path, quantize: Qua
         if ".experts." in name and "shared" not in name:
             assert torch.equal(loaded.get_parameter(name), parameter)
     assert "of the decoder layers' matrices are quantized; most of the rest" in "".join(result.details["warnings"])
+
+
+def test_experts_of_several_schemes_are_written_where_transformers_reads_them(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name != "qwen3-moe":
+        pytest.skip("one is enough")
+    result = quantize(source, tmp_path / "out", bits=4.75, schemes=("int4-g32", "int5-g32"))
+    assert result.details["format"] == "native"
+    assert any("decodes all experts in one scheme" in warning for warning in result.details["warnings"])
+    assert len({row["scheme"] for row in result.details["layers"].values()}) == 2
+    loaded = load_model(result.path, device=CPU, dtype=torch.float32)
+    for name, weight in read(result.path).rounded.items():
+        assert torch.equal(loaded.get_submodule(name).dequantized(), dequantized(weight))

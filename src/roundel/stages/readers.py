@@ -37,6 +37,10 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
         SchemeError: nothing reads the format that is asked for.
     """
     form, kind = recipe.written_format(), source.config.get("model_type")
+    if form != "dense" and source.config.get("rescale_every"):
+        raise SchemeError(
+            f"{kind} divides its weights in place when it runs (rescale_every), which packed ones cannot be; use --format dense"
+        )
     if form not in ("native", "dense") and any(is_turned(linear) for linear in source.linears.values()):
         reason = f"the linears of {kind} are stored transposed (Conv1D), which readers of {form} do not know"
         if recipe.format != "auto":
@@ -74,5 +78,7 @@ def _unread_experts(recipe: Recipe, experts: Mapping[str, SplitExperts], togethe
     """What Transformers does not do with experts of a compressed-tensors directory, some of which are stored in one tensor `together`."""
     if not all(experts[name].sequential for name in together):
         return f"finds no experts of {kind} that are stored one by one"
+    if experts and len(recipe.used_schemes) > 1:
+        return "decodes all experts in one scheme"
     unread = [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]
     return f"does not decode experts in {unread[0]}" if experts and unread else None
