@@ -268,6 +268,7 @@ def real(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
+    "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
     "curvatures-demo": lambda: estimators("curvatures-demo"),
     "trellises-stories260K": lambda: estimators("trellises-stories260K"),
     "trellises-demo": lambda: estimators("trellises-demo"),
