@@ -16,7 +16,7 @@ KINDS = {
     "wrapper": ("gemma4",),
     "cross-attention": ("bart",),
 }
-"""Beside those that other files look at more closely (test_architectures, test_experts, test_plain, test_renamed, test_quantized_sources)."""
+"""Beside those that other files look at (test_architectures, test_experts, test_plain, test_renamed, test_quantized_sources)."""
 
 ROUNDED_BY_TRANSFORMERS = 5e-4
 """Experts that it decodes itself get 16 bits."""
