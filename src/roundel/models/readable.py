@@ -8,6 +8,7 @@ the work. The same steps on a model without storage tell beforehand, in the time
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = ["loading_fault"]
 
 def loading_fault(path: Path, quantization: Mapping[str, Any]) -> str | None:
     """Why Transformers will not load the model in a directory once its config.json has this `quantization_config`; None if it will."""
+    import_module("compressed_tensors.compressors")  # makes tables when it is imported, which must not be on the meta device
     config = load_config(path)
     try:
         with quiet(), torch.device("meta"):
