@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(150):
         up = sentences(16, step)
-        rows = torch.cat([torch.cat([torch.full((8, 1), START), up[:8]], 1), torch.cat([up[8:, -1:] + 0, up[8:].flip(1)], 1)])
+        rows = torch.cat([torch.cat([torch.full((8, 1), START), up[:8]], 1), torch.cat([up[8:, -1:], up[8:].flip(1)], 1)])
         logits = model(rows).logits
         loss = torch.nn.functional.cross_entropy(logits[:, 2:-1].flatten(0, 1), rows[:, 3:].flatten())
         loss.backward()

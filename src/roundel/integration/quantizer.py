@@ -88,11 +88,11 @@ class RoundelQuantizer(HfQuantizer):
                 linear = _linear(model, name, layout)
                 places = _places(model, name, tied)
                 replacement = QuantizedLinear(layout, bias=linear.bias)
-            _put(model, name, replacement)
+            model.set_submodule(name, replacement)
             for place in places:
                 tied.pop(f"{place}.weight", None)
                 if place != name:
-                    _put(model, place, SharedLinear(replacement))
+                    model.set_submodule(place, SharedLinear(replacement))
         _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
 
@@ -124,7 +124,7 @@ class RoundelQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(module.dequantized().to(dtype or torch.float32), requires_grad=False)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(linear.weight.dtype), requires_grad=False)
-            _put(model, name, linear)
+            model.set_submodule(name, linear)
             for other in model.modules():
                 if isinstance(other, SharedLinear) and other.linear is module:
                     other.linear = linear
@@ -172,11 +172,6 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
                 raise ModelError(f"the checkpoint lacks {name}, which quantization_config promises")
             if found != expected:
                 raise ModelError(f"{name} is {_words(*found)}; by quantization_config it is {_words(*expected)}")
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _places(model: nn.Module, name: str, tied: Mapping[str, str]) -> list[str]:

@@ -90,7 +90,7 @@ class _Linear(torch.autograd.Function):
             if results:
                 y = nn.functional.linear(x, W).float()
                 return y if bias is None else y.add_(bias)
-            y = nn.functional.linear(x.flatten(0, -2), W, bias)
+            y = nn.functional.linear(x.reshape(-1, x.shape[-1]), W, bias)
             whole: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])  # no view to autograd: models add to outputs in place
             return whole
 

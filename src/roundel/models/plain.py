@@ -29,8 +29,7 @@ def as_linears(model: nn.Module) -> None:
             linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
             linear.bias = module.bias
             linear.turned = True  # type: ignore[assignment]
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, linear.train(module.training))
+            model.set_submodule(name, linear.train(module.training))
         elif isinstance(module, nn.Linear) and kind is not nn.Linear:
             if kind not in same:
                 same[kind] = _computes_the_same(module)

@@ -40,7 +40,6 @@ from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import steps, visits_without_gradients
-from roundel.types import KroneckerFactors
 
 __all__ = ["Measured", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
 
@@ -113,14 +112,17 @@ def measured_in(curvatures: Curvatures, source: Source, notes: Notes) -> Measure
                 source.skipped[name] = reason
                 notes.warn(f"{name} stays in its precision: {reason}")
     if few := [name for name, row in found.items() if "borrowed" in row]:
-        one = "" if len(few) == 1 else f" and {len(few) - 1} more"
-        notes.warn(f"{few[0]}{one} saw fewer than {ENOUGH} rows a column: part of their curvature is that of their layer's other experts")
+        notes.warn(f"{_some(few)} saw fewer than {ENOUGH} rows a column: part of their curvature is that of their layer's other experts")
     if unseen := [name for name, row in found.items() if row.get("text_rows") == 0 and "borrowed" not in row]:
-        one = "" if len(unseen) == 1 else f" and {len(unseen) - 1} more"
-        notes.warn(f"{unseen[0]}{one} never ran on the text: rounded to nearest, and no KL of this report says what that costs")
+        notes.warn(f"{_some(unseen)} never ran on the text: rounded to nearest, and no KL of this report says what that costs")
     if len(unseen) == len(found):
         raise NumericalError("no linear could be quantized: no usable gradient reached any")
     return Measured(curvatures=curvatures, rows={name: found[name] for name in source.linears if name in found})
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def safe_batch(source: Source, split: Split, recipe: Recipe, wanted: int) -> int:
@@ -193,14 +195,10 @@ def settle(
         if part := pooled.borrowed(name):
             rows[name]["borrowed"] = part
         final[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=rows[name])
-    for name in unseen:
-        final[name] = LinearCurvature(factors=_flat(sketches[name].d_out, sketches[name].d_in), row={"text_rows": 0})
+    for name in unseen:  # rounded to nearest
+        flat = parse_curvature("identity").sketch(sketches[name].d_out, sketches[name].d_in, torch.device("cpu")).factors()
+        final[name] = LinearCurvature(factors=flat, row={"text_rows": 0})
     return final, skipped
-
-
-def _flat(d_out: int, d_in: int) -> KroneckerFactors:
-    """Of a linear of which nothing is known: what is rounded with it is rounded to nearest, and counts for nothing."""
-    return KroneckerFactors(H_out=torch.eye(d_out), H_in=torch.eye(d_in), scale=0.0)
 
 
 def _choose_factors(

@@ -36,7 +36,7 @@ from roundel.tuning.end_to_end import TOKENS
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, shuffled
-from roundel.tuning.trained import put, trained
+from roundel.tuning.trained import trained
 from roundel.types import RoundedWeight, TokenBatch
 
 __all__ = ["layers_of", "tune_blocks"]
@@ -199,7 +199,7 @@ def _tune_layer(
     block = copy.deepcopy(task.text.layers.model.get_submodule(task.layer)).requires_grad_(False)
     linears = {name: trained(block.get_submodule(name.removeprefix(prefix)), weight) for name, weight in rounded.items()}  # type: ignore[arg-type]
     for name, linear in linears.items():
-        put(block, name.removeprefix(prefix), linear)
+        block.set_submodule(name.removeprefix(prefix), linear)
     before = {name: value for name, value in task.moved.items() if name.startswith(prefix)}
     load_dense(block, {}, {name.removeprefix(prefix): value for name, value in before.items()})
     small = {name: block.get_parameter(name.removeprefix(prefix)).requires_grad_(True) for name in others}

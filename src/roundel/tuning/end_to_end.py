@@ -35,7 +35,7 @@ from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
 from roundel.tuning.steps import Steps, places, shuffled
 from roundel.tuning.teacher import Teacher, descend, drawn_share
-from roundel.tuning.trained import Trained, put, trained
+from roundel.tuning.trained import Trained, trained
 from roundel.types import RoundedWeight
 
 __all__ = ["TOKENS", "tune_end_to_end"]
@@ -66,7 +66,7 @@ def tune_end_to_end(job: Job) -> Tuned:
     linears: dict[str, Trained] = {}
     for name, weight in rounded.items():
         linears[name] = trained(twin.get_submodule(name), weight)  # type: ignore[arg-type]
-        put(twin, name, linears[name])
+        twin.set_submodule(name, linears[name])
     load_dense(twin, {}, job.moved)
     small = {name: twin.get_parameter(name).requires_grad_(True) for name in others}
     if sum(parameter.nbytes for parameter in source.model.parameters()) >= RECOMPUTED:

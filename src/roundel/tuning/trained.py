@@ -33,7 +33,7 @@ from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
 
-__all__ = ["Trained", "put", "trained"]
+__all__ = ["Trained", "trained"]
 
 INSIDE = 0.49
 """Farthest that a latent code starts from its code."""
@@ -153,12 +153,6 @@ def trained(linear: nn.Linear, weight: RoundedWeight) -> Trained:
         return TrainedTiles(linear, weight, grid)
     assert isinstance(grid, ScalarGrid)
     return TrainedScalars(linear, weight, grid)
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """In the place of the module of that name."""
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
 
 
 def _position(units: Float[Tensor, "*shape"], grid: ScalarGrid) -> Float[Tensor, "*shape"]:
