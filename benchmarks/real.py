@@ -26,7 +26,7 @@ from roundel.stages.report import versions
 from roundel.store import write_json
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24, help="Held-out ones.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given, options = parser.parse_known_args()
-    content: dict[str, Any] = _read(given.output) if given.output.is_file() else {"kind": "real", "rows": []}
+    content: dict[str, Any] = read_json(given.output) if given.output.is_file() else {"kind": "real", "rows": []}
     for effort in given.efforts.split(","):
         key = {"model": Path(given.model).name, "scheme": given.scheme, "effort": effort, "options": options}
         if any(all(row.get(name) == value for name, value in key.items()) for row in content["rows"]):
@@ -81,7 +81,7 @@ def main() -> None:
             line = [str(Path(sys.executable).parent / "roundel"), "quantize", given.model, "-o", output, "--scheme", given.scheme]
             line += ["--effort", effort, "--calibration", str(given.calibration), "--eval-data", str(given.heldout)]
             spent = run([*line, "--eval-sequences", str(given.sequences), *options])
-            report = _read(Path(output) / "roundel.json")
+            report = read_json(Path(output) / "roundel.json")
             stages = {"stages": report["seconds"], "bits_per_weight": report["bits_per_weight"]["quantized"]}
             found = measured(output, given.model, given.heldout, given.sequences, report["recipe"]["seq_len"])
         content["rows"].append({**key, **spent, **stages, **found, "versions": versions(), "cores": os.cpu_count()})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import roundel
 from e2e import test_experts, tiny
 from roundel.errors import ModelError
+from roundel.models.decode import decoded
 from roundel.models.load import load_model, quantization_of
 
 Quantize = Callable[..., roundel.Quantized]
@@ -69,6 +70,85 @@ def mxfp4(path: Path) -> dict[str, torch.Tensor]:
     return values
 
 
+def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of codes, least significant bits first, as int32 words: by Python's integers."""
+    rows = []
+    for row in codes.tolist():
+        stream = sum(code << bits * i for i, code in enumerate(row))
+        rows.append([(stream >> 32 * i & 0xFFFFFFFF) - (1 << 32 if stream >> 32 * i + 31 & 1 else 0) for i in range(len(row) * bits // 32)])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def gptq(bits: int, version: str, *, ordered: bool) -> Callable[[int, int], tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Random codes and zero points; columns in groups in any order where an activation order was used."""
+
+    def make(d_out: int, d_in: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        groups = d_in // BLOCK
+        q, zeros = torch.randint(2**bits, (d_out, d_in)), torch.randint(2**bits, (groups, d_out))
+        scales, of_column = (torch.rand(groups, d_out) + 0.5).half() / 2**bits, torch.arange(d_in) // BLOCK
+        if ordered:
+            of_column = of_column[torch.randperm(d_in)]
+        stored = {
+            "qweight": words(q, bits).T.contiguous(),
+            "qzeros": words((zeros - int(version == "gptq")) % 2**bits, bits),
+            "scales": scales,
+            "g_idx": of_column.int(),
+        }
+        return stored, ((q - zeros[of_column].T) * scales.float()[of_column].T).half()
+
+    return make
+
+
+def awq(d_out: int, d_in: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    q, zeros = torch.randint(16, (d_in, d_out)), torch.randint(16, (d_in // BLOCK, d_out))
+    scales, order = (torch.rand(d_in // BLOCK, d_out) + 0.5).half() / 16, [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def packed(codes: torch.Tensor) -> torch.Tensor:
+        return words(codes.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
+
+    spread = [part.repeat_interleave(BLOCK, 0) for part in (zeros, scales.float())]
+    return {"qweight": packed(q), "qzeros": packed(zeros), "scales": scales}, ((q - spread[0]) * spread[1]).T.half()
+
+
+def nvfp4(d_out: int, d_in: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    codes, whole = torch.randint(16, (d_out, d_in)), torch.tensor(0.01)
+    scales = (torch.rand(d_out, d_in // 16) * 8 + 1).to(torch.float8_e4m3fn)
+    numbers = FP4[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    stored = {
+        "weight": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8),
+        "weight_scale": scales,
+        "weight_scale_2": whole,
+        "input_scale": torch.tensor(1.0),
+    }
+    return stored, (numbers * (scales.float() * whole).repeat_interleave(16, 1)).bfloat16()
+
+
+def fp8_scaled(shape: str) -> Callable[[int, int], tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def make(d_out: int, d_in: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        q = (torch.randn(d_out, d_in) * 50).to(torch.float8_e4m3fn)
+        scale = {"one": torch.tensor(0.001), "row": torch.rand(d_out, 1) / 500, "rows": torch.rand(d_out) / 500}[shape]
+        return {"weight": q, "weight_scale": scale}, (q.float() * (scale[:, None] if shape == "rows" else scale)).bfloat16()
+
+    return make
+
+
+FOREIGN: dict[str, tuple[dict[str, object], Callable[[int, int], tuple[dict[str, torch.Tensor], torch.Tensor]]]] = {
+    "gptq 4 bits": ({"quant_method": "gptq", "bits": 4, "group_size": BLOCK}, gptq(4, "gptq", ordered=False)),
+    "gptq 3 bits, act-order": ({"quant_method": "gptq", "bits": 3, "group_size": BLOCK, "desc_act": True}, gptq(3, "gptq", ordered=True)),
+    "gptq v2": ({"quant_method": "gptq", "bits": 2, "checkpoint_format": "gptq_v2"}, gptq(2, "gptq_v2", ordered=False)),
+    "auto-round": (
+        {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:auto_gptq"},
+        gptq(8, "gptq", ordered=False),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": BLOCK, "version": "gemm", "zero_point": True}, awq),
+    "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
+    "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_scaled("one")),
+    "fp8 by row": ({"quant_method": "fp8"}, fp8_scaled("row")),
+    "fp8 by row, one dimension": ({"quant_method": "fp8"}, fp8_scaled("rows")),
+}
+"""What config.json says, and parts and values of a random weight."""
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
@@ -95,13 +175,65 @@ def test_weights_are_decoded_once_and_quantized_as_any_others(name, make, method
     assert result.details["layers"]["model.layers.1.mlp.experts.0.down_proj"]["dtype"] == "bfloat16"
     assert (result.path / "USE_POLICY.md").read_text() == "be kind"
     assert json.loads((result.path / "config.json").read_text())["quantization_config"]["quant_method"] != method
-    (decoded,) = (tmp_path / "work").glob("decoded-*")
-    plain = load_file(decoded / "model.safetensors")
+    (made,) = (tmp_path / "work").glob("decoded-*")
+    plain = load_file(made / "model.safetensors")
     for stored, W in values.items():
         assert torch.equal(plain[stored], W)
     for stored in plain.keys() & before.keys() - values.keys():
         assert torch.equal(plain[stored], before[stored])
     load_model(result.path, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_weights_of_others_are_what_their_formats_say(name: str, model, tmp_path: Path) -> None:
+    settings, make = FOREIGN[name]
+    tensors, config = load_file(model() / "model.safetensors"), json.loads((model() / "config.json").read_text())
+    torch.manual_seed(0)
+    path, stored, values = tmp_path / "model", {}, {}
+    for tensor, W in tensors.items():
+        if tensor.endswith("proj.weight"):
+            parts, values[tensor] = make(*W.shape)
+            stored |= {f"{tensor.removesuffix('weight')}{end}": part for end, part in parts.items()}
+        else:
+            stored[tensor] = W
+    path.mkdir()
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    assert values
+    assert quantization_of(path) == settings["quant_method"]
+    plain = decoded(path, str(settings["quant_method"]), tmp_path / "work")
+    found = load_file(plain / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for tensor, W in found.items():
+        assert torch.equal(W, values.get(tensor, tensors[tensor])), tensor
+    assert quantization_of(plain) is None
+    load_model(plain, device=CPU, dtype=torch.float32)
+    assert decoded(path, str(settings["quant_method"]), tmp_path / "work") == plain
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "checkpoint_format": "marlin"},
+        {"quant_method": "awq", "version": "gemv"},
+        {"quant_method": "auto-round", "packing_format": "auto_round"},
+        {"quant_method": "bitsandbytes"},
+    ],
+)
+def test_other_packings_are_refused_by_config_json_alone(settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises(ModelError, match=r"cannot be decoded here .*start from the original"):
+        decoded(tmp_path, settings["quant_method"], tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_parts_that_do_not_fit_together_are_named(model, tmp_path: Path) -> None:
+    config, parts = json.loads((model() / "config.json").read_text()), awq(64, 64)[0]
+    stored = {f"model.layers.0.mlp.up_proj.{end}": part[:-1] if end == "qzeros" else part for end, part in parts.items()}
+    save_file({name: part.contiguous() for name, part in stored.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(ModelError, match=r"model.layers.0.mlp.up_proj.qweight cannot be decoded: The size of tensor"):
+        decoded(tmp_path, "awq", tmp_path / "work")
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "another"])

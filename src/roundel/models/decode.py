@@ -1,63 +1,99 @@
 """Originals that are quantized themselves: decoded once to 16 bits, and then sources like all others.
 
-Many models are published in FP8 or MXFP4 alone. Transformers decodes them while it loads them; what it has then is written as a plain
-checkpoint in bfloat16 beside the work, and everything else starts from there. Whether a checkpoint is quantized is told by the types in the
-headers of its files, not by config.json, where a `quantization_config` may have been left over plain weights.
+Many models are published in FP8, MXFP4 or four bits alone. What they decode to is written as a plain checkpoint beside the work, and
+everything else starts from there. Whether a checkpoint is quantized is told by the types in the headers of its files, not by config.json,
+where a `quantization_config` may have been left over plain weights.
 
-Cost: the model in bfloat16, in memory once and on the disk until the job is done. Not done: GPTQ, AWQ, bitsandbytes; one layer at a time.
+Cost: the model in 16 bits on the disk until the job is done. In memory one file of it (`store.SHARD_BYTES`), but for compressed-tensors,
+which Transformers decodes, with the whole model in memory. Not done: bitsandbytes, GGUF, MLX, experts in one tensor in FP8.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from safetensors import safe_open
 
 from roundel.errors import ModelError
+from roundel.models.checkpoint import Checkpoint
 from roundel.models.load import guarded, load_model, quantization_settings, skeleton
-from roundel.store import copy_files, staged_directory
+from roundel.models.packed import METHODS, Layout, find, layout_of
+from roundel.store import copy_files, staged_directory, write_json, write_shards
 
 __all__ = ["decoded"]
 
-METHODS: dict[str, Callable[..., Any]] = {
-    "fp8": FineGrainedFP8Config,
-    "mxfp4": Mxfp4Config,
-    "compressed-tensors": CompressedTensorsConfig,
-}
+OWN_FILES = {"config.json", "model.safetensors.index.json"}
 
 
 def decoded(path: Path, method: str, folder: Path) -> Path:
-    """A directory with the same model in bfloat16, made in `folder` if it is not there yet.
+    """A directory with the same model in 16 bits, made in `folder` if it is not there yet.
 
     Raises:
-        ModelError: nothing here decodes it.
+        ModelError: nothing here decodes it, or a weight is damaged.
         StorageError: the disk refuses.
     """
-    if method not in METHODS:
-        known = ", ".join(METHODS)
+    settings = quantization_settings(path)
+    layout = layout_of(method, settings)
+    if layout is None and method != "compressed-tensors":
+        known = ", ".join([*METHODS, "compressed-tensors"])
         raise ModelError(
-            f"{path} is quantized already ({method}), which cannot be decoded here ({known} can); start from the original model"
+            f"{path} is quantized already ({_variety(method, settings)}), which cannot be decoded here ({known} can); "
+            "start from the original model"
         )
     known_by = [str(path.absolute()), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir()))]
     target = folder / f"decoded-{hashlib.sha256(chr(10).join(known_by).encode()).hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target
-    if method == "compressed-tensors":
-        model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16)
-    else:
-        settings = {name: value for name, value in quantization_settings(path).items() if name not in ("quant_method", "dequantize")}
-        options = {
-            "dtype": torch.bfloat16,
-            "trust_remote_code": False,
-            "use_safetensors": True,
-            "quantization_config": METHODS[method](**settings, dequantize=True),
-        }
-        model = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    folder.mkdir(parents=True, exist_ok=True)
+    with staged_directory(target) as staging:
+        if layout is None:
+            _by_transformers(path, staging)
+        else:
+            _weight_by_weight(path, staging, layout, settings)
+        copy_files(path, staging, leave_out=OWN_FILES)
+    return target
+
+
+def _variety(method: str, settings: dict[str, Any]) -> str:
+    told = [str(settings[key]) for key in ("checkpoint_format", "version", "packing_format") if method in METHODS and key in settings]
+    return ", ".join([method, *told])
+
+
+def _weight_by_weight(path: Path, staging: Path, layout: Layout, settings: dict[str, Any]) -> None:
+    checkpoint = Checkpoint.open(path)
+    kinds, shapes = {}, {}
+    for file in sorted(set(checkpoint.files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(name)
+                kinds[name], shapes[name] = part.get_dtype(), part.get_shape()
+    packed, others = find(layout, kinds)
+    sizes = {name: 2 * _weights(each.parts[layout.mark], kinds, shapes, settings) for name, each in packed.items()}
+    sizes |= {name: checkpoint.sizes[name] for name in others}
+
+    def produce(name: str) -> dict[str, torch.Tensor]:
+        return {name: packed[name].decoded(checkpoint.read, settings) if name in packed else checkpoint.read(name)}
+
+    write_shards(staging, dict(sorted(sizes.items())), produce)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for owner in (config, config.get("text_config", {})):
+        owner.pop("quantization_config", None)
+    write_json(staging / "config.json", config)
+
+
+def _weights(name: str, kinds: dict[str, str], shapes: dict[str, list[int]], settings: dict[str, Any]) -> int:
+    """How many weights a packed tensor has."""
+    in_one = {"U8": 2, "I32": 32 // int(settings.get("bits", 4))}
+    return prod(shapes[name]) * in_one.get(kinds[name], 1)
+
+
+def _by_transformers(path: Path, staging: Path) -> None:
+    model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16)
     for owner in (model.config, model.config.get_text_config()):
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config
@@ -65,8 +101,4 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
     own.hf_quantizer = own._weight_conversions = None  # which would undo the decoding
     plain = skeleton(model.config).state_dict().keys()
     values = {name: tensor for name, tensor in model.state_dict().items() if name in plain}
-    folder.mkdir(parents=True, exist_ok=True)
-    with staged_directory(target) as staging:
-        guarded("decoded model", path, lambda: model.save_pretrained(staging, state_dict=values))
-        copy_files(path, staging, leave_out={"config.json", "model.safetensors.index.json"})
-    return target
+    guarded("decoded model", path, lambda: model.save_pretrained(staging, state_dict=values))
