@@ -9,10 +9,9 @@ import pytest
 STUDIES = Path(__file__).parent.parent.parent / "studies"
 KINDS = {
     "experts in one tensor": ("granitemoe", "jetmoe"),
-    "experts one by one": ("qwen2_moe",),
     "experts that do nothing": ("longcat_flash",),
     "latent attention": ("deepseek_v32",),
-    "hybrid": ("qwen3_next", "qwen3_5_moe", "zamba2", "mamba2", "lfm2"),
+    "hybrid": ("qwen3_next", "zamba2", "mamba2", "lfm2"),
     "wrapper": ("gemma4",),
     "cross-attention": ("bart",),
 }

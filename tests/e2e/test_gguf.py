@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from llama.files import MODELS, ROWS, nearest, save_model, write
+from llama.files import MIXTURES, MODELS, ROWS, nearest, save_model, write
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.gguf import check_tokenizer
+from roundel.formats.gguf import check_linears, check_model, check_tokenizer, read
 from roundel.formats.gguf import write as write_gguf
 from roundel.formats.gguf_blocks import PACKERS
 from roundel.models import locate
@@ -354,3 +354,114 @@ def test_a_directory_without_tokenizer_is_refused(sources: dict[str, Path], tmp_
     (tmp_path / "config.json").write_bytes((sources["llama"] / "config.json").read_bytes())
     with pytest.raises(ModelError, match="tokenizer"):
         check_tokenizer(tmp_path)
+
+
+# Mixtures of experts
+
+
+def by_projection(name: str, linear: nn.Linear) -> str | None:
+    """All experts of a layer alike, their three matrices not; not what weights them."""
+    if name.endswith("shared_expert_gate"):
+        return None
+    kinds = {"gate_proj": "q4_k", "up_proj": "q6_k", "down_proj": "q4_0"}
+    kind = kinds.get(name.rpartition(".")[2], "q8_0")
+    return "iq4_nl" if kind.endswith("_k") and linear.in_features % 256 else kind
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    source = save_model(folder / request.param, request.param)
+    return source, write(source, folder / "model.gguf", by_projection)
+
+
+def test_experts_of_a_layer_are_one_tensor(mixture: tuple[Path, Any]) -> None:
+    source, made = mixture
+    found, types, known = tensors(made.path), kinds(made.path), metadata(made.path)
+    for layer, (part, projection, kind) in itertools.product(
+        range(2), (("gate", "gate_proj", "q4_k"), ("up", "up_proj", "q6_k"), ("down", "down_proj", "q4_0"))
+    ):
+        stack = found[f"blk.{layer}.ffn_{part}_exps.weight"]
+        assert types[f"blk.{layer}.ffn_{part}_exps.weight"] == kind
+        assert len(stack) == 4
+        for expert in range(4):
+            assert torch.equal(stack[expert], made.decoded[f"model.layers.{layer}.mlp.experts.{expert}.{projection}"])
+        assert types[f"blk.{layer}.ffn_gate_inp.weight"] == "f32"
+    arch = known["general.architecture"]
+    assert (known[f"{arch}.expert_count"], known[f"{arch}.expert_used_count"]) == (4, 2)
+    assert arch == {"mixtral": "llama", "qwen2-moe": "qwen2moe", "qwen3-moe": "qwen3moe"}[source.name]
+    if source.name != "mixtral":
+        assert known[f"{arch}.expert_feed_forward_length"] == 64
+    if source.name == "qwen2-moe":
+        assert known[f"{arch}.expert_shared_feed_forward_length"] == 96
+        assert types["blk.0.ffn_up_shexp.weight"] == "q6_k"
+        assert types["blk.0.ffn_gate_inp_shexp.weight"] == "f32"
+
+
+def test_our_own_reader_gives_every_tensor_back(mixture: tuple[Path, Any]) -> None:
+    source, made = mixture
+    original = load_file(source / "model.safetensors")
+    found = read(made.path, config=json.loads((source / "config.json").read_text()), tensors=original)
+    assert found.keys() == original.keys()
+    renamed = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "block_sparse_moe": "mlp"}
+    for name, values in found.items():
+        module = ".".join(renamed.get(part, part) for part in name.split(".")[:-1])
+        quantized = name.endswith("weight") and module in made.decoded
+        assert torch.equal(values, made.decoded[module] if quantized else original[name].float()), name
+
+
+def test_transformers_reads_mixtures(mixture: tuple[Path, Any], tmp_path: Path) -> None:
+    source, made = mixture
+    if source.name == "mixtral":
+        pytest.skip("Transformers takes it for a Llama")
+    (tmp_path / "model.gguf").symlink_to(made.path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=AutoConfig.from_pretrained(source), dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = made.model(IDS).logits
+        assert (model(IDS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_mixture_in_a_whole_run(quantize: Any, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "qwen3-moe")
+    given = {"scheme": "q4_0", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
+    done = {form: quantize(source, tmp_path / form, **given, format=form) for form in ("gguf", "native")}
+    assert done["gguf"].report.kl_mean == pytest.approx(done["native"].report.kl_mean, rel=1e-4)
+    assert done["gguf"].details["coverage"]["share"] > 0.99
+    with pytest.raises(SchemeError, match="all experts of a layer in one tensor of one type, and here are 16 bits, q4_0"):
+        quantize(source, tmp_path / "refused", **given, exclude=("*.experts.3.*",), format="gguf")
+    mixed = quantize(source, tmp_path / "mixed", **{**given, "bits": 6, "schemes": ("q4_0", "q8_0")}, format="gguf")
+    assert set(kinds(mixed.path / "model.gguf").values()) == {"q4_0", "q8_0", "f16", "f32"}
+
+
+def test_experts_of_several_types_are_refused() -> None:
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
+    check_linears(dict.fromkeys(names, "q4_0"), ["model.layers.0.mlp.gate"])
+    with pytest.raises(SchemeError, match=r"experts.up_proj: .*here are q4_0, q8_0; give all of them one scheme"):
+        check_linears({names[0]: "q4_0", names[1]: "q8_0"}, [])
+
+
+@pytest.mark.parametrize(("name", "refused"), [("mtp.layers.0.up_proj.weight", False), ("model.layers.2.eh_proj.weight", True)])
+def test_tensors_that_llama_cpp_has_no_place_for(name: str, refused: bool, sources: dict[str, Path]) -> None:
+    """Before any work: those for tokens further ahead are left out under the names under which its converter leaves them out."""
+    config = json.loads((sources["qwen3"] / "config.json").read_text())
+    stored = [*load_file(sources["qwen3"] / "model.safetensors"), name]
+    if not refused:
+        check_model(sources["qwen3"], config, stored)
+        return
+    with pytest.raises(ModelError, match=r"eh_proj: llama.cpp has no tensor of that name in its qwen3 models"):
+        check_model(sources["qwen3"], config, stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob is False, and llama.cpp has True"),
+        ({"mlp_only_layers": [0]}, "some of its layers have no experts"),
+    ],
+)
+def test_settings_of_mixtures_that_llama_cpp_does_not_have(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path, "qwen3-moe", **change)
+    with pytest.raises(ModelError, match=reason):
+        check_model(source, json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors"))

@@ -276,7 +276,7 @@ def test_a_block_that_several_layers_share(quantize, text, tmp_path) -> None:
     shared = [loaded.model.layers[index].shared_transf.feed_forward.up_proj.weight for index in (2, 5)]
     assert shared[0] is shared[1]
     assert len(Layers(loaded)) == 1
-    few = {"sequences": 4, "seq_len": 16, "format": "dense", "eval_data": str(text)}
+    few = {"sequences": 4, "seq_len": 16, "format": "dense", "eval_data": str(text), "prefix_sequences": 4, "natural_places": 0}
     result = quantize(source, tmp_path / "out", **{**given, **few})
     assert all(rows(result))
     again = roundel.evaluate(result.path, reference=source, data=str(text), sequences=4, seq_len=16).report

@@ -19,6 +19,7 @@ from e2e import tiny
 from roundel.formats import gguf
 from roundel.grids import ScalarGrid, parse_scheme
 from roundel.models.checkpoint import Checkpoint
+from roundel.models.experts import split_experts
 from roundel.types import RoundedWeight
 
 ROWS = 401
@@ -48,6 +49,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Configurations by name: kv heads are fewer than heads, and everything that metadata can say is said at least once."""
 
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
+    ),
+}
+"""Of experts."""
+
 Scheme = str | Callable[[str, nn.Linear], str | None]
 
 
@@ -64,7 +78,7 @@ class Written:
 
 def save_model(directory: Path, name: str, **changes: Any) -> Path:
     """A random model with a byte-level tokenizer, or with SentencePiece's for Gemma and Mistral."""
-    kind, settings = MODELS[name]
+    kind, settings = (MODELS | MIXTURES)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **settings, **changes})).eval()
@@ -158,7 +172,8 @@ def nearest(W: Tensor, scheme: str, *, fitted: int | None = None) -> tuple[Round
 def write(source: Path, path: Path, scheme: Scheme, *, fitted: int | None = None, **settings: Any) -> Written:
     """A file of the model in `source`, all linears but the head rounded; by default everything else in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    checkpoint = Checkpoint.open(source)
+    split_experts(model)
+    checkpoint = Checkpoint.open(source).of(model)
     rounded, decoded = {}, {}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
     for name, linear in linears.items():

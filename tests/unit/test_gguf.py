@@ -13,8 +13,9 @@ from tokenizers import normalizers as norms
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.gguf import _pairs_side_by_side, check, check_architecture
+from roundel.formats.gguf import _pairs_side_by_side, check
 from roundel.formats.gguf_blocks import PACKERS
+from roundel.formats.gguf_settings import language_config
 from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
 
@@ -66,15 +67,15 @@ GEMMA3: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 8}
 )
 def test_supported_architectures(config: dict[str, Any]) -> None:
     before = json.dumps(config)
-    check_architecture(config)
+    language_config(config)
     assert json.dumps(config) == before
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "opt"}, "writes llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"),
-        ({"model_type": "qwen3_moe"}, "model type 'qwen3_moe'"),
+        ({"model_type": "opt"}, "writes llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_moe, mixtral, gemma, gemma2, gemma3_text"),
+        ({"model_type": "olmoe"}, "model type 'olmoe'"),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "model type 'llava'"),
         ({}, "model type 'None'"),
         ({"model_type": "llama", "hidden_size": "wide"}, "cannot be read"),
@@ -96,7 +97,7 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
 )
 def test_architectures_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        check_architecture(config)
+        language_config(config)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 8), (2, 64)])

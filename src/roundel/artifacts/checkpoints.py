@@ -41,7 +41,7 @@ __all__ = ["GGUF_FILE", "Frame", "Stored", "check_apart", "load_written", "owner
 
 GGUF_FILE = "model.gguf"
 
-_GGUF_TYPES = {"llama", "qwen2", "qwen3", "gemma2", "gemma3_text"}
+_GGUF_TYPES = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"}
 """Types of models whose GGUF Transformers reads."""
 
 _OWN_FILES = {"config.json", "model.safetensors.index.json", "roundel.json", "quantization_config.json"}

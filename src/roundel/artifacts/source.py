@@ -97,6 +97,11 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     path = origin = locate(name)
     if (method := quantization_of(path)) is not None:
         path = decoded(path, method, work.path if work is not None else Path(scratch()))
+    checkpoint, form = Checkpoint.open(path), recipe.written_format()
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # left behind over plain weights
+    if form == "gguf":
+        gguf.check_model(path, config, checkpoint)
     place = pick_device(device)
     kind = torch.float32 if recipe.rotate == "fused" else pick_dtype(dtype, place)
     weights: FileWeights | None = None
@@ -105,12 +110,6 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / "converted")
     else:
         model = load_model(path, device=place, dtype=kind)
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)  # left behind over plain weights
-    if recipe.written_format() == "gguf":
-        gguf.check_architecture(config)
-        gguf.check_tokenizer(path)
-    checkpoint = Checkpoint.open(path)
     parameters, fusion = sum(p.numel() for p in model.parameters()), None
     if recipe.rotate == "fused":
         fused = fuse_rotation(model, seed=recipe.seed)
@@ -137,7 +136,8 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         if not all(name in found for name in own):
             found = {name: linear for name, linear in found.items() if name not in own}
     skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
-    form = recipe.written_format()
+    if form == "gguf":
+        gguf.check_linears(dict.fromkeys(found, " or ".join(recipe.used_schemes)), skipped)
     if _join_idle(model, found, skipped, keeps=form == "compressed-tensors"):
         checkpoint = checkpoint.of(model)
     if form in FORMATS:

@@ -19,6 +19,7 @@ from roundel.errors import in_layer
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint
+from roundel.models.experts import split_experts
 from roundel.rounding.round import dequantized
 
 __all__ = ["Written"]
@@ -41,6 +42,7 @@ class Written:
         self._engine = None
         if (path / GGUF_FILE).is_file():
             self._engine = load_written(path, device=torch.device("cpu"), dtype=source.model.dtype)
+            split_experts(self._engine)
             return
         self._checkpoint = Checkpoint.open(path)
         self._tensors: dict[str, list[str]] = {}

@@ -9,6 +9,8 @@ Codes and scales go into blocks as they are (`gguf_blocks`), so a reader's weigh
     norms, biases               float32
     embedding, head and linears that are not quantized    `dense`, float16 by default; float32 where float16 would overflow
     tied embedding              once, as `token_embd.weight`: a reader without `output.weight` takes that
+    experts                     those of a layer are one tensor `(experts, d_out, d_in)` of one type
+    the router of experts       float32
 
 float16 holds bfloat16 exactly down to 6e-5, and everything to 2^-11 of its size: far below what quantized weights change.
 
@@ -16,8 +18,8 @@ Settings are written by `gguf_settings`, the tokenizer by `gguf_tokenizer`.
 
 Cost: the dense tensors are read twice, since their shapes precede all data; one tensor at a time is in memory.
 
-Not done: mixtures of experts, other architectures, vision parts (left out), normalization of text to NFC (llama.cpp has none), splitting
-into several files, activations in fewer bits (llama.cpp makes them itself).
+Not done: other architectures, vision parts and multi-token prediction (left out), normalization of text to NFC (llama.cpp has none),
+splitting into several files, activations in fewer bits (llama.cpp makes them itself).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from roundel.formats.imatrix import architecture, tensor_names
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_architecture", "check_tokenizer", "read", "write"]
+__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "read", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -84,13 +86,15 @@ def check(grid: Grid, rotation: str | None) -> None:
         raise SchemeError(f"{grid.name}, rotated by {rotation}: llama.cpp undoes no rotation; try {nearest} without one")
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
-    """Refuses a model, by its config.json, that llama.cpp would run differently, or not at all.
+def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Refuses a model that llama.cpp would run differently, or not at all, by its settings, the names of its tensors and its tokenizer.
 
     Raises:
         ModelError: with the reason, or the list of what is supported.
     """
-    language_config(config)
+    settings = language_config(config)
+    _names(architecture(settings.model_type), {each.rpartition(".")[0] for each in tensors if not _LEFT_OUT.search(each)})
+    check_tokenizer(model)
 
 
 def check_tokenizer(model: Path) -> None:
@@ -100,6 +104,28 @@ def check_tokenizer(model: Path) -> None:
         ModelError: with the reason.
     """
     vocabulary_of(backend_of(open_tokenizer(model)).to_str(), None)
+
+
+def check_linears(chosen: Mapping[str, str], others: Iterable[str]) -> None:
+    """Refuses what would leave the experts of a layer in more than one type.
+
+    Args:
+        chosen: Schemes of the linears that are quantized, by name; of those that may get any of several, all of them.
+        others: The linears that stay.
+
+    Raises:
+        SchemeError: with what would work.
+    """
+    stacks: dict[str, set[str]] = {}
+    for name, scheme in {**chosen, **dict.fromkeys(others, "16 bits")}.items():
+        if EXPERT.search(name):
+            stacks.setdefault(EXPERT.sub(".experts.", name), set()).add(scheme)
+    for name, schemes in stacks.items():
+        if len(schemes) > 1:
+            raise SchemeError(
+                f"{name}: a GGUF holds the matrices of all experts of a layer in one tensor of one type, and here are "
+                f"{', '.join(sorted(schemes))}; give all of them one scheme (no pattern that parts them), or another format"
+            )
 
 
 def write(
@@ -128,8 +154,8 @@ def write(
         advance: Called with 1 after each tensor.
 
     Raises:
-        ModelError: as `check_architecture` and `check_tokenizer`, or a tensor has no name in llama.cpp.
-        SchemeError: as `check`.
+        ModelError: as `check_model`.
+        SchemeError: as `check` and `check_linears`.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8")) if config is None else config
     settings = language_config(config)
@@ -188,9 +214,14 @@ def read(path: Path, *, config: Mapping[str, Any], tensors: Iterable[str]) -> di
         target = names[module].removesuffix("weight") + last
         if target not in found:
             raise ModelError(f"{path} lacks {target}")
-        values = torch.from_numpy(np.array(gguf.dequantize(found[target].data, found[target].tensor_type), dtype=np.float32))
+        data = found[target].data
+        if expert := EXPERT.search(source):
+            data = data[int(expert[1])]
+        values = torch.from_numpy(np.array(gguf.dequantize(data, found[target].tensor_type), dtype=np.float32))
         if target.endswith("norm.weight"):
             values = values - family.norm_offset
+        if target.endswith(_ONE_ROW) and values.ndim == 1:
+            values = values[None]
         order = _order(settings, family, len(values), target)
         result[source] = torch.empty_like(values).index_copy_(0, order, values)
     return result
@@ -212,8 +243,15 @@ class _Entry:
         return math.prod(self.shape) // block * size
 
 
-_LEFT_OUT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.|\.rotary_emb\.inv_freq$")
-"""Tensors that the language model needs not: of pictures, or computed from its settings."""
+_LEFT_OUT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
+"""Tensors that the language model needs not: of pictures, of tokens further ahead (llama.cpp's converter leaves out those of these names,
+too), or computed from its settings."""
+
+_ONE_ROW = "ffn_gate_inp_shexp.weight"
+"""A matrix of one row that llama.cpp has as a vector."""
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""Where a name has the number of an expert."""
 
 
 def _plan(
@@ -223,36 +261,42 @@ def _plan(
     family, arch = FAMILIES[config.model_type], architecture(config.model_type)
     stored = [each for each in tensors if not _LEFT_OUT.search(each)]
     names = _names(arch, {each.rpartition(".")[0] for each in stored} | set(rounded))
-    quantized = {names[module]: module for module in rounded}
+    quantized = _stacked({module: names[module] for module in rounded})
     entries = []
-    for target, module in quantized.items():
-        weight = rounded[module]
-        if weight.scheme not in PACKERS or weight.rotation is not None:
-            raise SchemeError(f"{module}: {weight.scheme}{', rotated,' * (weight.rotation is not None)} is no block type of llama.cpp")
+    for target, modules in quantized.items():
+        first = rounded[modules[0]]
+        for module in modules:
+            scheme, rotation = rounded[module].scheme, rounded[module].rotation
+            if scheme not in PACKERS or rotation is not None:
+                raise SchemeError(f"{module}: {scheme}{', rotated,' * (rotation is not None)} is no block type of llama.cpp")
 
-        def packed(target: str = target, module: str = module) -> np.ndarray[Any, Any]:
-            weight = rounded[module]
-            rows = PACKERS[weight.scheme](weight.codes, weight.scales)
-            return rows[_order(config, family, len(rows), target)].cpu().numpy()
+        def packed(target: str = target, modules: list[str] = modules) -> np.ndarray[Any, Any]:
+            rows = []
+            for weight in map(rounded.__getitem__, modules):
+                own = PACKERS[weight.scheme](weight.codes, weight.scales)
+                rows.append(own[_order(config, family, len(own), target)].cpu().numpy())
+            return np.stack(rows) if EXPERT.search(modules[0]) else rows[0]
 
-        kind = GGMLQuantizationType[weight.scheme.upper()]
-        entries.append(_Entry(name=target, kind=kind, shape=weight.shape, make=packed, rounded=True))
+        shape: tuple[int, ...] = (len(modules), *first.shape) if EXPERT.search(modules[0]) else first.shape
+        entries.append(_Entry(name=target, kind=GGMLQuantizationType[first.scheme.upper()], shape=shape, make=packed, rounded=True))
+    check_linears({module: weight.scheme for module, weight in rounded.items()}, ())
 
     tied = bool(config.tie_word_embeddings)
-    for source in stored:
-        module, _, last = source.rpartition(".")
-        target = names[module].removesuffix("weight") + last
+    targets = {source: names[source.rpartition(".")[0]].removesuffix("weight") + source.rpartition(".")[2] for source in stored}
+    for target, sources in _stacked(targets).items():
         if target in quantized or (tied and target == "output.weight"):
             continue
-        values = read(source)
-        kind = _dense_kind(values, dense)
+        values = _without_rows(target, read(sources[0]))
+        kind = GGMLQuantizationType.F32 if "_inp" in target else _dense_kind(values, dense)
 
-        def plain(target: str = target, source: str = source, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
-            values = read(source)
+        def plain(target: str = target, sources: list[str] = sources, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
+            own = [_without_rows(target, read(source)) for source in sources]
+            values = torch.stack(own) if EXPERT.search(sources[0]) else own[0]
             values = values[_order(config, family, len(values), target)]
             return _stored(values.float() + family.norm_offset if target.endswith("norm.weight") else values, kind)
 
-        entries.append(_Entry(name=target, kind=kind, shape=tuple(values.shape), make=plain))
+        shape = (len(sources), *values.shape) if EXPERT.search(sources[0]) else tuple(values.shape)
+        entries.append(_Entry(name=target, kind=kind, shape=shape, make=plain))
     factors = _frequency_factors(config)
     if factors is not None:
         entries.append(_Entry(name="rope_freqs.weight", kind=GGMLQuantizationType.F32, shape=tuple(factors.shape), make=factors.numpy))
@@ -262,9 +306,18 @@ def _plan(
     return sorted(entries, key=lambda entry: _position(entry.name))
 
 
+def _stacked(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """What becomes each tensor of the file, experts by their numbers."""
+    found: dict[str, list[str]] = {}
+    for name, target in names.items():
+        found.setdefault(target, []).append(name)
+    return {target: sorted(own, key=lambda name: int((EXPERT.search(name) or [0, 0])[1])) for target, own in found.items()}
+
+
 def _names(arch: str, modules: Iterable[str]) -> dict[str, str]:
     """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`"""
-    modules = sorted(modules)
+    own = {module: EXPERT.sub(".experts.", module) for module in sorted(modules)}
+    modules = sorted(set(own.values()))
     found = tensor_names(arch, modules)
     longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found])
     found |= {module.removeprefix("model."): name for module, name in longer.items()}
@@ -273,7 +326,7 @@ def _names(arch: str, modules: Iterable[str]) -> dict[str, str]:
         raise ModelError(
             f"{unknown[0]}: llama.cpp has no tensor of that name in its {arch} models, and leaving it out would change the model"
         )
-    return found
+    return {module: found[name] for module, name in own.items()}
 
 
 def _position(name: str) -> tuple[int, str]:
@@ -291,6 +344,10 @@ def _order(config: PreTrainedConfig, family: Family, rows: int, name: str) -> In
 def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
     """Where the rows of q or k come from."""
     return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def _without_rows(target: str, values: Tensor) -> Tensor:
+    return values[0] if target.endswith(_ONE_ROW) else values
 
 
 def _dense_kind(values: Tensor, dense: Dense) -> GGMLQuantizationType:

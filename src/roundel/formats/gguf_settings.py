@@ -32,6 +32,8 @@ class Family:
     """Whether linears may have biases beyond those that the type always has."""
     window_period: int | None = None
     """Every how many layers one sees the whole context; None: there are no windows."""
+    experts: bool | None = None
+    """Whether weights of the chosen experts are made to add up to one; None: there are no experts."""
     wide_layers: int | None = None
     """The number of layers of that model which scales attention by the width of a head as `hidden_size / heads`, not by `head_dim`."""
 
@@ -43,7 +45,10 @@ FAMILIES = {
     "llama": Family(permuted=True, biases=True),
     "mistral": Family(permuted=True),
     "qwen2": Family(),
+    "qwen2_moe": Family(experts=False),
     "qwen3": Family(),
+    "qwen3_moe": Family(experts=True),
+    "mixtral": Family(permuted=True, experts=True),
     "gemma": Family(activation=_GELU, norm_offset=1),
     "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46),
     "gemma3_text": Family(activation=_GELU, norm_offset=1, window_period=6, wide_layers=62),
@@ -98,6 +103,11 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         for name in sorted(others & rope.keys()):
             if rope[name] not in (None, usual.get(name)):
                 yield f"its rotary embedding has {name} {rope[name]}"
+    if family.experts is not None:
+        if getattr(config, "norm_topk_prob", True) != family.experts:
+            yield f"norm_topk_prob is {config.norm_topk_prob}, and llama.cpp has {family.experts}"
+        if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", None):
+            yield "some of its layers have no experts"
     if family.wide_layers is not None:
         wide = config.num_hidden_layers == family.wide_layers
         expected = config.hidden_size // config.num_attention_heads if wide else config.head_dim
@@ -159,6 +169,13 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if family.experts is not None:
+        writer.add_expert_count(config.num_local_experts if config.model_type == "mixtral" else config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if config.model_type != "mixtral":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if config.model_type == "qwen2_moe":
+            writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

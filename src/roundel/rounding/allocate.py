@@ -20,7 +20,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from roundel.errors import NumericalError, SchemeError
 
-__all__ = ["Option", "fused_units", "least_loss"]
+__all__ = ["Option", "fused_units", "least_loss", "stacked_units"]
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linears of one parent that serving engines run as one product, so that they must share a scheme."""
@@ -110,4 +110,12 @@ def fused_units(names: Sequence[str], *, experts: bool = False) -> dict[str, lis
             continue
         family = next((family[0] for family in FUSED if own in family), own)
         units.setdefault((parent, family), []).append(name)
+    return {members[0]: members for members in units.values()}
+
+
+def stacked_units(names: Sequence[str]) -> dict[str, list[str]]:
+    """Units of linears where a matrix of all experts of a layer is one tensor, all others by themselves; named as `fused_units`."""
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(re.sub(r"\bexperts\.\d+\.", "experts.", name), []).append(name)
     return {members[0]: members for members in units.values()}

@@ -64,8 +64,7 @@ def export(
     if any("part_of" in row for row in stored.report["layers"].values()):
         check_apart(form)
     if form == "gguf":
-        gguf.check_architecture(frame.config)
-        gguf.check_tokenizer(frame.directory)
+        gguf.check_model(frame.directory, frame.config, frame.sizes)
     with staged_directory(target) as staging, progress.stage("writing", len(frame.sizes)) as advance:
         written = write(staging, frame, stored.rounded, form, name=Path(stored.report["model"]["name"]).name, advance=advance)
         details = {**stored.report, "format": form, "exported_from": stored.form}

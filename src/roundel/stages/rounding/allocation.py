@@ -40,7 +40,12 @@ def allocate_bits(recipe: Recipe, source: Source, rows: Mapping[str, Mapping[str
     schemes = recipe.candidate_schemes()
     known = {name: row["schemes"] for name, row in rows.items()}
     losses = _smoothed(known)
-    units = allocate.fused_units(list(known), experts=True) if recipe.fuses else {name: [name] for name in known}
+    if recipe.fuses:
+        units = allocate.fused_units(list(known), experts=True)
+    elif recipe.written_format() == "gguf":
+        units = allocate.stacked_units(list(known))
+    else:
+        units = {name: [name] for name in known}
     sizes = {name: source.linears[name].weight.numel() for name in known}
     choices = {
         unit: {
