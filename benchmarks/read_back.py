@@ -75,7 +75,7 @@ def main() -> None:
                 line = [str(Path(sys.executable).parent / "roundel"), "quantize", model, "-o", str(output), "--scheme", scheme]
                 spent = run([*line, "--format", form, *options])
                 report = read_json(output / "roundel.json")
-                found = {"share": report["coverage"]["share"], "kl": report["evaluation"]["kl_mean"]}
+                found = {"share": report["coverage"]["share"], "kl": report["evaluation"]["kl"]["mean"]}
                 found |= compared(model, output, form)
             content["rows"].append({**key, **found, **spent, "versions": versions(), "cores": os.cpu_count()})
             print(content["rows"][-1], flush=True)

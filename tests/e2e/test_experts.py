@@ -266,3 +266,24 @@ def test_experts_of_several_schemes_are_written_where_transformers_reads_them(so
     loaded = load_model(result.path, device=CPU, dtype=torch.float32)
     for name, weight in read(result.path).rounded.items():
         assert torch.equal(loaded.get_submodule(name).dequantized(), dequantized(weight))
+
+
+def test_a_part_of_the_experts_is_written_where_transformers_reads_it(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name != "mixtral":
+        pytest.skip("one is enough")
+    result = quantize(source, tmp_path / "out", scheme="int4-g32", exclude=("*.experts.*.down_proj",))
+    assert result.details["format"] == "native"
+    assert any("all matrices of a layer's experts packed or none" in warning for warning in result.details["warnings"])
+    loaded = load_model(result.path, device=CPU, dtype=torch.float32)
+    kept = load_model(source, device=CPU, dtype=torch.float32)
+    split_experts(kept)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    assert torch.equal(loaded.get_parameter(name), kept.get_parameter(name))
+
+
+def test_experts_that_vllm_refuses_are_warned_of(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    if source.name != "mixtral":
+        pytest.skip("one is enough")
+    result = quantize(source, tmp_path / "out", scheme="fp8")
+    assert result.details["format"] == "compressed-tensors"
+    assert any("vLLM refuses experts in fp8" in warning for warning in result.details["warnings"])

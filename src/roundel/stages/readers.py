@@ -19,7 +19,7 @@ from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.grids.minifloat import Fp8
 from roundel.grids.uniform import Uniform
-from roundel.models.experts import SplitExperts, experts_of
+from roundel.models.experts import SplitExperts, experts_of, parts_of
 from roundel.models.linears import matrix_modules
 from roundel.models.plain import is_turned
 from roundel.models.readable import loading_fault
@@ -52,6 +52,8 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
             check_apart(form)
         if form != "compressed-tensors":
             return recipe
+        if experts and any(isinstance(parse_scheme(scheme), Fp8) for scheme in recipe.used_schemes):
+            notes.warn("vLLM refuses experts in fp8 with weights only (as of 0.32), and this model has experts; Transformers reads them")
         if (found := _unread_experts(recipe, experts, together, kind) or _fault(recipe, source)) is None:
             return recipe
         reason = f"Transformers {found}"
@@ -80,5 +82,7 @@ def _unread_experts(recipe: Recipe, experts: Mapping[str, SplitExperts], togethe
         return f"finds no experts of {kind} that are stored one by one"
     if experts and len(recipe.used_schemes) > 1:
         return "decodes all experts in one scheme"
+    if any(0 < len([name for name in experts if experts[name] is own]) < len(parts_of(own)) for own in experts.values()):
+        return "reads either all matrices of a layer's experts packed or none of them"
     unread = [scheme for scheme in recipe.used_schemes if not isinstance(parse_scheme(scheme), Uniform | Fp8)]
     return f"does not decode experts in {unread[0]}" if experts and unread else None
