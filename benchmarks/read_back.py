@@ -23,6 +23,7 @@ from real import read_json, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from roundel.artifacts.checkpoints import read
+from roundel.formats import gguf
 from roundel.rounding.round import dequantized
 from roundel.stages.report import versions
 from roundel.store import write_json
@@ -33,6 +34,15 @@ WRITTEN = {"compressed-tensors": "int4-g64", "gguf": "q4_0"}
 PROBE = "def mean(values):\n    '''The arithmetic mean.'''\n    return sum(values) / len(values)\n\nThe capital of France is Paris."
 
 
+def expected(output: Path, form: str) -> dict[str, torch.Tensor]:
+    """What was rounded to, by linear: our codes, decoded, or the blocks of a GGUF as llama.cpp's own package decodes them."""
+    if form != "gguf":
+        return {name: dequantized(weight) for name, weight in read(output).rounded.items()}
+    rows = read_json(output / "roundel.json")["layers"]
+    found = gguf.read(output / "model.gguf", config=read_json(output / "config.json"), tensors=[row["tensor"] for row in rows.values()])
+    return {name: found[row["tensor"]] for name, row in rows.items()}
+
+
 @torch.no_grad()
 def compared(model: str, output: Path, form: str) -> dict[str, Any]:
     """Largest differences of weights and of logits between what Transformers loads and what was rounded to, and the text's top tokens."""
@@ -41,9 +51,8 @@ def compared(model: str, output: Path, form: str) -> dict[str, Any]:
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, **extra).eval()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     logits = loaded(ids).logits  # compressed-tensors decodes its linears at the first call
-    worst, rounded = 0.0, read(output).rounded
-    for name, weight in rounded.items():
-        W = dequantized(weight)
+    worst, rounded = 0.0, expected(output, form)
+    for name, W in rounded.items():
         worst = max(worst, float((loaded.get_submodule(name).weight - W).abs().max()))
         reference.get_submodule(name).weight.copy_(W)
     others = {n: p for n, p in loaded.named_parameters() if n.removesuffix(".weight") not in rounded and "." in n}

@@ -1,6 +1,10 @@
-"""How the cost of rounding grows with the width: d^3 or d^4, for the torch specification and the numba path.
+"""How the cost of rounding grows with the width: d^3 or d^4, for the torch specification and the numba path; and beside another version.
 
     python benchmarks/rounding.py [--widths 256 512 1024 2048]
+    python benchmarks/rounding.py --against ddf48da --shapes 576x1536 1536x8960 [-o benchmarks/results/rounding.json]
+
+The second line rounds whole weights (int4-g64, four sweeps) with this tree and with a commit's, in turns and in processes of their own, and
+compares seconds with those of a float32 product of the same multiply-adds, codes of feedback and of the first sweep, and final losses.
 
 For square weights the log-log slope between neighbouring widths is printed: 3 where matrix products rule, less where
 overheads do; a recomputing loop would show 4. Feedback and one sweep are timed apart, and the ratio of the paths at
@@ -10,24 +14,116 @@ each width.
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from roundel.grids import parse_scheme
-from roundel.rounding import feedback, make_problem, sweep
+from roundel.rounding import feedback, make_problem, round_weight, sweep
 from roundel.rounding.descent import sweep_rows
 from roundel.rounding.feedback import feedback_waves
+from roundel.stages.report import versions
+from roundel.store import write_json
 from roundel.types import KroneckerFactors, RoundingProblem
 
 
-def problem_of(width: int) -> RoundingProblem:
-    generator = torch.Generator().manual_seed(width)
-    A, B = (torch.randn(width, 2 * width, generator=generator) for _ in range(2))
-    decay = torch.linspace(0, 3, width).exp()
-    factors = KroneckerFactors.normalised(A @ A.T * decay.outer(decay), B @ B.T * decay.outer(decay), trace=1.0)
-    return make_problem(torch.randn(width, width, generator=generator), factors, damping=0.1)
+def problem_of(d_out: int, d_in: int) -> RoundingProblem:
+    """Channels differ in size by a factor of 20, and are correlated as those of twice as many tokens as channels are."""
+    generator = torch.Generator().manual_seed(d_in)
+
+    def covariance(width: int) -> torch.Tensor:
+        A, decay = torch.randn(width, 2 * width, generator=generator), torch.linspace(0, 3, width).exp()
+        return A @ A.T * decay.outer(decay)
+
+    factors = KroneckerFactors.normalised(covariance(d_out), covariance(d_in), trace=1.0)
+    return make_problem(torch.randn(d_out, d_in, generator=generator), factors, damping=0.1)
+
+
+def whole(d_out: int, d_in: int, folder: str) -> dict[str, Any]:
+    """One weight: seconds of all of it, of its parts, and of a product of as many multiply-adds; what came out."""
+    path = Path(folder) / f"{d_out}x{d_in}.pt"
+    if not path.is_file():
+        torch.save(problem_of(d_out, d_in), path)
+    problem, grid = torch.load(path, weights_only=False), parse_scheme("int4-g64")
+    tiny = problem_of(128, 128)
+    round_weight(tiny, grid, sweeps=1, scale_dtype=torch.float16)  # compiled by now
+    A, B = torch.randn(d_out, d_in), torch.randn(d_in, d_out + d_in)
+    scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
+    codes = feedback(problem, grid, scales)
+    swept = sweep(problem, grid, scales, codes)
+    rounded = round_weight(problem, grid, sweeps=4, scale_dtype=torch.float16)
+    return {
+        "seconds": timed(lambda: round_weight(problem, grid, sweeps=4, scale_dtype=torch.float16), 2),
+        "feedback_seconds": timed(lambda: feedback(problem, grid, scales), 2),
+        "product_seconds": timed(lambda: A @ B, 2),
+        "codes": _saved(codes, swept),
+        "loss": problem.loss(problem.W - grid.dequantize(rounded.codes, rounded.scales, problem.shape, torch.float32)),
+        "sweeps": len(rounded.trace) - 1,
+    }
+
+
+def _saved(*codes: torch.Tensor) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".pt", delete=False) as file:
+        torch.save(codes, file)
+    return file.name
+
+
+def differing(one: str, other: str) -> list[float]:
+    """Parts of the codes of feedback and sweep that two runs have not in common; the files are removed."""
+    found = [torch.load(name) for name in (one, other)]
+    for name in (one, other):
+        Path(name).unlink(missing_ok=True)
+    return [float((a != b).float().mean()) for a, b in zip(*found, strict=True)]
+
+
+def against(commit: str, shapes: list[str], output: Path | None) -> None:
+    """This tree and another, in turns."""
+    root, rows = Path(__file__).parent.parent, []
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder) / "other"
+        subprocess.run(["git", "-C", str(root), "worktree", "add", "--detach", str(other), commit], check=True, capture_output=True)
+        try:
+            for shape in shapes:
+                found: dict[str, list[dict[str, Any]]] = {"now": [], "before": []}
+                for _ in range(2):
+                    for name, tree in (("before", other), ("now", root)):
+                        line = [sys.executable, __file__, "--whole", shape, folder]
+                        environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+                        done = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
+                        found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                best = {name: {k: min(run[k] for run in runs) for k in runs[0] if "seconds" in k} for name, runs in found.items()}
+                now, before = found["now"][0], found["before"][0]
+                row = {
+                    "shape": shape,
+                    "before": best["before"],
+                    "now": best["now"],
+                    "ratio": best["before"]["seconds"] / best["now"]["seconds"],
+                    "over_product": best["now"]["seconds"] / best["now"]["product_seconds"],
+                    "differing_codes": differing(now["codes"], before["codes"]),
+                    "loss_ratio": now["loss"] / before["loss"],
+                    "sweeps": [before["sweeps"], now["sweeps"]],
+                }
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+        finally:
+            subprocess.run(["git", "-C", str(root), "worktree", "remove", "--force", str(other)], check=True)
+    if output is not None:
+        content = {
+            "kind": "rounding",
+            "scheme": "int4-g64",
+            "against": commit,
+            "rows": rows,
+            "versions": versions(),
+            "cores": os.cpu_count(),
+        }
+        write_json(output, content)
 
 
 def timed(run: Callable[[], object], rounds: int) -> float:
@@ -42,11 +138,22 @@ def timed(run: Callable[[], object], rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--against", metavar="COMMIT")
+    parser.add_argument("--shapes", nargs="+", default=["576x1536", "1536x8960"])
+    parser.add_argument("--whole", nargs=2, metavar=("SHAPE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
+    if args.whole:
+        d_out, d_in = map(int, args.whole[0].split("x"))
+        print(json.dumps(whole(d_out, d_in, args.whole[1])))
+        return
+    if args.against:
+        against(args.against, args.shapes, args.output)
+        return
     grid = parse_scheme("int3-g128")
     seconds: dict[str, list[float]] = {}
     for width in args.widths:
-        problem = problem_of(width)
+        problem = problem_of(width, width)
         scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
         codes = feedback(problem, grid, scales)
         sweep(problem, grid, scales, codes)  # compiled by now

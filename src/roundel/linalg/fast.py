@@ -23,7 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["are_fast", "fast", "fast_products"]
+__all__ = ["are_fast", "are_possible", "fast", "fast_products"]
+
+
+def are_possible(device: torch.device) -> bool:
+    """Whether products of bfloat16 factors are faster on this device than those of float32 ones."""
+    return device.type == "cpu" and _has_units()
 
 
 def are_fast(device: torch.device) -> bool:

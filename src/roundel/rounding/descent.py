@@ -6,8 +6,8 @@ Problem: feedback decides each entry once, before the entries it is fed to. Revi
 is, and it is taken if the loss falls.
 
 Keeping `R = E H_in` makes a row cost one product `H_out[i] R`, and an accepted change one row of `H_in`: a sweep is
-O(d_out d_in (d_out + d_in)) at most, like the feedback. The torch specification below jumps from change to change;
-its twin in `kernels` visits the same entries in the same order.
+O(d_out d_in (d_out + d_in)) at most, like the feedback, and less where few entries change and `P` is known before. The torch specification
+below jumps from change to change; its twin in `kernels` visits the same entries in the same order.
 """
 
 from __future__ import annotations
@@ -20,22 +20,39 @@ from torch import Tensor
 
 from roundel.grids.base import ScalarGrid, Scales
 from roundel.kernels import rounding as kernels
+from roundel.rounding.state import State
 from roundel.types import RoundingProblem
 
-__all__ = ["sweep", "sweep_rows"]
+__all__ = ["descend", "sweep", "sweep_rows"]
 
 
 def sweep(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:
     """One sweep over all entries; returns new codes whose proxy loss is not higher."""
+    return _swept(problem, grid, scales, codes, None)[0]
+
+
+def descend(problem: RoundingProblem, grid: ScalarGrid, state: State) -> State:
+    """One sweep from a state to the next."""
+    codes, curved = _swept(problem, grid, state.scales, state.codes, state.curved)
+    if curved is None:
+        return State.of(problem, grid, state.scales, codes)
+    E = problem.W - grid.dequantize(codes, state.scales, problem.shape, problem.W.dtype)
+    return State(codes=codes, scales=state.scales, E=E, curved=curved)
+
+
+def _swept(
+    problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Tensor, curved: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The codes, and `H_out E H_in` with them where it is known."""
     if problem.W.device.type == "cpu" or (problem.W.is_cuda and find_spec("triton")):
         step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
         arguments = (problem.W, problem.H_out, problem.H_in, step, offset, grid.level_table(), *grid.code_range, codes)
         if problem.W.is_cuda:
             from roundel.kernels import triton_rounding  # an optional dependency
 
-            return triton_rounding.sweep(*arguments)
-        return kernels.sweep(*arguments)
-    return sweep_rows(problem, grid, scales, codes)
+            return triton_rounding.sweep(*arguments), None
+        return kernels.sweep(*arguments, curved)
+    return sweep_rows(problem, grid, scales, codes), None
 
 
 def sweep_rows(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:

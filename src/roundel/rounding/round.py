@@ -10,9 +10,10 @@ from torch import Tensor
 from roundel.errors import SchemeError
 from roundel.grids import parse_scheme
 from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
-from roundel.rounding.descent import sweep
+from roundel.rounding.descent import descend
 from roundel.rounding.feedback import feedback
-from roundel.rounding.scale import refit_scales
+from roundel.rounding.scale import refit
+from roundel.rounding.state import State, roughly_curved
 from roundel.rounding.tiles import Coding, feedback_tiles, in_step, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
 
@@ -44,18 +45,18 @@ def round_weights(
 def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype) -> Coding[RoundedWeight]:
     scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
     codes = yield from _feedback(problem, grid, scales)
-    trace = [_loss(problem, grid, codes, scales)]
+    state, curved_of = State.of(problem, grid, scales, codes), roughly_curved(problem)
+    trace = [state.loss]
     for _ in range(sweeps):
-        refitted = refit_scales(problem, grid, scales, codes)
-        swept = yield from _sweep(problem, grid, refitted, codes)
-        loss = _loss(problem, grid, swept, refitted)
+        swept = yield from _sweep(problem, grid, refit(problem, grid, state, curved_of))
+        loss = swept.loss
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
-        codes, scales = swept, refitted
+        state = swept
         trace.append(loss)
         if loss > (1 - LEAST_GAIN) * trace[-2]:
             break
-    return RoundedWeight(scheme=grid.name, codes=codes, scales=dict(scales), shape=problem.shape, trace=tuple(trace))
+    return RoundedWeight(scheme=grid.name, codes=state.codes, scales=dict(state.scales), shape=problem.shape, trace=tuple(trace))
 
 
 def _ended(loop: Coding[RoundedWeight]) -> RoundedWeight:
@@ -75,15 +76,11 @@ def _feedback(problem: RoundingProblem, grid: Grid, scales: Scales) -> Coding[Te
     return feedback(problem, grid, scales)
 
 
-def _sweep(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor) -> Coding[Tensor]:
+def _sweep(problem: RoundingProblem, grid: Grid, state: State) -> Coding[State]:
     if isinstance(grid, TileGrid):
-        return (yield from sweep_tiles(problem, grid, scales, codes))
+        return State.of(problem, grid, state.scales, (yield from sweep_tiles(problem, grid, state.scales, state.codes)))
     assert isinstance(grid, ScalarGrid)
-    return sweep(problem, grid, scales, codes)
-
-
-def _loss(problem: RoundingProblem, grid: Grid, codes: Tensor, scales: Scales) -> float:
-    return problem.loss(problem.W - grid.dequantize(codes, scales, problem.shape, problem.W.dtype))
+    return descend(problem, grid, state)
 
 
 def stacked(parts: list[RoundedWeight]) -> RoundedWeight:
