@@ -80,9 +80,19 @@ def main() -> None:
             output = str(Path(scratch) / "out")
             line = [str(Path(sys.executable).parent / "roundel"), "quantize", given.model, "-o", output, "--scheme", given.scheme]
             line += ["--effort", effort, "--calibration", str(given.calibration), "--eval-data", str(given.heldout)]
-            spent = run([*line, "--eval-sequences", str(given.sequences), *options])
+            line += ["--eval-sequences", str(given.sequences), *options]
+            began = time.monotonic()
+            plan = [line[0], "plan", *line[2:3], *line[5:], "--json", f"{scratch}/plan.json", "--quiet"]
+            subprocess.run(plan, check=True)
+            planned = {**read_json(Path(scratch) / "plan.json"), "took_seconds": time.monotonic() - began}
+            spent = run(line)
             report = read_json(Path(output) / "roundel.json")
-            stages = {"stages": report["seconds"], "bits_per_weight": report["bits_per_weight"]["quantized"]}
+            kept = ("seconds", "total_seconds", "memory", "timed", "took_seconds")
+            stages = {
+                "planned": {name: planned[name] for name in kept},
+                "stages": report["seconds"],
+                "bits_per_weight": report["bits_per_weight"]["quantized"],
+            }
             found = measured(output, given.model, given.heldout, given.sequences, report["recipe"]["seq_len"])
         content["rows"].append({**key, **spent, **stages, **found, "versions": versions(), "cores": os.cpu_count()})
         print(content["rows"][-1], flush=True)

@@ -53,6 +53,8 @@ STAGES = [
     ("tuning", 5),
     ("writing", 6),
     ("evaluation", 7),
+    ("timing", 8),
+    ("plan", 9),
     ("report", 8),
     ("finish", 9),
     ("quantize", 10),

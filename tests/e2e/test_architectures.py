@@ -64,6 +64,7 @@ REPORT = {
     "layers": None,
     "skipped": None,
     "warnings": None,
+    "resources": {"peak_memory", "planned"},
     "seconds": {"load", "text", "curvature", "rounding", "prediction", "writing", "evaluation"},
 }
 ROW = {

@@ -26,7 +26,7 @@ from roundel.models.coverage import Coverage, coverage_of
 from roundel.models.decode import decoded
 from roundel.models.experts import join_experts, split_experts, split_modules
 from roundel.models.fuse import fuse_rotation
-from roundel.models.load import pick_device, pick_dtype, quantization_of
+from roundel.models.load import load_config, pick_device, pick_dtype, quantization_of, skeleton
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
 from roundel.models.plain import as_linears
 from roundel.recipes import Recipe
@@ -34,7 +34,7 @@ from roundel.rounding.round import dequantized
 from roundel.sweeps import Layers
 from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl", "positions"]
+__all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl", "outlined", "outlined_source", "positions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,27 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint.of(model)), fused.config(config), fused.as_json()
         nn.Module.to(model, pick_dtype(dtype, place))
+    checkpoint, found, skipped = _selected(model, checkpoint, recipe)
+    return Source(
+        name=name,
+        path=path,
+        origin=origin,
+        quantized=method,
+        model=model,
+        tokenizer=load_tokenizer(path),
+        checkpoint=checkpoint,
+        config=config,
+        parameters=parameters,
+        fusion=fusion,
+        linears=found,
+        skipped=skipped,
+        length=min(recipe.seq_len, positions(model.config)),
+        weights=weights,
+    )
+
+
+def _selected(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> tuple[Checkpoint, dict[str, nn.Linear], dict[str, str]]:
+    """The linears that the recipe chooses, and why others stay; every expert's become linears first."""
     as_linears(model)
     split_experts(model)
     checkpoint = checkpoint.of(model)
@@ -136,27 +157,66 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         if not all(name in found for name in own):
             found = {name: linear for name, linear in found.items() if name not in own}
     skipped = {**selection.skipped, **dict.fromkeys(set(selection.linears) - set(found), "its weight is stored in another form")}
+    form = recipe.written_format()
     if form == "gguf":
         gguf.check_linears(dict.fromkeys(found, " or ".join(recipe.used_schemes)), skipped)
     if _join_idle(model, found, skipped, keeps=form == "compressed-tensors"):
         checkpoint = checkpoint.of(model)
     if form in FORMATS:
         FORMATS[form].check_names(found)
+    return checkpoint, found, skipped
+
+
+def outlined_source(name: str, recipe: Recipe) -> Source:
+    """The same without any weight: the model has no storage, and of the directory only config.json is needed.
+
+    Where weights lie beside it their headers say how they are stored; else it is as this version of Transformers names them.
+    """
+    path = locate(name, ["config.json"])
+    method = quantization_of(path)
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    settings = load_config(path)
+    for owner in (settings, settings.get_text_config()):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
+    model: Any = skeleton(settings)
+    checkpoint = Checkpoint.open(path)
+    if method is not None or not checkpoint.files:
+        item = getattr(settings.get_text_config(), "dtype", None)
+        item = item.itemsize if isinstance(item, torch.dtype) else 2
+        stored = {own: values.numel() * item for own, values in model.state_dict().items()}
+        checkpoint = Checkpoint(files=dict.fromkeys(stored, path / "config.json"), sizes=stored)
+    return outlined(model, checkpoint, recipe, path, name=name, config=config, quantized=method)
+
+
+def outlined(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    path: Path,
+    *,
+    name: str = "",
+    config: dict[str, Any] | None = None,
+    quantized: str | None = None,
+) -> Source:
+    """A model with what a recipe chooses of it, and no tokenizer: for what reads no text."""
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoint, found, skipped = _selected(model, checkpoint, recipe)
     return Source(
         name=name,
         path=path,
-        origin=origin,
-        quantized=method,
+        origin=path,
+        quantized=quantized,
         model=model,
-        tokenizer=load_tokenizer(path),
+        tokenizer=None,  # type: ignore[arg-type]
         checkpoint=checkpoint,
-        config=config,
+        config=config or {},
         parameters=parameters,
-        fusion=fusion,
+        fusion=None,
         linears=found,
         skipped=skipped,
         length=min(recipe.seq_len, positions(model.config)),
-        weights=weights,
     )
 
 

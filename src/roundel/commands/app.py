@@ -18,6 +18,7 @@ from roundel.allocator import keep_freed_memory
 from roundel.commands.line.demo import demo
 from roundel.commands.line.factors import collect, imatrix, inspect, merge
 from roundel.commands.line.measure import bench, compare, evaluate
+from roundel.commands.line.plan import plan
 from roundel.commands.line.quantize import export, quantize, tune
 from roundel.errors import RoundelError
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (quantize, tune, export, collect, merge, imatrix, inspect, evaluate, compare, bench, demo):
+for command in (quantize, plan, tune, export, collect, merge, imatrix, inspect, evaluate, compare, bench, demo):
     app.command()(command)
 
 

@@ -28,7 +28,7 @@ from roundel.rounding import make_problem, round_weights
 from roundel.rounding.round import dequantized, stacked
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
 
-__all__ = ["Linear", "by_decoder_layer", "round_linears"]
+__all__ = ["Linear", "by_decoder_layer", "round_linears", "stored_bits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def round_linears(
         with in_layer(linear.name):
             weight, row = _result(grid, linear, own, [next(found) for _ in own])
             if kept:
-                row["bits_per_weight"] = _stored_bits(recipe, grid, linear.stored) / linear.stored.numel()
+                row["bits_per_weight"] = stored_bits(recipe, grid, linear.stored) / linear.stored.numel()
             results.append((weight, row))
     seconds = time.monotonic() - began
     for linear, (_, row) in zip(linears, results, strict=True):
@@ -150,8 +150,8 @@ def by_decoder_layer(names: Iterable[str]) -> list[list[str]]:
     return [list(group) for _, group in itertools.groupby(names, key=lambda name: re.match(r"(?:.*?\.\d+)?", name)[0])]  # type: ignore[index]
 
 
-def _stored_bits(recipe: Recipe, grid: Grid, stored: Tensor) -> int:
-    """Of all that the linear's weight takes in the recipe's format; in dense ones of codes, scales and a rotation's signs."""
+def stored_bits(recipe: Recipe, grid: Grid, stored: Tensor) -> int:
+    """Bits of all that the linear's weight takes in the recipe's format; in dense ones of codes, scales and a rotation's signs."""
     shape, form, rotation = (stored.shape[0], stored.shape[1]), recipe.written_format(), recipe.rotation_of(grid)
     if form in FORMATS:
         return 8 * FORMATS[form].packed_bytes(shape, grid, _scale_dtype(recipe, stored), rotation)

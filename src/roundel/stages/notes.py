@@ -22,6 +22,8 @@ class Notes:
         self.seconds: dict[str, float] = {}
         self.tried: list[dict[str, Any]] = []
         """Numbers of sequences, where the text says how many are enough (`stages.sequences`)."""
+        self.planned: dict[str, Any] | None = None
+        """What the job was expected to take (`stages.plan`)."""
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

@@ -20,6 +20,7 @@ from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
 from roundel.stages.finish import finish, warn_of_source, weights_of
 from roundel.stages.notes import Notes
+from roundel.stages.plan import say_plan
 from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
@@ -93,6 +94,7 @@ def quantize(
         split = read_text(recipe, source, notes, known=frozenset(stored.header.sequence_ids) if stored else None, given=settings)
         place.claim(rounding_digest(recipe, source, split))
         say_space(recipe, source, split, stored, notes, work=place)
+        say_plan(recipe, source, notes, work=place)
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
         measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
         rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=place)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,14 @@ def report_details(
         "skipped": source.skipped,
         "warnings": notes.warnings,
         "seconds": notes.seconds,
+        "resources": {"peak_memory": _peak_memory(), "planned": notes.planned},
     }
+
+
+def _peak_memory() -> int:
+    """Bytes of main memory that this process has had at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "Written",
     "explicit",
     "listed",
+    "recipe_settings",
     "two_numbers",
     "whole",
 ]
@@ -115,3 +117,11 @@ def two_numbers(text: str, separator: str, expected: str, valid: Callable[[int, 
     if not found or not first.isdecimal() or not second.isdecimal() or not valid(int(first), int(second)):
         raise SchemeError(f"{text!r}: expected {expected}")
     return int(first), int(second)
+
+
+def recipe_settings(context: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe among the values of a command's options, as far as a user has given them."""
+    values = {field.name: given[field.name] for field in fields(Settings)}
+    values["schemes"] = () if values["schemes"] is None else tuple(listed(values["schemes"]))
+    values |= {name: tuple(values[name] or ()) for name in ("include", "exclude")}
+    return explicit(context, **values)

@@ -23,8 +23,7 @@ from roundel.commands.line.options import (
     Work,
     Written,
     count_or_auto,
-    explicit,
-    listed,
+    recipe_settings,
 )
 from roundel.commands.line.output import emit, print_rows
 
@@ -162,38 +161,7 @@ def quantize(
     from roundel.progress import make_progress
     from roundel.stages.quantize import quantize as run
 
-    settings = explicit(
-        context,
-        effort=effort,
-        scheme=scheme,
-        bits=bits,
-        schemes=() if schemes is None else tuple(listed(schemes)),
-        rotate=rotate,
-        format=format,
-        curvature=curvature,
-        labels=labels,
-        factor_type=factor_type,
-        calibration=calibration,
-        sequences=sequences,
-        seq_len=seq_len,
-        eval_data=eval_data,
-        eval_sequences=eval_sequences,
-        sweeps=sweeps,
-        damping=damping,
-        prefix_aware=prefix_aware,
-        prefix_sequences=prefix_sequences,
-        prefix_strength=prefix_strength,
-        stream_strength=stream_strength,
-        prefix_damping=prefix_damping,
-        natural_places=natural_places,
-        tune=tune,
-        tune_steps=tune_steps,
-        tune_tokens=tune_tokens,
-        tune_rest=tune_rest,
-        seed=seed,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-    )
+    settings = recipe_settings(context, locals())
     result = run(
         model,
         output=output,

@@ -1,0 +1,195 @@
+"""`plan`: what a job will make and take, before it is started and without reading a weight.
+
+*What*: the model is built without storage, and linears are chosen as `quantize` chooses them; sizes are those of the formats' own tensors.
+*Time*: `stages.timing`. *Memory*: a sum of what is there at once, from shapes (`Memory.of`).
+
+Cost: some seconds. Not done: memory of a GPU by itself; bytes of a GGUF's own embedding and head (counted as the original's).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundel.artifacts.memory import memory_budget
+from roundel.artifacts.source import Source, outlined_source
+from roundel.artifacts.work import HIDDEN, Work
+from roundel.errors import SchemeError
+from roundel.grids import parse_scheme
+from roundel.models.coverage import coverage_of
+from roundel.models.load import pick_device, pick_dtype
+from roundel.progress import Progress, Silent
+from roundel.progress import duration as spoken
+from roundel.recipes import Recipe, with_block_type
+from roundel.settings import EFFORTS
+from roundel.stages.linears import stored_bits
+from roundel.stages.notes import Notes
+from roundel.stages.readers import with_readable_format
+from roundel.stages.text import default_batch
+from roundel.stages.timing import seconds, timing_of, units_of
+from roundel.sweeps.layers import SLICE, decoder_layers
+
+__all__ = ["duration", "peak_memory", "plan", "say_plan"]
+
+WORTH_PLANNING = 50_000_000
+"""Quantized weights from which on a job says at its beginning how long it will take."""
+
+PROGRAM = 520_000_000
+"""Bytes of Python, torch and Transformers."""
+
+WEIGHTS, SUMS, LOGITS = 1.5, 3, 6
+"""Copies of the weights in memory, of which half is the mapped file; matrices of curvature for each side of a linear; slices of logits."""
+
+
+def plan(
+    model: str | Path,
+    *,
+    memory: str | int | None = None,
+    limit: float | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `quantize` would make of a model, and what it would take on this machine.
+
+    Args:
+        model: As there; config.json is enough.
+        memory: As there.
+        limit: Seconds that there are: says which effort fits into them, and into the memory.
+        device: As there.
+        dtype: As there.
+        progress: Where to warn.
+        settings: The fields of `Recipe`.
+
+    Returns:
+        `linears`, how many; `coverage`, `skipped` (reasons and how many), `scheme`, `format`, `bits_per_weight`, `bytes` (`output`,
+        `source`), `memory` (`budget`, `main`, `disk`; bytes), `seconds` by stage, `total_seconds`, `timed` (which layer), `warnings`, and
+        `fits`, where there is a limit.
+
+    Raises:
+        RoundelError: what `quantize` would refuse before its work.
+    """
+    recipe, notes = Recipe.of(**with_block_type(settings)), Notes(progress or Silent())
+    source = outlined_source(str(model), recipe)
+    names = decoder_layers(source.model)
+    coverage = coverage_of(source.model, names, source.linears.keys(), source.skipped)
+    if coverage.warning:
+        notes.warn(coverage.warning)
+    recipe = with_readable_format(recipe, source, notes)
+    place = pick_device(device)
+    kind, budget = pick_dtype(dtype, place), memory_budget(memory)
+    timing = timing_of(source, names, recipe, place, kind)
+
+    def taken(recipe: Recipe) -> dict[str, float]:
+        return seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)
+
+    spent = taken(recipe)
+    found = {
+        "model": str(model),
+        "parameters": source.parameters,
+        "linears": len(source.linears),
+        "coverage": coverage.as_json(),
+        "skipped": dict(Counter(source.skipped.values()).most_common()),
+        "scheme": recipe.scheme if recipe.bits is None else f"{recipe.bits:g} bits",
+        "format": recipe.written_format(),
+        "effort": recipe.effort,
+        **_sizes(source, recipe),
+        "memory": {"budget": budget, **peak_memory(source, names, recipe, kind, budget)},
+        "seconds": spent,
+        "total_seconds": sum(spent.values()),
+        "timed": timing.what,
+        "warnings": notes.warnings,
+    }
+    if limit is not None:
+        efforts, best = {}, None
+        for effort in EFFORTS:
+            other = Recipe.of(**with_block_type({**settings, "effort": effort}))
+            total, main = sum(taken(other).values()), peak_memory(source, names, other, kind, budget)["main"]
+            efforts[effort] = {"seconds": total, "main": main}
+            best = effort if total <= limit and main <= budget else best
+        found["fits"] = {"limit_seconds": limit, "efforts": efforts, "best": best}
+    return found
+
+
+def say_plan(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> None:
+    """Tells the user how long a job will take, if it is no short one, and notes it for the report."""
+    if sum(linear.weight.numel() for linear in source.linears.values()) < WORTH_PLANNING:
+        return
+    with notes.timed("plan"):
+        kind, names = source.model.dtype, source.layers.names
+        timing = timing_of(source, names, recipe, source.layers.device, kind)
+        spent = seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)
+        main = peak_memory(source, names, recipe, kind, work.memory)["main"]
+    notes.planned = {"seconds": spent, "total_seconds": sum(spent.values()), "peak_memory": main}
+    notes.progress.say(f"about {spoken(sum(spent.values()))} and {main / 1e9:.1f} GB of memory")
+
+
+def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """Bits of a quantized weight, and bytes of the tensors; with several schemes by the average that is asked for."""
+    checkpoint = source.checkpoint
+    weights = sum(linear.weight.numel() for linear in source.linears.values())
+    if recipe.written_format() == "dense":
+        bits = 16.0 * weights
+    elif recipe.bits is not None:
+        bits = recipe.bits * weights
+    else:
+        grid, bits = parse_scheme(recipe.scheme), 0.0
+        for shape, count in Counter(linear.weight.shape for linear in source.linears.values()).items():
+            bits += count * stored_bits(recipe, grid, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    replaced = {checkpoint.weight_of(name) or "" for name in source.linears}
+    replaced |= {whole for name in replaced if (whole := checkpoint.part_of(name)) is not None}
+    others = sum(size for name, size in checkpoint.sizes.items() if name not in replaced)
+    return {
+        "bits_per_weight": bits / max(1, weights),
+        "bytes": {"output": int(bits / 8) + others, "source": sum(checkpoint.sizes.values())},
+    }
+
+
+def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int) -> dict[str, int]:
+    """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files.
+
+    The program; the weights (all, or those outside of the decoder layers and one layer); hidden states; and the largest of three: sums of
+    curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits.
+    """
+    item, length = dtype.itemsize, source.length
+    embedding: Any = source.model.get_input_embeddings()
+    in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
+    weights = source.parameters * item
+    if weights > budget // 2:
+        weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item
+    by_layer: dict[str, list[nn.Linear]] = {}
+    for name, linear in source.linears.items():
+        by_layer.setdefault(next((layer for layer in names if name.startswith(f"{layer}.")), ""), []).append(linear)
+    squares = [sum(each.in_features**2 + each.out_features**2 for each in own) for own in by_layer.values()]
+    wide = max(sum(each.in_features + each.out_features for each in own) for own in by_layer.values())
+    collecting = max(squares) * 4 * SUMS + default_batch(length) * length * wide * item
+    rounding = max(
+        12 * each.weight.numel() * 4 + 7 * 8 * (each.in_features**2 + each.out_features**2) for own in by_layer.values() for each in own
+    )
+    logits = LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
+    states = max(recipe.prefix_count, recipe.sequences) + recipe.eval_sequences
+    hidden = (len(names) + 3) * states * length * embedding.embedding_dim * item
+    tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
+    factors = sum(squares) // 2 * getattr(torch, recipe.factor_type).itemsize
+    return {
+        "main": int(PROGRAM + WEIGHTS * weights + min(hidden, HIDDEN) + max(collecting, rounding, logits) + tuning),
+        "disk": int(factors + max(0, hidden - HIDDEN) + 4 * sum(each.weight.numel() for each in source.linears.values())),
+    }
+
+
+def duration(text: str) -> float:
+    """Seconds of `90s`, `45m`, `2h` or `1.5d`.
+
+    Raises:
+        SchemeError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise SchemeError(f"time {text!r}: expected a duration such as 45m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]

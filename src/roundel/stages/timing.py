@@ -1,0 +1,290 @@
+"""How long a job will take: its stages run over one decoder layer, and taken to the whole model.
+
+One layer (of the kind that there are most of) is made with random weights, and the stages themselves are run over it three times: with few
+sequences, with twice as many, and with more tokens in the vocabulary and no sweeps. What a sequence costs, what a linear costs whatever
+the text, and what the output head costs are told apart by that, and each is taken to the whole model by multiply-adds (`Units`). A layer
+of more than `TIMED` weights would take too long: then a narrow one is timed, and taken to the model's widths. Natural-gradient steps and
+tuning are counted in passes of that kind, sampling of text in readings of the weights.
+
+Cost: some seconds. Not done: several processes; what a GPU does better with wide layers than with a narrow one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, PretrainedConfig
+
+from roundel.artifacts.source import Source, outlined
+from roundel.artifacts.work import HIDDEN, Work
+from roundel.artifacts.written import Written
+from roundel.calibration import SAMPLES_PER_PASS, split_tokens
+from roundel.curvature import parse_curvature
+from roundel.curvature.collect import pilot_first
+from roundel.errors import RoundelError
+from roundel.models import Checkpoint
+from roundel.models.experts import experts_of
+from roundel.models.load import load_config, skeleton
+from roundel.progress import Silent
+from roundel.recipes import STEP_TOKENS, Recipe
+from roundel.stages.curvature import measure_curvature
+from roundel.stages.evaluation import PREDICTED, evaluate_written
+from roundel.stages.notes import Notes
+from roundel.stages.rounding import round_model
+from roundel.stages.text import default_batch
+from roundel.stages.writing import write_model
+
+__all__ = ["Timing", "Units", "seconds", "timing_of", "units_of"]
+
+TIMED = 8_000_000
+"""Weights of a layer that is timed itself."""
+
+FEW, VOCABULARY, MORE_VOCABULARY = 4, 1024, 8192
+"""Sequences, and tokens of the head, of the timed runs."""
+
+DRAFTS = 4
+"""Of `auto`, for each linear."""
+
+REPLAY = 0.6
+"""What a forward and backward pass takes of one in which curvature is summed, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """Multiply-adds in the linears of some decoder layers, and the numbers of a head."""
+
+    gradients: float
+    """Of a token: forward, forward and backward, and sums of curvature."""
+    forward: float
+    """Of a token."""
+    moments: float
+    """Of a token on both paths of the rounding sweep."""
+    rounding: float
+    """Of all linears, whatever the text."""
+    head: float
+    """Of a token: its width times the vocabulary."""
+    weights: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds for each multiply-add of `Units`."""
+
+    what: str
+    """Which layer was timed."""
+    gradients: float
+    forward: float
+    moments: float
+    rounding: float
+    """Without sweeps."""
+    sweep: float
+    """For one sweep more."""
+    head_gradients: float
+    """Forward and backward."""
+    head: float
+    """Forward, of the original and of what is written."""
+    reading: float
+    """Seconds for a byte of weights that is read."""
+
+
+def units_of(source: Source, length: int) -> Units:
+    """Of all linears that are quantized, on sequences of this length."""
+    used = _use_of_experts(source)
+    forward = gradients = moments = rounding = 0.0
+    for name, linear in source.linears.items():
+        d_out, d_in = linear.out_features, linear.in_features
+        use = used if experts_of(source.model, name) is not None else 1.0
+        forward += use * d_out * d_in
+        gradients += use * (5 * d_out * d_in + d_in**2 + d_out**2 + 3 * d_in * d_out * (d_in + d_out) / length)
+        moments += use * (4 * d_out * d_in + 2 * d_in**2)
+        rounding += 10 * d_in * d_out * (d_in + d_out) + 6 * (d_in**3 + d_out**3)
+    embedding: Any = source.model.get_input_embeddings()
+    return Units(
+        gradients=gradients,
+        forward=forward,
+        moments=moments,
+        rounding=rounding,
+        head=float(embedding.num_embeddings * embedding.embedding_dim),
+        weights=sum(linear.weight.numel() for linear in source.linears.values()),
+    )
+
+
+def _use_of_experts(source: Source) -> float:
+    """The part of a layer's experts that a token goes through."""
+    config = source.model.config.get_text_config()
+
+    def first(*names: str) -> int:
+        return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 0)
+
+    chosen = first("num_experts_per_tok", "moe_topk", "top_k_experts")
+    there = first("num_experts", "num_local_experts", "n_routed_experts")
+    return min(1.0, chosen / there) if chosen and there else 1.0
+
+
+def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[str, float]:
+    """Of each stage of a job; `item`: bytes of a weight in memory."""
+    length = recipe.seq_len
+    collected, held = recipe.sequences * length, recipe.eval_sequences * length
+    head = timing.head_gradients * units.head
+    one_pass = REPLAY * timing.gradients * units.gradients + head
+    found = {"text": 0.0}
+    if recipe.calibration == "self":
+        draws = -(-(recipe.sequences + (0 if recipe.eval_data else recipe.eval_sequences)) // SAMPLES_PER_PASS) * length
+        found["text"] = draws * max(
+            timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * timing.forward * (units.forward + units.head)
+        )
+    found["curvature"] = collected * (timing.gradients * units.gradients + head)
+    compared = DRAFTS if parse_curvature(recipe.curvature).held_out(recipe.sequences) else 0
+    compared = compared if recipe.bits is None else len(recipe.used_schemes)
+    found["curvature"] += compared * timing.rounding * units.rounding
+    found["rounding"] = (timing.rounding + recipe.sweeps * timing.sweep) * units.rounding
+    if recipe.corrects(collected):
+        found["rounding"] += recipe.prefix_count * length * timing.moments * units.moments
+        places, steps = recipe.natural_steps(recipe.sequences, length, weights=units.weights)
+        found["rounding"] += places * steps * STEP_TOKENS * 2 * one_pass
+    if recipe.tune != "none":
+        found["tuning"] = recipe.steps * recipe.step_tokens * 2 * one_pass
+    found["writing"] = units.weights * item * timing.reading * 4
+    found["evaluation"] = held * (timing.forward * units.forward + timing.head * units.head)
+    found["prediction"] = PREDICTED * length * one_pass
+    return found
+
+
+def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Timing:
+    """Runs the stages over one decoder layer of `names`; over a narrow one where that is too large, or cannot be run by itself."""
+    layer = _usual(source.model, names)
+    size = sum(p.numel() for p in source.model.get_submodule(layer).parameters())
+    if size <= TIMED:
+        settings = load_config(source.path)
+        for owner in (settings, settings.get_text_config()):
+            if hasattr(owner, "quantization_config"):
+                del owner.quantization_config
+        try:
+            return _timed(settings, layer, f"{layer} of {size:,} weights", recipe, device, dtype)
+        except (RoundelError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+            pass  # a layer that needs more of its model than what is left of it here
+    narrow = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=1,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1 << 16,
+    )
+    return _timed(narrow, "model.layers.0", "a Llama's layer 512 wide, in the place of a larger one", recipe, device, dtype)
+
+
+def _usual(model: nn.Module, names: list[str]) -> str:
+    """The first layer of the kind that there are most of."""
+    kinds = {name: tuple((own, tuple(p.shape)) for own, p in model.get_submodule(name).named_parameters()) for name in names}
+    most = Counter(kinds.values()).most_common(1)[0][0]
+    return next(name for name, kind in kinds.items() if kind == most)
+
+
+def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Timing:
+    length, sweeps = min(recipe.seq_len, 512), max(1, recipe.sweeps)
+
+    def run(count: int, vocabulary: int, sweeps: int, length: int) -> tuple[dict[str, float], Units]:
+        given = dataclasses.replace(
+            recipe,
+            sequences=count,
+            prefix_sequences=count,
+            eval_sequences=count,
+            seq_len=length,
+            sweeps=sweeps,
+            natural_places=0,
+            prefix_aware=True,
+            tune="none",
+            bits=None,
+            schemes=(),
+            eval_data=None,
+            include=(),
+            exclude=(),
+            format="native",
+        )
+        with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
+            alone = _layer_alone(settings, layer, vocabulary, given, device, dtype, Path(scratch))
+            return _stages(alone, given, Path(scratch)), units_of(alone, length)
+
+    run(FEW, VOCABULARY, 1, 16)  # compiled and warm
+    few, units = run(FEW, VOCABULARY, sweeps, length)
+    more, _ = run(2 * FEW, VOCABULARY, sweeps, length)
+    wide, wider = run(FEW, MORE_VOCABULARY, 0, length)
+    tokens, head = FEW * length, wider.head - units.head
+
+    def each_token(stage: str, unit: float) -> float:
+        return max(more[stage] - few[stage], 0.05 * few[stage]) / (tokens * unit)
+
+    fixed = max(2 * few["rounding"] - more["rounding"], 0.1 * few["rounding"])
+    swept = min(max(few["rounding"] - wide["rounding"], 0.0), 0.9 * fixed)
+    return Timing(
+        what=what,
+        gradients=each_token("curvature", units.gradients),
+        forward=each_token("evaluation", units.forward),
+        moments=each_token("rounding", units.moments),
+        rounding=(fixed - swept) / units.rounding,
+        sweep=swept / sweeps / units.rounding,
+        head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
+        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (tokens * head),
+        reading=_reading(device),
+    )
+
+
+def _layer_alone(
+    settings: PretrainedConfig, layer: str, vocabulary: int, recipe: Recipe, device: torch.device, dtype: torch.dtype, folder: Path
+) -> Source:
+    """A model of this one layer, random, with so many tokens in its vocabulary; its weights are in the folder."""
+    model: Any = skeleton(settings)
+    model.set_submodule(layer.rpartition(".")[0], nn.ModuleList([model.get_submodule(layer)]))
+    width = model.get_input_embeddings().embedding_dim
+    with torch.device("meta"):
+        model.set_input_embeddings(nn.Embedding(vocabulary, width))
+        model.set_output_embeddings(nn.Linear(width, vocabulary, bias=False))
+    model = model.to_empty(device="cpu").to(dtype)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.initialize_weights()
+    save_file({name: value.detach().clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    model = model.to(device).eval()
+    return outlined(model, Checkpoint.open(folder), recipe, folder)
+
+
+def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
+    """Seconds of each stage over a model of one layer and random text."""
+    notes, work = Notes(Silent()), Work(path=folder / "work", kept=False, memory=1 << 34, hidden=HIDDEN)
+    work.path.mkdir()
+    ids = torch.randint(
+        source.layers.vocabulary, (2 * recipe.sequences, recipe.seq_len), generator=torch.Generator().manual_seed(recipe.sequences)
+    )
+    split = split_tokens(ids, calibration=recipe.sequences, heldout=recipe.sequences, seed=0, source="random text")
+    split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
+    batch = default_batch(recipe.seq_len)
+    measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=work)
+    rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=work)
+    target = folder / "out"
+    target.mkdir()
+    write_model(target, recipe, source, rounded, notes)
+    written = Written(target, source, recipe.written_format(), rounded.layers, rounded.others)
+    evaluate_written(written, source, split, notes, batch_size=batch, work=work)
+    return notes.seconds
+
+
+def _reading(device: torch.device) -> float:
+    """Seconds for a byte that is read from memory, by one sum over a quarter of a gigabyte."""
+    values = torch.zeros(1 << 26, device=device)
+    values.sum().item()
+    began = time.perf_counter()
+    values.sum().item()
+    return (time.perf_counter() - began) / values.nbytes
