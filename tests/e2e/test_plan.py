@@ -45,6 +45,7 @@ RATES = Timing(
     gradients=1e-12,
     forward=1e-12,
     moments=1e-12,
+    factors=1e-15,
     rounding=1e-12,
     sweep=1e-12,
     head_gradients=1e-12,
@@ -80,13 +81,13 @@ def test_sizes_are_those_that_quantize_writes(scheme: str, model, quantize, unti
 
 
 def test_a_configuration_is_enough(untimed, tmp_path: Path) -> None:
-    found = plan(outline(tmp_path / "model", LLAMA), scheme="int4-g128", memory="100G")
+    found = plan(outline(tmp_path / "model", LLAMA), scheme="int4-g128", memory="250G")
     assert found["parameters"] == 70_553_706_496
     assert found["linears"] == 560
     assert found["coverage"]["share"] == 1.0
     assert found["bits_per_weight"] == pytest.approx(4.125, rel=1e-5)
     assert found["bytes"]["output"] == pytest.approx((found["parameters"] - 68.5e9) * 2 + 68.5e9 * 4.125 / 8, rel=0.01)
-    assert found["memory"]["main"] < 100e9  # layer by layer: the weights alone are 280
+    assert found["memory"]["main"] < 250e9  # layer by layer: the weights alone are 280
     assert plan(tmp_path / "model", memory="1000G")["memory"]["main"] > 280e9
     assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
 
@@ -118,17 +119,17 @@ def test_the_best_effort_that_fits(untimed, tmp_path: Path) -> None:
     assert spent == sorted(spent)
     assert plan(path, memory="4000G", limit=(spent[0] + spent[1]) / 2)["fits"]["best"] == "quick"
     assert plan(path, memory="4000G", limit=1)["fits"]["best"] is None
-    assert plan(path, memory="100G", limit=1e9)["fits"]["best"] == "normal"  # tuning needs the whole model
+    assert plan(path, memory="250G", limit=1e9)["fits"]["best"] == "normal"  # tuning needs the whole model
 
 
 def test_seconds_grow_with_text_and_weights() -> None:
-    units = Units(gradients=1e9, forward=1e8, moments=1e9, rounding=1e12, head=1e7, weights=10**8)
+    units = Units(gradients=1e9, forward=1e8, moments=1e9, rounding=1e12, cubes=1e10, head=1e7, weights=10**8)
 
     def of(**settings: Any) -> dict[str, float]:
         return seconds(Recipe.of(curvature="pilot", calibration="stdlib", **settings), units, RATES, item=4)
 
     few, many = of(sequences=64, prefix_sequences=64), of(sequences=128, prefix_sequences=128)
-    assert many["curvature"] == pytest.approx(2 * few["curvature"])
+    assert many["curvature"] == pytest.approx(2 * few["curvature"], rel=1e-3)
     assert few["rounding"] < many["rounding"] < 2 * few["rounding"]
     assert of(sweeps=0)["rounding"] < of(sweeps=4)["rounding"]
     assert few["text"] == 0 < seconds(Recipe.of(calibration="self"), units, RATES, item=4)["text"]

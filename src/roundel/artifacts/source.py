@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from roundel.allocator import keep_no_large_blocks
 from roundel.artifacts.work import Work
@@ -185,6 +186,8 @@ def outlined_source(name: str, recipe: Recipe) -> Source:
     if method is not None or not checkpoint.files:
         item = getattr(settings.get_text_config(), "dtype", None)
         item = item.itemsize if isinstance(item, torch.dtype) else 2
+        if any("*." in pattern for entry in get_model_conversion_mapping(model) for pattern in entry.source_patterns):
+            split_experts(model)  # which files of such models have one by one
         stored = {own: values.numel() * item for own, values in model.state_dict().items()}
         checkpoint = Checkpoint(files=dict.fromkeys(stored, path / "config.json"), sizes=stored)
     return outlined(model, checkpoint, recipe, path, name=name, config=config, quantized=method)

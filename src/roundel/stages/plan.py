@@ -45,6 +45,9 @@ PROGRAM = 520_000_000
 WEIGHTS, SUMS, LOGITS = 1.5, 3, 6
 """Copies of the weights in memory, of which half is the mapped file; matrices of curvature for each side of a linear; slices of logits."""
 
+SLACK = 1.35
+"""What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way."""
+
 
 def plan(
     model: str | Path,
@@ -155,7 +158,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files.
 
     The program; the weights (all, or those outside of the decoder layers and one layer); hidden states; and the largest of three: sums of
-    curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits.
+    curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits. All with `SLACK`; and the codes.
     """
     item, length = dtype.itemsize, source.length
     embedding: Any = source.model.get_input_embeddings()
@@ -175,11 +178,12 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     logits = LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
     states = max(recipe.prefix_count, recipe.sequences) + recipe.eval_sequences
     hidden = (len(names) + 3) * states * length * embedding.embedding_dim * item
+    codes = sum(each.weight.numel() for each in source.linears.values())
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
     factors = sum(squares) // 2 * getattr(torch, recipe.factor_type).itemsize
     return {
-        "main": int(PROGRAM + WEIGHTS * weights + min(hidden, HIDDEN) + max(collecting, rounding, logits) + tuning),
-        "disk": int(factors + max(0, hidden - HIDDEN) + 4 * sum(each.weight.numel() for each in source.linears.values())),
+        "main": int(SLACK * (PROGRAM + WEIGHTS * weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + codes + tuning),
+        "disk": int(factors + max(0, hidden - HIDDEN) + 4 * codes),
     }
 
 

@@ -48,14 +48,15 @@ __all__ = ["Timing", "Units", "seconds", "timing_of", "units_of"]
 TIMED = 8_000_000
 """Weights of a layer that is timed itself."""
 
-FEW, VOCABULARY, MORE_VOCABULARY = 4, 1024, 8192
+FEW, VOCABULARY, MORE_VOCABULARY = 3, 1024, 8192
 """Sequences, and tokens of the head, of the timed runs."""
 
 DRAFTS = 4
 """Of `auto`, for each linear."""
 
 REPLAY = 0.6
-"""What a forward and backward pass takes of one in which curvature is summed, too."""
+"""What a forward and backward pass takes of one in which curvature is summed, too. A prediction, in float32 and with the gradients of whole
+weights, takes all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,8 @@ class Units:
     """Of a token on both paths of the rounding sweep."""
     rounding: float
     """Of all linears, whatever the text."""
+    cubes: float
+    """Of the widths of all linears: factors are inverted."""
     head: float
     """Of a token: its width times the vocabulary."""
     weights: int
@@ -84,6 +87,8 @@ class Timing:
     gradients: float
     forward: float
     moments: float
+    factors: float
+    """For each of `Units.cubes`, in the curvature stage."""
     rounding: float
     """Without sweeps."""
     sweep: float
@@ -99,20 +104,22 @@ class Timing:
 def units_of(source: Source, length: int) -> Units:
     """Of all linears that are quantized, on sequences of this length."""
     used = _use_of_experts(source)
-    forward = gradients = moments = rounding = 0.0
+    forward = gradients = moments = rounding = cubes = 0.0
     for name, linear in source.linears.items():
         d_out, d_in = linear.out_features, linear.in_features
         use = used if experts_of(source.model, name) is not None else 1.0
         forward += use * d_out * d_in
-        gradients += use * (5 * d_out * d_in + d_in**2 + d_out**2 + 3 * d_in * d_out * (d_in + d_out) / length)
+        gradients += use * (5 * d_out * d_in + 2 * (d_in**2 + d_out**2))
         moments += use * (4 * d_out * d_in + 2 * d_in**2)
-        rounding += 10 * d_in * d_out * (d_in + d_out) + 6 * (d_in**3 + d_out**3)
+        cubes += d_in**3 + d_out**3
+        rounding += 10 * d_in * d_out * (d_in + d_out) + 1.5 * (d_in**3 + d_out**3)
     embedding: Any = source.model.get_input_embeddings()
     return Units(
         gradients=gradients,
         forward=forward,
         moments=moments,
         rounding=rounding,
+        cubes=cubes,
         head=float(embedding.num_embeddings * embedding.embedding_dim),
         weights=sum(linear.weight.numel() for linear in source.linears.values()),
     )
@@ -142,7 +149,7 @@ def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[
         found["text"] = draws * max(
             timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * timing.forward * (units.forward + units.head)
         )
-    found["curvature"] = collected * (timing.gradients * units.gradients + head)
+    found["curvature"] = collected * (timing.gradients * units.gradients + head) + timing.factors * units.cubes
     compared = DRAFTS if parse_curvature(recipe.curvature).held_out(recipe.sequences) else 0
     compared = compared if recipe.bits is None else len(recipe.used_schemes)
     found["curvature"] += compared * timing.rounding * units.rounding
@@ -155,7 +162,7 @@ def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[
         found["tuning"] = recipe.steps * recipe.step_tokens * 2 * one_pass
     found["writing"] = units.weights * item * timing.reading * 4
     found["evaluation"] = held * (timing.forward * units.forward + timing.head * units.head)
-    found["prediction"] = PREDICTED * length * one_pass
+    found["prediction"] = PREDICTED * length * (timing.gradients * units.gradients + head)
     return found
 
 
@@ -199,7 +206,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
             recipe,
             sequences=count,
             prefix_sequences=count,
-            eval_sequences=count,
+            eval_sequences=2 * count,
             seq_len=length,
             sweeps=sweeps,
             natural_places=0,
@@ -225,17 +232,21 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     def each_token(stage: str, unit: float) -> float:
         return max(more[stage] - few[stage], 0.05 * few[stage]) / (tokens * unit)
 
-    fixed = max(2 * few["rounding"] - more["rounding"], 0.1 * few["rounding"])
+    def whatever_the_text(stage: str) -> float:
+        return max(2 * few[stage] - more[stage], 0.1 * few[stage])
+
+    fixed = whatever_the_text("rounding")
     swept = min(max(few["rounding"] - wide["rounding"], 0.0), 0.9 * fixed)
     return Timing(
         what=what,
         gradients=each_token("curvature", units.gradients),
-        forward=each_token("evaluation", units.forward),
+        forward=each_token("evaluation", units.forward) / 2,  # twice as many sequences are held out
         moments=each_token("rounding", units.moments),
+        factors=whatever_the_text("curvature") / units.cubes,
         rounding=(fixed - swept) / units.rounding,
         sweep=swept / sweeps / units.rounding,
         head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
-        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (tokens * head),
+        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (2 * tokens * head),
         reading=_reading(device),
     )
 
@@ -266,9 +277,11 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     notes, work = Notes(Silent()), Work(path=folder / "work", kept=False, memory=1 << 34, hidden=HIDDEN)
     work.path.mkdir()
     ids = torch.randint(
-        source.layers.vocabulary, (2 * recipe.sequences, recipe.seq_len), generator=torch.Generator().manual_seed(recipe.sequences)
+        source.layers.vocabulary,
+        (recipe.sequences + recipe.eval_sequences, recipe.seq_len),
+        generator=torch.Generator().manual_seed(recipe.sequences),
     )
-    split = split_tokens(ids, calibration=recipe.sequences, heldout=recipe.sequences, seed=0, source="random text")
+    split = split_tokens(ids, calibration=recipe.sequences, heldout=recipe.eval_sequences, seed=0, source="random text")
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     batch = default_batch(recipe.seq_len)
     measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=work)
