@@ -7,6 +7,7 @@
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
 # make chaos     jobs killed at twenty random moments, and gone on with: the same bytes? (a quarter of an hour)
 # make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
+# make read-back  real models in int4 and as GGUF, loaded by plain Transformers: the very weights? make read-back MODELS="dir dir"
 # make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
@@ -19,7 +20,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -53,6 +54,9 @@ bench-scale: install
 
 bench-real: install
 	$(BIN)/python benchmarks/real.py $(MODEL) --calibration $(CALIBRATION) --heldout $(HELDOUT) -o benchmarks/results/real-$(notdir $(MODEL)).json
+
+read-back: install
+	$(BIN)/python benchmarks/read_back.py $(MODELS) --effort quick --calibration stdlib --sequences 16 --seq-len 256 --prefix-sequences 32 --eval-sequences 8
 
 chaos: install
 	$(BIN)/python benchmarks/kills.py -o benchmarks/results/kills.json

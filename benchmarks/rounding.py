@@ -58,9 +58,10 @@ def whole(d_out: int, d_in: int, folder: str) -> dict[str, Any]:
     scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), torch.float16)
     codes = feedback(problem, grid, scales)
     swept = sweep(problem, grid, scales, codes)
+    began = time.perf_counter()
     rounded = round_weight(problem, grid, sweeps=4, scale_dtype=torch.float16)
     return {
-        "seconds": timed(lambda: round_weight(problem, grid, sweeps=4, scale_dtype=torch.float16), 2),
+        "seconds": time.perf_counter() - began,
         "feedback_seconds": timed(lambda: feedback(problem, grid, scales), 2),
         "product_seconds": timed(lambda: A @ B, 2),
         "codes": _saved(codes, swept),

@@ -243,6 +243,47 @@ def distortion() -> str:
     return markdown(["code, bits", "0.8", "0.9", "1.0"], [[name, *(own[h] for h in (0.8, 0.9, 1.0))] for name, own in cells.items()])
 
 
+def planned(name: str) -> str:
+    """What `roundel plan` has said of jobs on real models, beside what they took."""
+    columns = ("`--effort quick`", "planned, min", "real, min", "ratio", "planned, GB", "real, GB", "ratio", "planning, s")
+    cells = []
+    for row in load(name)["rows"]:
+        plan, used = row["planned"], row["peak_mib"] * 2**20
+        minutes, main = plan["total_seconds"] / 60, plan["memory"]["main"]
+        ratios = (minutes / (row["seconds"] / 60), main / used)
+        cells.append(
+            [
+                row["model"],
+                f"{minutes:.1f}",
+                f"{row['seconds'] / 60:.1f}",
+                f"{ratios[0]:.2f}",
+                f"{main / 1e9:.2f}",
+                f"{used / 1e9:.2f}",
+                f"{ratios[1]:.2f}",
+                f"{plan['took_seconds']:.0f}",
+            ]
+        )
+    return markdown(columns, cells)
+
+
+def read_back(name: str) -> str:
+    """Real models in two formats, as plain Transformers has them after loading."""
+    columns = ("model", "written", "linears", "difference of weights", "of the rest", "of logits", "top tokens equal")
+    cells = [
+        [
+            row["model"],
+            f"{row['scheme']}, {row['format']}",
+            str(row["linears"]),
+            f"{row['weight_difference']:.1g}",
+            f"{row['other_difference']:.1g}",
+            f"{row['logit_difference']:.1g}",
+            f"{100 * row['same_top_token']:.0f} %",
+        ]
+        for row in load(name)["rows"]
+    ]
+    return markdown(columns, cells)
+
+
 def real(name: str) -> str:
     """KL, time and memory of each effort on a real model, and what others have reached there, measured elsewhere."""
     found = load(name)
@@ -281,6 +322,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-stories260K": lambda: peers("stories260K", 32),
     "peers-demo": lambda: peers("demo", 64),
     "real-smollm2-135m": lambda: real("real-smollm2-135m"),
+    "planned": lambda: planned("planned"),
+    "read-back": lambda: read_back("read-back"),
     "tasks-stories260K": lambda: tasks("stories260K"),
     "tasks-demo": lambda: tasks("demo"),
     "distortion": distortion,

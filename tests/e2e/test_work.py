@@ -105,7 +105,7 @@ def weights(result: roundel.Quantized | Path) -> bytes:
 
 def same(first: roundel.Quantized, second: roundel.Quantized) -> bool:
     """Bytes, and whatever is measured and reported of them."""
-    volatile = {"seconds", "layers"}
+    volatile = {"seconds", "resources", "layers"}
     rows = [{name: {**row, "seconds": 0} for name, row in result.details["layers"].items()} for result in (first, second)]
     details = [{key: value for key, value in result.details.items() if key not in volatile} for result in (first, second)]
     return weights(first) == weights(second) and rows[0] == rows[1] and details[0] == details[1]

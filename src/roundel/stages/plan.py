@@ -19,7 +19,7 @@ from torch import nn
 from roundel.artifacts.memory import memory_budget
 from roundel.artifacts.source import Source, outlined_source
 from roundel.artifacts.work import HIDDEN, Work
-from roundel.errors import SchemeError
+from roundel.errors import RoundelError, SchemeError
 from roundel.grids import parse_scheme
 from roundel.models.coverage import coverage_of
 from roundel.models.load import pick_device, pick_dtype
@@ -124,9 +124,13 @@ def say_plan(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> Non
     """Tells the user how long a job will take, if it is no short one, and notes it for the report."""
     if sum(linear.weight.numel() for linear in source.linears.values()) < WORTH_PLANNING:
         return
+    kind, names = source.model.dtype, source.layers.names
     with notes.timed("plan"):
-        kind, names = source.model.dtype, source.layers.names
-        timing = timing_of(source, names, recipe, source.layers.device, kind)
+        try:
+            timing = timing_of(source, names, recipe, source.layers.device, kind)
+        except (RoundelError, RuntimeError) as error:
+            notes.warn(f"how long this takes could not be tried: {error}")
+            return
         spent = seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)
         main = peak_memory(source, names, recipe, kind, work.memory)["main"]
     notes.planned = {"seconds": spent, "total_seconds": sum(spent.values()), "peak_memory": main}

@@ -30,7 +30,7 @@ from roundel.artifacts.written import Written
 from roundel.calibration import SAMPLES_PER_PASS, split_tokens
 from roundel.curvature import parse_curvature
 from roundel.curvature.collect import pilot_first
-from roundel.errors import RoundelError
+from roundel.errors import RoundelError, SchemeError
 from roundel.models import Checkpoint
 from roundel.models.experts import experts_of
 from roundel.models.load import load_config, skeleton
@@ -188,7 +188,11 @@ def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.de
         vocab_size=VOCABULARY,
         max_position_embeddings=1 << 16,
     )
-    return _timed(narrow, "model.layers.0", "a Llama's layer 512 wide, in the place of a larger one", recipe, device, dtype)
+    what = "a Llama's layer 512 wide, in the place of a larger one"
+    try:
+        return _timed(narrow, "model.layers.0", what, recipe, device, dtype)
+    except SchemeError:  # its groups are of another width
+        return _timed(narrow, "model.layers.0", what, dataclasses.replace(recipe, scheme="int4-g64", rotate="auto"), device, dtype)
 
 
 def _usual(model: nn.Module, names: list[str]) -> str:
