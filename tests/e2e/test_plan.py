@@ -46,6 +46,7 @@ RATES = Timing(
     forward=1e-12,
     moments=1e-12,
     factors=1e-15,
+    overhead=1e-6,
     rounding=1e-12,
     sweep=1e-12,
     head_gradients=1e-12,
@@ -123,7 +124,7 @@ def test_the_best_effort_that_fits(untimed, tmp_path: Path) -> None:
 
 
 def test_seconds_grow_with_text_and_weights() -> None:
-    units = Units(gradients=1e9, forward=1e8, moments=1e9, rounding=1e12, cubes=1e10, head=1e7, weights=10**8)
+    units = Units(gradients=1e9, forward=1e8, moments=1e9, rounding=1e12, cubes=1e10, head=1e7, linears=10, weights=10**8)
 
     def of(**settings: Any) -> dict[str, float]:
         return seconds(Recipe.of(curvature="pilot", calibration="stdlib", **settings), units, RATES, item=4)
@@ -155,7 +156,7 @@ def test_one_that_cannot_be_alone_is_taken_for_a_llamas(model, monkeypatch: pyte
 
     monkeypatch.setattr(timing, "_timed", refuses)
     assert plan(model(), scheme="int4-g32")["timed"] == "nothing"
-    assert seen[1] == "a Llama's layer 512 wide, in the place of a larger one"
+    assert seen[1] == "a Llama's layer 384 wide, in the place of a larger one"
 
 
 def test_on_the_command_line(command, model, untimed, tmp_path: Path) -> None:

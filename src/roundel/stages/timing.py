@@ -54,6 +54,9 @@ FEW, VOCABULARY, MORE_VOCABULARY = 3, 1024, 8192
 DRAFTS = 4
 """Of `auto`, for each linear."""
 
+INVERSES = 3
+"""Factorisations of each factor in the curvature stage."""
+
 REPLAY = 0.6
 """What a forward and backward pass takes of one in which curvature is summed, too. A prediction, in float32 and with the gradients of whole
 weights, takes all of it."""
@@ -75,6 +78,7 @@ class Units:
     """Of the widths of all linears: factors are inverted."""
     head: float
     """Of a token: its width times the vocabulary."""
+    linears: int
     weights: int
 
 
@@ -89,6 +93,8 @@ class Timing:
     moments: float
     factors: float
     """For each of `Units.cubes`, in the curvature stage."""
+    overhead: float
+    """There too, for each linear, whatever its size."""
     rounding: float
     """Without sweeps."""
     sweep: float
@@ -121,6 +127,7 @@ def units_of(source: Source, length: int) -> Units:
         rounding=rounding,
         cubes=cubes,
         head=float(embedding.num_embeddings * embedding.embedding_dim),
+        linears=len(source.linears),
         weights=sum(linear.weight.numel() for linear in source.linears.values()),
     )
 
@@ -149,7 +156,8 @@ def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[
         found["text"] = draws * max(
             timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * timing.forward * (units.forward + units.head)
         )
-    found["curvature"] = collected * (timing.gradients * units.gradients + head) + timing.factors * units.cubes
+    found["curvature"] = collected * (timing.gradients * units.gradients + head)
+    found["curvature"] += timing.factors * units.cubes + timing.overhead * units.linears
     compared = DRAFTS if parse_curvature(recipe.curvature).held_out(recipe.sequences) else 0
     compared = compared if recipe.bits is None else len(recipe.used_schemes)
     found["curvature"] += compared * timing.rounding * units.rounding
@@ -180,15 +188,15 @@ def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.de
         except (RoundelError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
             pass  # a layer that needs more of its model than what is left of it here
     narrow = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=384,
+        intermediate_size=1152,
+        num_attention_heads=6,
+        num_key_value_heads=2,
         num_hidden_layers=1,
         vocab_size=VOCABULARY,
         max_position_embeddings=1 << 16,
     )
-    what = "a Llama's layer 512 wide, in the place of a larger one"
+    what = "a Llama's layer 384 wide, in the place of a larger one"
     try:
         return _timed(narrow, "model.layers.0", what, recipe, device, dtype)
     except SchemeError:  # its groups are of another width
@@ -239,14 +247,15 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     def whatever_the_text(stage: str) -> float:
         return max(2 * few[stage] - more[stage], 0.1 * few[stage])
 
-    fixed = whatever_the_text("rounding")
+    fixed, factors = whatever_the_text("rounding"), INVERSES * _inverting(device)
     swept = min(max(few["rounding"] - wide["rounding"], 0.0), 0.9 * fixed)
     return Timing(
         what=what,
         gradients=each_token("curvature", units.gradients),
         forward=each_token("evaluation", units.forward) / 2,  # twice as many sequences are held out
         moments=each_token("rounding", units.moments),
-        factors=whatever_the_text("curvature") / units.cubes,
+        factors=factors,
+        overhead=max(0.0, whatever_the_text("curvature") - factors * units.cubes) / units.linears,
         rounding=(fixed - swept) / units.rounding,
         sweep=swept / sweeps / units.rounding,
         head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
@@ -296,6 +305,16 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     written = Written(target, source, recipe.written_format(), rounded.layers, rounded.others)
     evaluate_written(written, source, split, notes, batch_size=batch, work=work)
     return notes.seconds
+
+
+def _inverting(device: torch.device) -> float:
+    """Seconds for a cube of the width of a matrix that is factorised in float64."""
+    width = 1024
+    matrix = torch.eye(width, dtype=torch.float64, device=device) + 1e-4
+    torch.linalg.cholesky(matrix).sum().item()
+    began = time.perf_counter()
+    torch.linalg.cholesky(matrix).sum().item()
+    return (time.perf_counter() - began) / width**3
 
 
 def _reading(device: torch.device) -> float:
