@@ -21,8 +21,8 @@ from safetensors import safe_open
 
 from roundel.errors import ModelError
 from roundel.models.checkpoint import Checkpoint
-from roundel.models.load import guarded, load_model, quantization_settings, skeleton
-from roundel.models.packed import METHODS, Layout, find, layout_of
+from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, skeleton
+from roundel.models.packed import METHODS, Layout, Packed, find, layout_of
 from roundel.store import copy_files, staged_directory, write_json, write_shards
 
 __all__ = ["decoded"]
@@ -49,12 +49,13 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
     target = folder / f"decoded-{hashlib.sha256(chr(10).join(known_by).encode()).hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target
+    outline = None if layout is None else _outline(path, method, layout, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with staged_directory(target) as staging:
-        if layout is None:
+        if outline is None:
             _by_transformers(path, staging)
         else:
-            _weight_by_weight(path, staging, layout, settings)
+            _weight_by_weight(path, staging, *outline, settings)
         copy_files(path, staging, leave_out=OWN_FILES)
     return target
 
@@ -64,7 +65,12 @@ def _variety(method: str, settings: dict[str, Any]) -> str:
     return ", ".join([method, *told])
 
 
-def _weight_by_weight(path: Path, staging: Path, layout: Layout, settings: dict[str, Any]) -> None:
+def _outline(path: Path, method: str, layout: Layout, settings: dict[str, Any]) -> tuple[Checkpoint, dict[str, Packed], dict[str, int]]:
+    """The checkpoint, its packed weights, and the bytes of all tensors that it has decoded, from the headers of its files.
+
+    Raises:
+        ModelError: a tensor of few bits is no part of a packed weight.
+    """
     checkpoint = Checkpoint.open(path)
     kinds, shapes = {}, {}
     for file in sorted(set(checkpoint.files.values())):
@@ -73,13 +79,23 @@ def _weight_by_weight(path: Path, staging: Path, layout: Layout, settings: dict[
                 part = tensors.get_slice(name)
                 kinds[name], shapes[name] = part.get_dtype(), part.get_shape()
     packed, others = find(layout, kinds)
+    unknown = [name for name in others if kinds[name] not in PLAIN]
+    if unknown:
+        raise ModelError(
+            f"{path} is quantized already ({_variety(method, settings)}), and nothing here decodes {unknown[0]} ({kinds[unknown[0]]}, "
+            "without scales beside it): the checkpoint is damaged, or of another layout; start from the original model"
+        )
     sizes = {name: 2 * _weights(each.parts[layout.mark], kinds, shapes, settings) for name, each in packed.items()}
-    sizes |= {name: checkpoint.sizes[name] for name in others}
+    return checkpoint, packed, dict(sorted({**sizes, **{name: checkpoint.sizes[name] for name in others}}.items()))
 
+
+def _weight_by_weight(
+    path: Path, staging: Path, checkpoint: Checkpoint, packed: dict[str, Packed], sizes: dict[str, int], settings: dict[str, Any]
+) -> None:
     def produce(name: str) -> dict[str, torch.Tensor]:
         return {name: packed[name].decoded(checkpoint.read, settings) if name in packed else checkpoint.read(name)}
 
-    write_shards(staging, dict(sorted(sizes.items())), produce)
+    write_shards(staging, sizes, produce)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for owner in (config, config.get("text_config", {})):
         owner.pop("quantization_config", None)
