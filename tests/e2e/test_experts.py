@@ -287,3 +287,18 @@ def test_experts_that_vllm_refuses_are_warned_of(source: Path, quantize: Quantiz
     result = quantize(source, tmp_path / "out", scheme="fp8")
     assert result.details["format"] == "compressed-tensors"
     assert any("vLLM refuses experts in fp8" in warning for warning in result.details["warnings"])
+
+
+def test_transformers_has_the_very_experts_in_16_bits(source: Path, quantize: Quantize, tmp_path: Path) -> None:
+    """It decodes them in 16 bits whatever the model's type: in bfloat16 that is each weight, rounded once."""
+    if source.name != "qwen3-moe":
+        pytest.skip("one is enough")
+    path = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(path)
+    tiny.make_tokenizer(starts=False).save_pretrained(path)
+    result = quantize(path, tmp_path / "out", scheme="int4-g32")
+    assert result.details["format"] == "compressed-tensors"
+    loaded = load_model(result.path, device=CPU, dtype=torch.bfloat16)
+    split_experts(loaded)
+    for name, weight in read(result.path).rounded.items():
+        assert torch.equal(loaded.get_submodule(name).weight, dequantized(weight).bfloat16()), name
