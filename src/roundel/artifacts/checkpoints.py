@@ -32,7 +32,7 @@ from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.linears import matrix_modules
-from roundel.models.load import load_config, skeleton
+from roundel.models.load import load_config, skeleton, without_quantization
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
@@ -258,10 +258,7 @@ def owners(checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, Any]]) -> d
 
 def _skeleton(path: Path) -> nn.Module:
     """The original's architecture, without its weights."""
-    known = load_config(path)
-    if hasattr(known, "quantization_config"):
-        del known.quantization_config
-    return skeleton(known)
+    return skeleton(without_quantization(load_config(path)))
 
 
 def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from roundel.models.coverage import Coverage, coverage_of
 from roundel.models.decode import decoded
 from roundel.models.experts import join_experts, split_experts, split_modules
 from roundel.models.fuse import fuse_rotation
-from roundel.models.load import load_config, pick_device, pick_dtype, quantization_of, skeleton
+from roundel.models.load import load_config, pick_device, pick_dtype, quantization_of, skeleton, without_quantization
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
 from roundel.models.plain import as_linears
 from roundel.recipes import Recipe
@@ -116,21 +116,12 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint.of(model)), fused.config(config), fused.as_json()
         nn.Module.to(model, pick_dtype(dtype, place))
-    checkpoint, found, skipped = _selected(model, checkpoint, recipe)
-    return Source(
-        name=name,
-        path=path,
+    return replace(
+        outlined(model, checkpoint, recipe, path, name=name, config=config, quantized=method),
         origin=origin,
-        quantized=method,
-        model=model,
         tokenizer=load_tokenizer(path),
-        checkpoint=checkpoint,
-        config=config,
         parameters=parameters,
         fusion=fusion,
-        linears=found,
-        skipped=skipped,
-        length=min(recipe.seq_len, positions(model.config)),
         weights=weights,
     )
 
@@ -177,10 +168,7 @@ def outlined_source(name: str, recipe: Recipe) -> Source:
     method = quantization_of(path)
     config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    settings = load_config(path)
-    for owner in (settings, settings.get_text_config()):
-        if hasattr(owner, "quantization_config"):
-            del owner.quantization_config
+    settings = without_quantization(load_config(path))
     model: Any = skeleton(settings)
     checkpoint = Checkpoint.open(path)
     if method is not None or not checkpoint.files:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from roundel.errors import ModelError
 from roundel.models.checkpoint import Checkpoint
-from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, skeleton
+from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, skeleton, without_quantization
 from roundel.models.packed import METHODS, Layout, Packed, find, layout_of
 from roundel.store import copy_files, staged_directory, write_json, write_shards
 
@@ -110,9 +110,7 @@ def _weights(name: str, kinds: dict[str, str], shapes: dict[str, list[int]], set
 
 def _by_transformers(path: Path, staging: Path) -> None:
     model = load_model(path, device=torch.device("cpu"), dtype=torch.bfloat16)
-    for owner in (model.config, model.config.get_text_config()):
-        if hasattr(owner, "quantization_config"):
-            del owner.quantization_config
+    without_quantization(model.config)
     own: Any = model
     own.hf_quantizer = own._weight_conversions = None  # which would undo the decoding
     plain = skeleton(model.config).state_dict().keys()

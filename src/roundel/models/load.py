@@ -36,6 +36,7 @@ __all__ = [
     "quantization_settings",
     "quiet",
     "skeleton",
+    "without_quantization",
 ]
 
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
@@ -190,6 +191,14 @@ def load_config(path: Path) -> PretrainedConfig:
     config: PretrainedConfig = guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     if getattr(config, "quantization_config", None) is not None and quantization_of(path) is None:
         del config.quantization_config
+    return config
+
+
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration, of whose weights, or whose language model's, nothing is said to be packed."""
+    for owner in (config, config.get_text_config()):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
     return config
 
 

@@ -23,6 +23,9 @@ from roundel.types import RoundingProblem
 
 __all__ = ["State", "roughly_curved"]
 
+WORTH_ROUNDING = 1 << 23
+"""Multiply-adds of both products below which converting the factors costs as much as it saves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
@@ -47,7 +50,9 @@ class State:
 
 def roughly_curved(problem: RoundingProblem) -> Callable[[Tensor], Tensor]:
     """`X -> H_out X H_in`, of factors and values in bfloat16 where that is fast, and of the problem's type."""
-    if problem.W.dtype != torch.float32 or not are_possible(problem.W.device):
+    d_out, d_in = problem.shape
+    large = d_out * d_in * (d_out + d_in) >= WORTH_ROUNDING
+    if not large or problem.W.dtype != torch.float32 or not are_possible(problem.W.device):
         return lambda X: problem.H_out @ X @ problem.H_in
     H_out, H_in = problem.H_out.bfloat16(), problem.H_in.bfloat16()
     return lambda X: (H_out @ X.bfloat16() @ H_in).float()

@@ -33,7 +33,7 @@ from roundel.curvature.collect import pilot_first
 from roundel.errors import RoundelError, SchemeError
 from roundel.models import Checkpoint
 from roundel.models.experts import experts_of
-from roundel.models.load import load_config, skeleton
+from roundel.models.load import load_config, skeleton, without_quantization
 from roundel.progress import Silent
 from roundel.recipes import STEP_TOKENS, Recipe
 from roundel.stages.curvature import measure_curvature
@@ -179,10 +179,7 @@ def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.de
     layer = _usual(source.model, names)
     size = sum(p.numel() for p in source.model.get_submodule(layer).parameters())
     if size <= TIMED:
-        settings = load_config(source.path)
-        for owner in (settings, settings.get_text_config()):
-            if hasattr(owner, "quantization_config"):
-                del owner.quantization_config
+        settings = without_quantization(load_config(source.path))
         try:
             return _timed(settings, layer, f"{layer} of {size:,} weights", recipe, device, dtype)
         except (RoundelError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
