@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--scheme", default="int3-g64")
     parser.add_argument("--efforts", default="quick,normal")
     parser.add_argument("--sequences", type=int, default=24, help="Held-out ones.")
+    parser.add_argument("--work", type=Path, help="As that of quantize; what a resumed job takes is what is left of it.")
+    parser.add_argument("--keep", type=Path, help="Directory for the quantized models; by default they are removed.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     given, options = parser.parse_known_args()
     content: dict[str, Any] = read_json(given.output) if given.output.is_file() else {"kind": "real", "rows": []}
@@ -77,7 +79,7 @@ def main() -> None:
         if any(all(row.get(name) == value for name, value in key.items()) for row in content["rows"]):
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            output = str(Path(scratch) / "out")
+            output = str((given.keep or Path(scratch)) / f"{Path(given.model).name}-{given.scheme}-{effort}")
             line = [str(Path(sys.executable).parent / "roundel"), "quantize", given.model, "-o", output, "--scheme", given.scheme]
             line += ["--effort", effort, "--calibration", str(given.calibration), "--eval-data", str(given.heldout)]
             line += ["--eval-sequences", str(given.sequences), *options]
@@ -85,7 +87,7 @@ def main() -> None:
             plan = [line[0], "plan", *line[2:3], *line[5:], "--json", f"{scratch}/plan.json", "--quiet"]
             subprocess.run(plan, check=True)
             planned = {**read_json(Path(scratch) / "plan.json"), "took_seconds": time.monotonic() - began}
-            spent = run(line)
+            spent = run(line + (["--work", str(given.work)] if given.work else []))
             report = read_json(Path(output) / "roundel.json")
             kept = ("seconds", "total_seconds", "memory", "timed", "took_seconds")
             stages = {

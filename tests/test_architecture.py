@@ -12,6 +12,7 @@ RANKS = [
     ("errors", 0),
     ("settings", 0),
     ("allocator", 0),
+    ("processes", 1),
     ("linalg", 1),
     ("kernels", 2),
     ("types", 2),

@@ -8,7 +8,8 @@
     |  |- FactorsError       a factors directory that is damaged, of another model or of other settings
     |  `- OutputError        the place to write to
     |- NumericalError      a factor or gradient that no fall-back could repair; exit code 3
-    `- StorageError        the disk refused (full, read-only); exit code 4
+    |- StorageError        the disk refused (full, read-only); exit code 4
+    `- ProcessesError      another process of the same job has ended; exit code 5
 
 A message says what was given, what was expected and what to try. The name of a layer is added once, by `in_layer`.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "ModelError",
     "NumericalError",
     "OutputError",
+    "ProcessesError",
     "RoundelError",
     "SchemeError",
     "StorageError",
@@ -79,6 +81,12 @@ class StorageError(RoundelError):
     """The disk refused to take the data."""
 
     exit_code = 4
+
+
+class ProcessesError(RoundelError):
+    """Another process of the same job has ended, or was never there."""
+
+    exit_code = 5
 
 
 @contextmanager

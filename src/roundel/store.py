@@ -20,9 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roundel import processes
 from roundel.errors import OutputError, StorageError
 
-__all__ = ["check_output", "copy_files", "staged_directory", "staged_file", "storage", "umask", "write_json", "write_shards", "write_text"]
+__all__ = [
+    "check_output",
+    "common",
+    "copy_files",
+    "staged_directory",
+    "staged_file",
+    "storage",
+    "umask",
+    "write_json",
+    "write_shards",
+    "write_text",
+]
 
 SHARD_BYTES = 2 * 1024**3
 TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -62,25 +74,45 @@ def storage(path: Path, doing: str = "writing") -> Iterator[None]:
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends well and vanishes when it does not.
+    """A directory to fill, which becomes `target` when the block ends well and vanishes when it does not; one for all processes.
 
     Raises:
         OutputError: as `check_output`.
         StorageError: it cannot be made or renamed.
     """
     check_output(target)
-    parent = target.absolute().parent
-    with storage(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+
+    def made() -> str:
+        parent = target.absolute().parent
+        with storage(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent)
+
+    staging = common(Path(processes.from_first(made)))
     try:
         yield staging
-        with storage(target):
-            staging.chmod(0o777 & ~umask())
-            os.replace(staging, target)
+        processes.wait()
+        if processes.first():
+            with storage(target):
+                staging.chmod(0o777 & ~umask())
+                os.replace(staging, target)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def common(directory: Path) -> Path:
+    """A directory that the first process has made, and that others must see.
+
+    Raises:
+        StorageError: they do not.
+    """
+    if not directory.is_dir():
+        raise StorageError(
+            f"{directory} of the first process is not here: all processes need the output, and --work, on a file system that they share"
+        )
+    return directory
 
 
 @contextmanager
@@ -108,12 +140,14 @@ def umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes an indented JSON file atomically."""
+    """Writes an indented JSON file atomically, as `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
+    """Writes a file atomically; of several processes the first does."""
+    if not processes.first():
+        return
     with staged_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -184,27 +184,14 @@ def test_windows_of_layers_join_to_the_whole(collect, tmp_path) -> None:
     assert_same(whole, tmp_path / "joined")
 
 
-EXACT = """
-import importlib
-from contextlib import nullcontext
-importlib.import_module("roundel.curvature.collect").fast_products = lambda _device: nullcontext()
-importlib.import_module("roundel.sweeps.gradients").fast = lambda call: call
-from roundel.commands.app import main
-main()
-"""
-"""Without products in bfloat16, whose rounding turns last bits of the pass before into differences of `2^-9`."""
-
-
-@pytest.mark.usefixtures("exact")
 def test_two_processes_equal_one(collect, model, text, tmp_path) -> None:
-    (tmp_path / "exact.py").write_text(EXACT)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "exact.py", "collect", model()]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "roundel", "collect", model()]
     line += ["-o", tmp_path / "two", "--calibration", text, *options(ENOUGH), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run([str(part) for part in line], check=False, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     one = collect("one", **ENOUGH)
-    assert_same(one, tmp_path / "two", exactly=False)
+    assert_same(one, tmp_path / "two")
     headers = [FactorsDirectory.open(directory).header for directory in (one, tmp_path / "two")]
     assert headers[0] == headers[1]
     assert (headers[0].curvature, len(headers[0].sequence_ids)) == ("auto", 56)
@@ -253,7 +240,7 @@ def test_half_of_the_space(collect, model, quantize, tmp_path) -> None:
     }
     found[tmp_path] = quantize(model(), tmp_path / "direct", scheme="int3-g32", curvature="pilot", factor_type="bfloat16").report.kl_mean
     for kl in found.values():
-        assert kl == pytest.approx(found[whole], rel=0.1)
+        assert kl == pytest.approx(found[whole], rel=0.2)
     with pytest.raises(FactorsError, match="differ in factor_type"):
         collect("half", curvature="pilot", resume=True)
 

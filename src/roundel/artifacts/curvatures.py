@@ -1,4 +1,7 @@
-"""What a linear is rounded with, on disk, one file for each group of decoder layers, until the group is rounded.
+"""What a linear is rounded with, on disk, for each group of decoder layers, until the group is rounded.
+
+    0007-00.safetensors, 0007-01.safetensors    matrices of some of the group's linears
+    0007.safetensors                            all else that is known of them, and which of these files has them: the group is finished
 
 Of symmetric factors only the lower triangle is written. A file is there whole or not at all.
 """
@@ -6,7 +9,7 @@ Of symmetric factors only the lower triangle is written. A file is there whole o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,32 +46,45 @@ class Curvatures:
     factor_type: str = "float32"
     """Of the matrices on the disk; read back they are float32."""
 
-    def file(self, index: int) -> Path:
-        """Of a group of layers."""
-        return self.path / f"{index:04d}.safetensors"
+    def file(self, index: int, portion: int | None = None) -> Path:
+        """Of a group of layers, or of matrices of some of its linears."""
+        return self.path / (f"{index:04d}.safetensors" if portion is None else f"{index:04d}-{portion:02d}.safetensors")
 
     def has(self, index: int) -> bool:
         """Whether the group is finished."""
         return self.file(index).is_file()
 
-    def save(self, index: int, linears: Mapping[str, LinearCurvature], skipped: Mapping[str, str]) -> None:
-        """Writes a group; `skipped`: linears that cannot be rounded, and why.
+    def put(self, index: int, portion: int, linears: Mapping[str, LinearCurvature]) -> dict[str, Any]:
+        """Writes the matrices of some linears of a group; returns their notes, for `save`.
 
         Raises:
             StorageError: the disk refuses.
         """
         tensors: dict[str, Tensor] = {}
-        notes: dict[str, Any] = {"skipped": dict(skipped), "linears": {}}
+        notes: dict[str, Any] = {}
         for name, own in linears.items():
             groups = own.factors.row_groups()
             for place, (_, group) in enumerate(groups):
                 for side, H in (("H_out", group.H_out), ("H_in", group.H_in)):
                     tensors[f"{name}/{place}/{side}"] = pack_lower(H.to(getattr(torch, self.factor_type)))
-            notes["linears"][name] = {"scales": [group.scale for _, group in groups], "damping": own.damping, "row": dict(own.row)}
+            scales = [group.scale for _, group in groups]
+            notes[name] = {"scales": scales, "damping": own.damping, "row": dict(own.row), "portion": portion}
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with staged_file(self.file(index, portion)) as temporary:
+            save_file(tensors, temporary)
+        return notes
+
+    def save(self, index: int, notes: Mapping[str, Any], skipped: Mapping[str, str]) -> None:
+        """All linears of a group have been `put`; `skipped`: those that cannot be rounded, and why.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with staged_file(self.file(index)) as temporary:
-            save_file(tensors, temporary, metadata={"roundel": json.dumps(notes)})
+            save_file({}, temporary, metadata={"roundel": json.dumps({"skipped": dict(skipped), "linears": dict(notes)})})
 
     def notes(self, index: int) -> dict[str, Any]:
         """What is known of a group beside its matrices: `linears` with their rows, and `skipped`.
@@ -83,16 +99,17 @@ class Curvatures:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(index, error) from error
 
-    def load(self, index: int) -> dict[str, LinearCurvature]:
-        """A group's.
+    def load(self, index: int, names: Sequence[str] | None = None) -> dict[str, LinearCurvature]:
+        """A group's, or that of some of its linears.
 
         Raises:
-            StorageError: the file is damaged.
+            StorageError: a file is damaged.
         """
-        notes, found = self.notes(index), {}
+        notes, found = self.notes(index)["linears"], {}
         try:
-            with safe_open(self.file(index), framework="pt") as stored:
-                for name, own in notes["linears"].items():
+            for name in notes if names is None else names:
+                own = notes[name]
+                with safe_open(self.file(index, own["portion"]), framework="pt") as stored:
                     groups = [
                         KroneckerFactors(
                             H_out=symmetric_of(stored.get_tensor(f"{name}/{place}/H_out")),
@@ -101,18 +118,19 @@ class Curvatures:
                         )
                         for place, scale in enumerate(own["scales"])
                     ]
-                    found[name] = LinearCurvature(
-                        factors=groups[0] if len(groups) == 1 else GroupedFactors(groups=tuple(groups)),
-                        damping=float(own["damping"]),
-                        row=own["row"],
-                    )
+                found[name] = LinearCurvature(
+                    factors=groups[0] if len(groups) == 1 else GroupedFactors(groups=tuple(groups)),
+                    damping=float(own["damping"]),
+                    row=own["row"],
+                )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(index, error) from error
         return found
 
     def remove(self, index: int) -> None:
         """A group that is not needed any more."""
-        self.file(index).unlink(missing_ok=True)
+        for path in [self.file(index), *self.path.glob(f"{index:04d}-*.safetensors")]:
+            path.unlink(missing_ok=True)
 
     def _damaged(self, index: int, error: Exception) -> StorageError:
         return StorageError(f"{self.file(index)} cannot be read ({error}); remove the work directory and start again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from roundel import processes
 from roundel.errors import SchemeError
 
 __all__ = ["memory_budget"]
@@ -16,13 +17,13 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def memory_budget(given: str | int | None) -> int:
-    """Bytes.
+    """Bytes that each process may use; of what is free each that shares this machine has its part.
 
     Raises:
         SchemeError: it is no size.
     """
     if given is None:
-        return int(SHARE * _available())
+        return int(SHARE * _available()) // processes.on_this_machine()
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(given).strip(), re.IGNORECASE)
     if found is None or float(found[1]) <= 0:
         raise SchemeError(f"memory {given!r}: expected a size such as 8G or 500M")

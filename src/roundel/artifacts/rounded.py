@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roundel import processes
 from roundel.errors import SchemeError, StorageError
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
@@ -23,7 +24,7 @@ from roundel.rotation import Rotation
 from roundel.store import staged_file, storage
 from roundel.types import RoundedWeight
 
-__all__ = ["RoundedFiles"]
+__all__ = ["RoundedFiles", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,23 @@ class RoundedFiles(Mapping[str, RoundedWeight]):
 
     def _damaged(self, index: int, error: Exception) -> StorageError:
         return StorageError(f"{self._file(index)} cannot be read ({error}); remove the work directory and start again")
+
+
+def shared(
+    weights: Mapping[str, RoundedWeight], rows: Mapping[str, dict[str, Any]]
+) -> tuple[dict[str, RoundedWeight], dict[str, dict[str, Any]]]:
+    """Rounded weights and their rows of all processes, by names of which no two have the same."""
+    if processes.world() == 1:
+        return dict(weights), dict(rows)
+    tensors = {f"{name}/{part}": t for name, weight in weights.items() for part, t in _parts(weight).items()}
+    notes = {name: {"row": rows[name], "scheme": weight.scheme, "shape": list(weight.shape)} for name, weight in weights.items()}
+    found, known = processes.exchanged(tensors, notes)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in known}
+    for key, tensor in found.items():
+        name, _, part = key.rpartition("/")
+        parts[name][part] = tensor
+    everything = {name: _weight(parts[name], own["scheme"], (own["shape"][0], own["shape"][1])) for name, own in known.items()}
+    return everything, {name: own["row"] for name, own in known.items()}
 
 
 def _parts(weight: RoundedWeight) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from roundel import processes
 from roundel.allocator import keep_no_large_blocks
 from roundel.artifacts.work import Work
 from roundel.errors import ModelError
@@ -95,7 +96,14 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
 
     Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run.
     """
-    path = origin = locate(name)
+    folder = processes.named("converted")
+    with processes.in_turn():  # the first may have to fetch or to decode it
+        return _loaded(name, recipe, device, dtype, folder, work)
+
+
+def _loaded(name: str, recipe: Recipe, device: str, dtype: str, folder: str, work: Work | None) -> Source:
+    origin = locate(name)
+    path = origin
     if (method := quantization_of(path)) is not None:
         path = decoded(path, method, work.path if work is not None else Path(scratch()))
     checkpoint, form = Checkpoint.open(path), recipe.written_format()
@@ -108,7 +116,7 @@ def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Wor
     weights: FileWeights | None = None
     if work is not None and recipe.rotate != "fused" and parameter_bytes(path, kind) > work.memory // 2:
         keep_no_large_blocks()
-        model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / "converted")
+        model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / folder)
     else:
         model = load_model(path, device=place, dtype=kind)
     parameters, fusion = sum(p.numel() for p in model.parameters()), None

@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from roundel import processes
 from roundel.artifacts.memory import memory_budget
 from roundel.errors import StorageError
-from roundel.store import storage, write_json
+from roundel.store import common, storage, write_json
 from roundel.sweeps import HiddenStore
 
 __all__ = ["Work", "open_work", "readable"]
@@ -70,7 +71,7 @@ class Work:
         Raises:
             StorageError: it does.
         """
-        if not self.kept:
+        if not self.kept or not processes.first():
             return
         job, known = self.path / "job.json", None
         if job.exists():
@@ -106,16 +107,27 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
         SchemeError: `memory` is no size.
     """
     budget = memory_budget(memory)
-    hidden = min(budget, HIDDEN) if memory is None else budget
+    hidden = min(budget // 4, HIDDEN) if memory is None else budget // 4
     if path is None:
-        parent = beside.absolute().parent
-        with storage(parent):
-            parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{beside.name}.work-", dir=parent))
+
+        def made() -> str:
+            parent = beside.absolute().parent
+            with storage(parent):
+                parent.mkdir(parents=True, exist_ok=True)
+                return tempfile.mkdtemp(prefix=f".{beside.name}.work-", dir=parent)
+
+        temporary = common(Path(processes.from_first(made)))
         try:
             yield Work(path=temporary, kept=False, memory=budget, hidden=hidden)
+            processes.wait()
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if processes.first():
+                shutil.rmtree(temporary, ignore_errors=True)
+        return
+    if not processes.first():
+        processes.wait()
+        yield Work(path=common(path), kept=True, memory=budget, hidden=hidden)
+        processes.wait()
         return
     with storage(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -125,6 +137,8 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError(f"another process is at work in {path}; wait for it, or give another directory for --work") from error
+        processes.wait()
         yield Work(path=path, kept=True, memory=budget, hidden=hidden)
+        processes.wait()
     finally:
         os.close(lock)

@@ -1,16 +1,18 @@
 """The program `roundel`. Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done; 2 something given cannot work; 3 numbers beyond repair; 4 the disk refused; 130 interrupted; 143
-terminated; 1 anything unforeseen.
+Exit codes: 0 done; 2 something given cannot work; 3 numbers beyond repair; 4 the disk refused; 5 another process of the job has ended; 130
+interrupted; 143 terminated; 1 anything unforeseen.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import signal
 import sys
+import traceback
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -20,7 +22,7 @@ from roundel.commands.line.factors import collect, imatrix, inspect, merge
 from roundel.commands.line.measure import bench, compare, evaluate
 from roundel.commands.line.plan import plan
 from roundel.commands.line.quantize import export, quantize, tune
-from roundel.errors import RoundelError
+from roundel.errors import RoundelError, SchemeError
 
 __all__ = ["app", "main"]
 
@@ -43,8 +45,12 @@ def _root(
         raise typer.Exit
 
 
+SEVERAL = ("quantize", "collect", "evaluate", "tune")
+"""Commands that several processes can share."""
+
+
 def main() -> None:
-    """The console script: one clear line for each foreseen error, and an exit code for it."""
+    """The console script: one clear line for each foreseen error, and an exit code for it; of several processes the first that stops."""
 
     def terminated(_signal: int, _frame: Any) -> None:
         raise SystemExit(143)  # unwinds, so that half-written output is removed
@@ -53,12 +59,35 @@ def main() -> None:
     keep_freed_memory()
     # torch 2.11 on a GPU, in the thread of a backward pass; it then does what it should
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
+    several, errors = int(os.environ.get("WORLD_SIZE", "1")) > 1, sys.stderr
+    if several and os.environ.get("RANK") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process lives)
     try:
+        if several and sys.argv[1:2] and not sys.argv[1].startswith("-") and sys.argv[1] not in SEVERAL:
+            raise SchemeError(f"{sys.argv[1]} runs in one process; torchrun is for {', '.join(SEVERAL)}")
         app()  # ends in SystemExit: 0, 2 for wrong usage, 130 for Ctrl-C
     except RoundelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", errors)
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == 130:
-            print("interrupted; nothing was left behind", file=sys.stderr)
+            _say("interrupted; nothing was left behind", errors)
+        elif ended.code == 143 and several:
+            _say("error: told to stop: another process of this job has ended, or the job was; --work goes on from what is finished", errors)
         raise
+    except Exception:
+        if not several:
+            raise
+        _say(traceback.format_exc(), errors)
+        sys.exit(1)
+
+
+def _say(message: str, stream: TextIO) -> None:
+    """Tells why this process ends, which nothing interrupts from here on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from roundel.processes import first_to_say
+
+        if not first_to_say():
+            return
+    print(message, file=stream, flush=True)

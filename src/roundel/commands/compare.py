@@ -30,7 +30,7 @@ from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import Work, open_work
 from roundel.calibration import Fingerprint, Split, data_hash
 from roundel.curvature import Estimator, Sketch, parse_curvature
-from roundel.curvature.collect import Measured, collect_visit, factors_of, passes, segments
+from roundel.curvature.collect import Measured, collect_visit, factors_of, passes, runs_of
 from roundel.curvature.diagnose import Diagnosis, diagnose, total
 from roundel.errors import OutputError, SchemeError
 from roundel.evaluate import compare_models
@@ -42,8 +42,8 @@ from roundel.progress import Progress, Silent
 from roundel.recipes import GPTQ, NEAREST, Recipe
 from roundel.rounding.round import dequantized
 from roundel.settings import ABLATION
-from roundel.stages.curvature import Measured as Settled
-from roundel.stages.curvature import measured_in, settle
+from roundel.stages.curvature import Measured as Collected
+from roundel.stages.curvature import Settled, measured_in, settle
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
 from roundel.stages.rounding import round_model
@@ -288,11 +288,13 @@ class _Rounding:
         began = time.monotonic()
         own = {name: copy.deepcopy(sketch) for name, sketch in sketches.items() if name in self.source.linears}  # others join the sums
         if own:
-            settled = settle(visit, self.recipe, self.source, own, *rows, batch_size)
-            Curvatures(path=self.work.curvature).save(visit.index, *settled)
+            curvatures, found = Curvatures(path=self.work.curvature), Settled()
+            settle(visit, self.recipe, self.source, own, *rows, batch_size, found)
+            found.put(curvatures, visit.index, 0)
+            found.finish(curvatures, visit.index)
         self.seconds += time.monotonic() - began
 
-    def measured(self, notes: Notes) -> Settled:
+    def measured(self, notes: Notes) -> Collected:
         """Of all visits."""
         return measured_in(Curvatures(path=self.work.curvature), self.source, notes)
 
@@ -349,11 +351,8 @@ def _bits(source: Source, layers: Mapping[str, dict[str, Any]]) -> float:
 
 def _safe_batch(source: Source, tokens: TokenBatch, estimators: Iterable[Estimator], wanted: int) -> int:
     """`wanted`, if batches of all the sizes that occur give the same bits as single sequences; else 1."""
-    for rows in (*segments(len(tokens), estimators), range(len(tokens))):
-        found = safe_batch_size(source.layers, source.linears, tokens.select(rows), batch_size=wanted, quickly=True)
-        if found < min(wanted, len(rows)):
-            return 1
-    return wanted
+    parts = [*map(len, runs_of(len(tokens), estimators)), len(tokens)]
+    return safe_batch_size(source.layers, source.linears, tokens, batch_size=wanted, parts=parts, quickly=True)
 
 
 def _diagnosed(source: Source, factors: dict[str, dict[str, Factors]], split: Split, recipe: Recipe, notes: Notes) -> dict[str, Diagnosis]:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from roundel import processes
 from roundel.artifacts.checkpoints import load_written
 from roundel.artifacts.source import positions
 from roundel.calibration import Fingerprint, data_hash, opening_of, set_opening
@@ -60,6 +61,7 @@ class Evaluation:
     details: dict[str, Any]
 
 
+@processes.together
 def evaluate(
     model: str | Path,
     *,
@@ -153,14 +155,18 @@ def evaluate(
     if joined:
         batch = batch_size or default_batch(span)
         details["windowed_perplexity"] = {
-            named: _perplexities(ours, theirs.model, tokens, batch, progress) for named, tokens in joined.items()
+            named: processes.from_first(lambda tokens=tokens: _perplexities(ours, theirs.model, tokens, batch, progress))  # type: ignore[misc]
+            for named, tokens in joined.items()
         }
     if opened:
         together = batch_size or TASK_BATCH
         with progress.stage("tasks", len(opened)) as advance:
             details["tasks"] = {}
             for name, (task, examples) in opened.items():
-                results = task_results(task, (ours, theirs.model), tokenizer, limit=task_limit, batch_size=together)
+                both = (ours, theirs.model)
+                results = processes.from_first(
+                    lambda task=task, both=both: task_results(task, both, tokenizer, limit=task_limit, batch_size=together)  # type: ignore[misc]
+                )
                 details["tasks"][name] = {**results, "shots_from": examples}
                 advance(1)
         details["task_data"] = None if task_data is None else str(task_data)

@@ -8,31 +8,30 @@ backward pass is shared by a batch; whether this machine's kernels give a batch 
 one is *checked* (`sweeps.safe_batch_size`), and if they do not, sequences go one by one. So the batch size changes speed and
 memory, never a result.
 
+Sums are those of runs of sequences, added up in their order, which several processes can share (`roundel.processes`).
+
 Cost: one forward pass for all, one forward and backward pass to the inputs (no weight gradients) for each of the estimators' passes, and
-their sums.
+their sums, of which a second set is added up.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 import time
-from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from roundel import processes
 from roundel.curvature.sketches import Estimator, Sketch
 from roundel.linalg.fast import fast_products
 from roundel.sweeps import HiddenStore, Layers, Visit, gradient_visits
 from roundel.sweeps.gradients import batches
-from roundel.types import Factors, KroneckerFactors, LayerGrad, LayerInput, TokenBatch
+from roundel.types import Factors, KroneckerFactors, LayerGrad, TokenBatch
 
 __all__ = [
     "Measured",
@@ -47,7 +46,7 @@ __all__ = [
     "pilot_first",
     "predicted_kl",
     "prediction_of",
-    "segments",
+    "runs_of",
 ]
 
 Advance = Callable[[int], None]
@@ -130,87 +129,101 @@ def collect_visit(
     *,
     batch_size: int,
     device: torch.device,
-    each_pass: Callable[[dict[str, Sketch]], None] = lambda _sketches: None,
+    names: Sequence[str] | None = None,
     fast: bool = False,
 ) -> dict[str, Measured]:
-    """Sums of the linears of one visit, for each estimator, by label.
+    """Sums of the linears of one visit, for each estimator, by label, one estimator after the other.
+
+    Of several processes each takes its runs of the sequences (`processes.runs`), and all have the sums of all.
 
     Args:
         visit: The group of layers.
         linears: All modules by name.
         estimators: By label; all see the same gradients.
         parts: The sequences of each pass, for each label.
-        batch_size: Sequences together; batches do not cross a point where an estimator begins or stops in any pass (`segments`).
+        batch_size: Sequences together; batches do not cross the end of a run.
         device: Where the sums are.
-        each_pass: Called with the sums of a pass that has seen all of its sequences, before its factors are used: to add other processes'.
+        names: Those linears only.
         fast: Whether products of the sums may round their factors to bfloat16, where the CPU has units for it (`linalg.fast`): an error
             of 2^-9 that is independent from entry to entry and far below the sampling error of any number of sequences.
     """
-    found = {label: Measured() for label in estimators}
-    cuts = sorted({edge for own in parts.values() for rows in own if rows for edge in (rows[0], rows[-1] + 1)})
-    active, index = dict(estimators), 0
-    while active:
-        for label, estimator in active.items():
-            measured = found[label]
-            measured.sketches = {
-                name: estimator.sketch(
-                    linears[name].out_features, linears[name].in_features, device, index=index, previous=measured.previous.get(name)
-                )
-                for name in visit.names
-            }
-        rows = {label: parts[label][index] for label in active}
-        seconds = _one_pass(visit, {label: (found[label].sketches, set(rows[label])) for label in active}, cuts, batch_size, device, fast)
-        for label, estimator in list(active.items()):
-            measured = found[label]
-            for sketch in measured.sketches.values():
-                sketch.finish()
-            each_pass(measured.sketches)
-            measured.passes += 1
-            measured.seconds += seconds[label]
-            measured.state_bytes = max(measured.state_bytes, _bytes(measured.sketches, measured.previous))
-            if index + 1 == estimator.passes or all(estimator.converged(sketch) for sketch in measured.sketches.values()):
-                for sketch in measured.sketches.values():
-                    sketch.index = estimator.passes - 1  # the passes that are left would change nothing
-                del active[label]
-            else:
-                kept = factors_of(measured.sketches)
-                measured.previous = {name: own for name, own in kept.items() if isinstance(own, KroneckerFactors)}
-        index += 1
-    return found
+    wanted = {name: linears[name] for name in (visit.names if names is None else names)}
+    return {
+        label: _collected(visit, wanted, estimator, parts[label], batch_size=batch_size, device=device, fast=fast)
+        for label, estimator in estimators.items()
+    }
 
 
-def _one_pass(
+def _collected(
     visit: Visit,
-    wanted: Mapping[str, tuple[Mapping[str, Sketch], set[int]]],
-    cuts: Sequence[int],
+    linears: Mapping[str, nn.Linear],
+    estimator: Estimator,
+    parts: Sequence[Sequence[int]],
+    *,
     batch_size: int,
     device: torch.device,
     fast: bool,
-) -> dict[str, float]:
-    """Feeds all sketches with their sequences; returns the seconds that each label would have taken alone."""
-    own = dict.fromkeys(wanted, 0.0)
-    inputs: WeakKeyDictionary[LayerInput, dict[str, LayerInput]] = WeakKeyDictionary()
-    labels: list[str] = []
+) -> Measured:
+    measured, began = Measured(), _now(device)
+    for index in range(estimator.passes):
+        measured.sketches = {
+            name: estimator.sketch(linear.out_features, linear.in_features, device, index=index, previous=measured.previous.get(name))
+            for name, linear in linears.items()
+        }
+        _one_pass(visit, measured.sketches, processes.runs(parts[index], estimator.together), batch_size, device, fast)
+        measured.passes += 1
+        measured.state_bytes = max(measured.state_bytes, _bytes(measured.sketches, measured.previous))
+        if index + 1 == estimator.passes or all(estimator.converged(sketch) for sketch in measured.sketches.values()):
+            break
+        kept = factors_of(measured.sketches)
+        measured.previous = {name: own for name, own in kept.items() if isinstance(own, KroneckerFactors)}
+    for sketch in measured.sketches.values():
+        sketch.index = estimator.passes - 1  # the passes that are left would change nothing
+    measured.seconds = _now(device) - began
+    return measured
+
+
+def _one_pass(
+    visit: Visit, sketches: Mapping[str, Sketch], runs: Sequence[Sequence[int]], batch_size: int, device: torch.device, fast: bool
+) -> None:
+    """Feeds all sketches with all sequences."""
 
     def consume(name: str, grad: LayerGrad) -> None:
-        copies = inputs.setdefault(grad.input, {})
-        for label in labels:
-            began = _now(device)
-            # an input of its own: else the first to ask would pay for the Gram matrices of all
-            input = copies.setdefault(label, LayerInput(grad.input.x)) if len(wanted) > 1 else grad.input
+        if name in sketches:
             with fast_products(device) if fast else nullcontext():
-                wanted[label][0][name].update(dataclasses.replace(grad, input=input))
-            own[label] += _now(device) - began
+                sketches[name].update(grad)
 
-    began = _now(device)
-    everything = sorted(set[int]().union(*(rows for _, rows in wanted.values())))
-    members = {row: [label for label, (_, rows) in wanted.items() if row in rows] for row in everything}
-    for (_, now), run in itertools.groupby(everything, key=lambda row: (bisect(cuts, row), members[row])):
-        labels[:] = now
-        for rows in batches(list(run), batch_size):
+    def feed(number: int) -> None:
+        for rows in batches(runs[number], batch_size):
             visit.replay(rows, consume)
-    shared = _now(device) - began - sum(own.values())
-    return {label: own[label] + shared * len(rows) / max(1, len(everything)) for label, (_, rows) in wanted.items()}
+
+    for sketch in sketches.values():
+        sketch.prepare()
+    _add_runs(sketches, len(runs), feed)
+
+
+def _add_runs(sketches: Mapping[str, Sketch], count: int, feed: Callable[[int], None]) -> None:
+    """Adds to the sums what sketches are fed with in each of so many runs."""
+    sums = [total for sketch in sketches.values() for total in sketch.sums.values()]
+
+    def counts() -> Tensor:
+        return torch.tensor([[sketch.tokens, sketch.rows] for sketch in sketches.values()], dtype=torch.int64).view(-1, 2)
+
+    def part(number: int) -> list[Tensor]:
+        for total in sums:
+            total.zero_()
+        for sketch in sketches.values():
+            sketch.tokens = sketch.rows = 0
+        feed(number)
+        for sketch in sketches.values():
+            sketch.finish()
+        return [*sums, counts()]
+
+    *totals, seen = processes.summed([*(total.clone() for total in sums), counts()], count, part)
+    for own, total in zip(sums, totals, strict=True):
+        own.copy_(total)
+    for sketch, (tokens, rows) in zip(sketches.values(), seen.tolist(), strict=True):
+        sketch.tokens, sketch.rows = tokens, rows
 
 
 def _now(device: torch.device) -> float:
@@ -241,8 +254,7 @@ def collect_together(
 ) -> dict[str, Measured]:
     """What `collect` gives for each estimator, by label, over one stream of gradients.
 
-    An estimator that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones. A Gram matrix of inputs that two
-    estimators need is formed for each, so that `seconds` are what each would have taken alone.
+    An estimator that leaves sequences out to choose by (`Estimator.held_out`) does not see the last ones.
     """
     ends = {label: len(tokens) - estimator.held_out(len(tokens)) for label, estimator in estimators.items()}
     parts = {label: passes(estimator, ends[label]) for label, estimator in estimators.items()}
@@ -256,13 +268,14 @@ def collect_together(
     return found
 
 
-def segments(count: int, estimators: Iterable[Estimator]) -> list[range]:
-    """So many sequences, cut where an estimator's pilot ends or where it stops; batches are made within each part."""
-    cuts = {0, count}
+def runs_of(count: int, estimators: Iterable[Estimator]) -> list[Sequence[int]]:
+    """All runs of so many sequences that estimators go through, within which batches are made."""
+    found: list[Sequence[int]] = []
     for estimator in estimators:
         end = count - estimator.held_out(count)
-        cuts |= {end, estimator.pilot(end)}
-    return [range(start, stop) for start, stop in itertools.pairwise(sorted(cuts))]
+        for rows in [*passes(estimator, end), range(end, count)]:
+            found += [run for run in processes.runs(rows, estimator.together) if len(run)]
+    return found
 
 
 def passes(estimator: Estimator, count: int) -> list[Sequence[int]]:
@@ -313,6 +326,7 @@ def inner_products(
     wanted = list(visit.names if names is None else names)
     inner = {label: {name: torch.zeros(len(rows), dtype=torch.float64) for name in wanted} for label in errors}
     known = {(label, name): error(name) for label, error in errors.items() for name in wanted}
+    runs, places = processes.runs(rows), {row: place for place, row in enumerate(rows)}
     start = 0
 
     def consume(name: str, grad: LayerGrad) -> None:
@@ -326,9 +340,16 @@ def inner_products(
                 E = known[label, name].to(G.device)
                 inner[label][name][start + sequence] = (G * E).sum(dtype=torch.float64).item()
 
-    for part in batches(rows, batch_size):
-        visit.replay(part, consume)
-        start += len(part)
+    def feed(number: int) -> None:
+        nonlocal start
+        for part in batches(runs[number], batch_size):
+            start = places[part[0]]
+            visit.replay(part, consume)
+
+    _add_runs(sketches or {}, len(runs), feed)
+    for own in inner.values():
+        for values in own.values():
+            processes.merged(values)
     return inner
 
 
@@ -350,7 +371,8 @@ def inner_products_of(
     """
     found: dict[str, dict[str, Tensor]] = {label: {} for label in errors}
     store, labels = store or HiddenStore(memory=IN_MEMORY), "sampled" if labels == "data" else labels
-    for visit in gradient_visits(layers, linears, tokens, seed=seed, labels=labels, batch_size=batch_size, store=store, advance=advance):
+    everything, given = range(len(tokens)), {"seed": seed, "labels": labels, "batch_size": batch_size, "store": store, "advance": advance}
+    for visit in gradient_visits(layers, linears, tokens, rows=processes.own_rows(everything), **given):  # type: ignore[arg-type]
         for label, own in inner_products(visit, errors, range(len(tokens)), batch_size=batch_size).items():
             found[label] |= own
     return {label: {name: own[name] for name in linears} for label, own in found.items()}

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roundel import processes
 from roundel.errors import StorageError
 from roundel.evaluate.divergence import ModelLogits, Part
 from roundel.store import staged_directory, storage, write_json
@@ -130,6 +131,8 @@ class LogitCache:
             write_json(staging / "about.json", about)
 
     def _make_room(self, size: int, key: str) -> None:
+        if not processes.first():
+            return
         shutil.rmtree(self.path / key, ignore_errors=True)  # without about.json it is none of ours, or damaged
         if not self.path.is_dir():
             return

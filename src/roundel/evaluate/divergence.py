@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from roundel import processes
 from roundel.errors import ModelError
 from roundel.sweeps import Layers
 from roundel.types import TokenBatch
@@ -140,6 +141,19 @@ class Comparison:
         self._agreement.append(torch.cat([each[1] for each in found]))
         self._nll.append(torch.cat([each[2] for each in found], dim=1)[:, :-1])
 
+    def of_all(self, rows: Sequence[int]) -> Comparison:
+        """With the sequences of all processes in their order; `rows`: which of them these are."""
+        own = {f"{row} {kind}": values for kind, each in self._kinds().items() for row, values in zip(rows, each, strict=True)}
+        found, _ = processes.exchanged(own)
+        whole = Comparison()
+        for row in sorted({int(name.split()[0]) for name in found}):
+            for kind, values in whole._kinds().items():
+                values.append(found[f"{row} {kind}"])
+        return whole
+
+    def _kinds(self) -> dict[str, list[Tensor]]:
+        return {"kl": self._kl, "agreement": self._agreement, "nll": self._nll}
+
     def result(self) -> Divergence:
         """Of all sequences so far.
 
@@ -176,19 +190,19 @@ def compare_models(
     batch_size: int,
     advance: Callable[[int], None] = lambda _n: None,
 ) -> Divergence:
-    """Measures `KL(reference || model)` on `tokens`, both models in memory.
+    """Measures `KL(reference || model)` on `tokens`, both models in memory; several processes share the sequences.
 
     Raises:
         ModelError: the models' vocabularies differ, a logit is not finite, or a model has no decoder layers.
     """
     ours, theirs = (ModelLogits(each) if isinstance(each, nn.Module) else each for each in (model, reference))
     slices = next(each.layers for each in (ours, theirs) if hasattr(each, "layers")).slices(tokens.ids.shape[1])
-    found = Comparison()
-    for batch in tokens.split(batch_size):
+    found, rows = Comparison(), processes.own_rows(range(len(tokens)))
+    for batch in tokens.select(rows).split(batch_size):
         for ids, own, other in zip(batch.ids, ours.of(batch), theirs.of(batch), strict=True):
             found.add(ids, own, other, slices)
-        advance(len(batch))
-    return found.result()
+        advance(len(batch) * processes.world())
+    return found.of_all(rows).result()
 
 
 def _stderr(values: Tensor) -> float:

@@ -28,6 +28,7 @@ from roundel.linalg.fast import are_fast
 __all__ = ["add_gram", "add_product", "add_symmetric_product", "gram", "lower_product", "symmetrise"]
 
 LEAF = 256
+MIRROR = 256
 STRIP = {"cpu": 64, "cuda": 256}
 LEAF_FAST, STRIP_FAST = 1024, 512
 """Of products with bfloat16 factors."""
@@ -101,7 +102,12 @@ def gram(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
 
 def symmetrise(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The full symmetric matrix of which only the lower triangle is read."""
-    below = lower.tril(-1)
-    full = below + below.T
-    full.diagonal().copy_(lower.diagonal())
+    full = lower.clone()
+    for start in range(0, len(full), MIRROR):
+        stop = start + MIRROR
+        full[start:stop, stop:] = full[stop:, start:stop].T
+        square = full[start:stop, start:stop].tril(-1)
+        diagonal = full.diagonal()[start:stop].clone()
+        full[start:stop, start:stop] = square + square.T
+        full.diagonal()[start:stop] = diagonal
     return full

@@ -13,16 +13,24 @@ from torch import Tensor
 
 from roundel.errors import NumericalError
 
-__all__ = ["block_lower", "damped_ldl", "ldl"]
+__all__ = ["block_lower", "damped_cholesky", "damped_ldl", "ldl"]
+
+
+STRIP = 512
 
 
 def ldl(H: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]] | None:
     """`(L, D)` in float64, or None where `H` is not numerically positive definite."""
-    C, info = torch.linalg.cholesky_ex(H.double())
-    diagonal = C.diagonal().clone()
-    if info.item() != 0 or not torch.isfinite(diagonal).all():  # what is not finite in a row also is in its diagonal entry
+    if (C := _cholesky(H.double())) is None:
         return None
+    diagonal = C.diagonal().clone()
     return C.div_(diagonal), diagonal**2
+
+
+def _cholesky(H: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | None:
+    C, info = torch.linalg.cholesky_ex(H)
+    finite = torch.isfinite(C.diagonal()).all()  # what is not finite in a row also is in its diagonal entry
+    return C if info.item() == 0 and finite else None
 
 
 def block_lower(L: Float[Tensor, "d d"], block: int) -> Float[Tensor, "d d"]:
@@ -46,17 +54,33 @@ def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "
     Raises:
         NumericalError: `H` holds a value that is not finite, or stays indefinite with `lambda = 100`.
     """
+    damped, C, used = damped_cholesky(H, damping)
+    return damped, C.div_(C.diagonal().clone()), used
+
+
+def damped_cholesky(
+    H: Float[Tensor, "d d"], damping: float, dtype: torch.dtype = torch.float64
+) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"], float]:
+    """The same with the Cholesky factor. Memory: these two matrices, and nothing else of their size."""
     if not torch.isfinite(H).all():
         raise NumericalError("a curvature factor holds values that are not finite; try float32 (--dtype float32) or other calibration text")
-    wide = H.double()
-    H = (wide + wide.T).div_(2)
-    mean = H.diagonal().mean()
-    used = damping
+    damped = H.to(dtype, copy=True)
+    _average(damped)
+    diagonal = damped.diagonal().clone()
+    mean, used = diagonal.mean(), damping
     while used <= 100:
-        damped = H.clone()
-        damped.diagonal().add_(used * mean)
-        factor = ldl(damped)
-        if factor is not None:
-            return damped, factor[0], used
+        damped.diagonal().copy_(diagonal + used * mean)
+        if (factor := _cholesky(damped)) is not None:
+            return damped, factor, used
         used = max(used, 1e-6) * 10
     raise NumericalError(f"a curvature factor stays indefinite with damping {used / 10:g}; its mean diagonal is {mean.item():.3g}")
+
+
+def _average(H: Float[Tensor, "d d"]) -> None:
+    """The mean of `H` and its transpose, in its place."""
+    for start in range(0, len(H), STRIP):
+        rows = H[start : start + STRIP, start:]
+        columns = H[start:, start : start + STRIP]
+        mean = (rows + columns.T) / 2
+        rows.copy_(mean)
+        columns.copy_(mean.T)

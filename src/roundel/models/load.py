@@ -85,7 +85,7 @@ def model_type(model: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU.
+    """`auto` is the first GPU, of several processes on one machine each its own (`processes.join`), else the CPU.
 
     Raises:
         ModelError: torch does not know the device.

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.linalg.gram import add_product
-from roundel.linalg.ldl import damped_ldl
+from roundel.linalg.ldl import damped_cholesky
 from roundel.types import Factors, GroupedFactors
 
 __all__ = ["Moments", "Strengths"]
@@ -59,6 +59,8 @@ class Moments:
     """`sum xq xq^T`."""
     stream: dict[str, Tensor] = field(default_factory=dict)
     """`sum (r - rq) xq^T`, `(d_out, d_in)`, for those that are added to the stream, by name."""
+    _roots: dict[float, Tensor] = field(default_factory=dict)
+    """Cholesky factors of the damped `second`, once all tokens are there."""
 
     @classmethod
     def empty(cls, d_in: int, device: torch.device, added: Mapping[str, int]) -> Moments:
@@ -81,6 +83,10 @@ class Moments:
         for name, error in streams.items():
             add_product(self.stream[name], error, xq)
 
+    def sums(self) -> list[Tensor]:
+        """All of them."""
+        return [self.difference, self.second, *self.stream.values()]
+
     def targets(
         self, weights: Mapping[str, Float[Tensor, "d_out d_in"]], strengths: Mapping[str, Strengths]
     ) -> dict[str, Float[Tensor, "d_out d_in"]]:
@@ -89,16 +95,15 @@ class Moments:
         Raises:
             NumericalError: the moments are not finite.
         """
-        roots: dict[float, Tensor] = {}
         found = {}
         for name, W in weights.items():
             own = strengths[name]
-            if own.damping not in roots:
-                roots[own.damping] = torch.linalg.cholesky(damped_ldl(self.second, own.damping)[0])
+            if own.damping not in self._roots:
+                self._roots[own.damping] = damped_cholesky(self.second, own.damping)[1]
             wanted = own.prefix * (W.float() @ self.difference)
             if name in self.stream:
                 wanted += own.stream * self.stream[name]
-            found[name] = W.float() + torch.cholesky_solve(wanted.double().T, roots[own.damping]).T.float()
+            found[name] = W.float() + torch.cholesky_solve(wanted.double().T, self._roots[own.damping]).T.float()
         return found
 
     def met(self, factors: Factors) -> Factors:

@@ -19,14 +19,13 @@ def make_problem(W: Tensor, factors: KroneckerFactors, *, damping: float, dtype:
     Raises:
         NumericalError: a factor is not finite or cannot be made positive definite.
     """
-    H_out, L_out, used_out = damped_ldl(factors.H_out, damping)
-    H_in, L_in, used_in = damped_ldl(factors.H_in, damping)
+    H_out, L_out, used_out = _factorised(factors.H_out, damping, dtype)
+    H_in, L_in, used_in = _factorised(factors.H_in, damping, dtype)
     return RoundingProblem(
-        W=W.to(dtype),
-        H_out=H_out.to(dtype),
-        H_in=H_in.to(dtype),
-        L_out=L_out.to(dtype),
-        L_in=L_in.to(dtype),
-        scale=factors.scale,
-        damping=max(used_out, used_in),
+        W=W.to(dtype), H_out=H_out, H_in=H_in, L_out=L_out, L_in=L_in, scale=factors.scale, damping=max(used_out, used_in)
     )
+
+
+def _factorised(H: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    damped, L, used = damped_ldl(H, damping)
+    return damped.to(dtype), L.to(dtype), used

@@ -1,28 +1,22 @@
 """`collect`: curvature into a factors directory (`artifacts.factors`), for many quantizations of one model; and opening it again.
 
 A directory is collected in parts, by several processes, or resumed after the last finished group of layers; its sums add up to those of a
-single run. Under torchrun each process takes every n-th run of sequences through all layers, the sums of a group are added up in all of
-them, and only the first process writes.
+single run. Under torchrun each process takes some runs of the sequences through all layers (`roundel.processes`), and the first writes.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed
-
+from roundel import processes
 from roundel.artifacts import factors as factor_files
 from roundel.artifacts.factors import FactorsDirectory, Header
 from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import open_work
 from roundel.calibration import data_hash
-from roundel.curvature import Sketch, parse_curvature
+from roundel.curvature import parse_curvature
 from roundel.curvature.collect import collect_visit, passes
 from roundel.errors import DataError, SchemeError
 from roundel.grids import Grid, parse_scheme
@@ -31,7 +25,7 @@ from roundel.recipes import Recipe
 from roundel.stages.curvature import check_model
 from roundel.stages.notes import Notes
 from roundel.stages.text import check_vocabulary, default_batch, evaluation_tokens, split_text
-from roundel.store import check_output
+from roundel.store import check_output, common
 from roundel.sweeps import gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import steps
 from roundel.types import Factors, TokenBatch
@@ -39,6 +33,7 @@ from roundel.types import Factors, TokenBatch
 __all__ = ["OpenFactors", "collect_factors", "open_factors"]
 
 
+@processes.together
 def collect_factors(
     model: str | Path,
     *,
@@ -74,10 +69,9 @@ def collect_factors(
         RoundelError: see `roundel.errors`.
     """
     recipe, target = Recipe.of(**{**settings, "scheme": "int8-channel"}), Path(output)
-    rank, world = _processes()
-    progress = progress if progress is not None and rank == 0 else Silent()
-    going_on = resume and (target / "header.json").exists()
-    if not going_on and rank == 0:
+    progress = progress or Silent()
+    going_on = processes.from_first(lambda: resume and (target / "header.json").exists())
+    if not going_on and processes.first():
         check_output(target)
     with open_work(None, beside=target, memory=memory) as work:
         source = load_source(str(model), recipe, device, dtype, work=work)
@@ -108,47 +102,49 @@ def collect_factors(
             factor_type=recipe.factor_type,
             layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         )
-        directory = FactorsDirectory(path=target, header=header, files={})
-        if going_on:
-            directory = FactorsDirectory.open(target)
-            directory.header.check_same(header)
-            if directory.complete:
-                return directory.header
-        elif rank == 0:
-            directory = FactorsDirectory.create(target, header)
+        if processes.first():
+            directory = FactorsDirectory.open(target) if going_on else FactorsDirectory.create(target, header)
+        processes.wait()
+        if not processes.first():
+            directory = FactorsDirectory.open(common(target))
+        directory.header.check_same(header)
+        if directory.complete:
+            return directory.header
+        indices = range(len(source.layers) + 1)
+        finished = [index for index in indices if all(name in directory.files for name in _names(source, linears, index))]
+        processes.wait()  # nobody writes before all have looked
         parts = [range(pilot), *[range(pilot, len(tokens))] * (estimator.passes - 1)] if pilot else passes(estimator, len(tokens))
-        shares = [_share(rows, estimator.together, rank, world) for rows in parts]
-        mine = sorted({row for rows in shares for row in rows})
-        places = {row: place for place, row in enumerate(mine)}
-        own, rows = tokens.select(mine), [[places[row] for row in share] for share in shares]
+        own = sorted({row for rows in parts for row in processes.own_rows(rows, estimator.together)})
+        together = [len(run) for rows in parts for run in processes.runs(rows, estimator.together)]
         wanted = batch_size or default_batch(source.length)
-        batch = safe_batch_size(source.layers, linears, own, batch_size=wanted, parts=[*map(len, rows), len(own)], quickly=True)
-        with _joined(world), progress.stage("curvature", steps(source.layers, linears) * len(own)) as advance:
+        batch = safe_batch_size(source.layers, linears, tokens, batch_size=wanted, parts=[*together, len(own)], quickly=True)
+        with progress.stage("curvature", steps(source.layers, linears) * len(own)) as advance:
             visits = gradient_visits(
                 source.layers,
                 linears,
-                own,
+                tokens,
                 seed=recipe.seed,
                 labels=recipe.labels,
                 batch_size=batch,
                 store=work.store("collect"),
                 advance=advance,
-                finished=lambda index: all(name in directory.files for name in _names(source, linears, index)),
+                finished=finished.__contains__,
                 quickly=True,
+                rows=own,
             )
             for visit in visits:
                 measured = collect_visit(
                     visit,
                     source.linears,
                     {"": estimator},
-                    {"": rows},
+                    {"": parts},
                     batch_size=batch,
                     device=source.layers.device,
                     fast=True,
-                    each_pass=lambda sketches: _add_processes(sketches, world),
                 )[""]
-                if rank == 0:
+                if processes.first():
                     directory.save(visit.index, measured.sketches, measured.previous)
+                processes.wait()
     return header
 
 
@@ -213,49 +209,6 @@ def open_factors(
     return OpenFactors(header=header, recipe=recipe, grid=grid, source=source, factors=stored.factors(), heldout=heldout)
 
 
-def _share(rows: Sequence[int], together: int, rank: int, world: int) -> list[int]:
-    """The sequences of one of `world` processes: every `world`-th run of `together`."""
-    return [
-        rows[place]
-        for start in range(rank * together, len(rows), world * together)
-        for place in range(start, min(start + together, len(rows)))
-    ]
-
-
 def _layer_of(name: str) -> int:
     """Index of the decoder layer in a module's name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), -1)
-
-
-def _processes() -> tuple[int, int]:
-    """This process's rank and the number of processes that torchrun started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), world) if world > 1 else (0, 1)
-
-
-@contextmanager
-def _joined(world: int) -> Iterator[None]:
-    """The processes connected for as long as it lasts.
-
-    gloo sometimes aborts a process that exits with its group open, upon which torchrun ends the first process, that may still be writing.
-    """
-    own = world > 1 and not distributed.is_initialized()
-    if own:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        if own:
-            distributed.destroy_process_group()
-
-
-def _add_processes(sketches: dict[str, Sketch], world: int) -> None:
-    """Adds up the sums of all processes, in each of them."""
-    if world == 1:
-        return
-    for sketch in sketches.values():
-        for total in sketch.sums.values():
-            distributed.all_reduce(total)
-        counts = torch.tensor([sketch.tokens, sketch.rows], device=sketch.device)
-        distributed.all_reduce(counts)
-        sketch.tokens, sketch.rows = map(int, counts)

@@ -8,27 +8,32 @@ In the visit of a group of layers, while its gradients are there:
         join the sums
     the factors go to disk (`artifacts.curvatures`), the sums are dropped
 
-Cost: a forward pass, a forward and backward pass for each pass of the estimator, drafts with one sweep. Memory: the sums of one group.
+Where the sums of a group take more than a part of the memory, so do some of its linears at a time (`_portions`), which the group is run
+again for; no result depends on it. Several processes share sequences and drafts (`roundel.processes`), and the first writes.
+
+Cost: a forward pass, a forward and backward pass for each pass of the estimator and each portion, drafts with one sweep. Memory: the sums
+of one portion, `STATES` matrices of the size of each factor.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from roundel import processes
 from roundel.artifacts import factors as factor_files
 from roundel.artifacts.curvatures import Curvatures, LinearCurvature
 from roundel.artifacts.factors import FactorsDirectory
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.calibration import Split
-from roundel.curvature import Sketch, choose, parse_curvature
+from roundel.curvature import Candidate, Sketch, choose, parse_curvature
 from roundel.curvature.collect import collect_visit, inner_products, passes
 from roundel.curvature.pooling import ENOUGH, Pooled
 from roundel.errors import FactorsError, NumericalError
@@ -36,12 +41,21 @@ from roundel.grids import parse_scheme
 from roundel.models.experts import expert_family
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
-from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding
+from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import steps, visits_without_gradients
 
-__all__ = ["Measured", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
+__all__ = ["Measured", "Settled", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
+
+STATES = 7
+"""Matrices of the size of each factor that a linear needs at the same time: sums, sums of a run, what one pass hands on to the next."""
+
+PORTION = 4
+"""One part in so many of the memory is for the sums of a portion."""
+
+UNSEEN = 99
+"""The portion of linears that never ran on the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +86,13 @@ def measure_curvature(
     """
     curvatures = Curvatures(path=work.curvature, factor_type=recipe.factor_type)
     with notes.timed("curvature"):
-        tokens, linears = split.used, source.linears
-        total = steps(source.layers, linears) * len(tokens)
+        tokens, linears, rows = split.used, source.linears, _own_rows(recipe, split)
+        total = steps(source.layers, linears) * len(rows)
+        finished = processes.from_first(lambda: [index for index in range(len(source.layers) + 1) if curvatures.has(index)])
         with notes.progress.stage("curvature", total) as advance:
             kinds = [recipe.labels] * len(split.calibration) + ["sampled" if recipe.labels == "data" else recipe.labels] * len(split.choice)
             if stored is not None and recipe.bits is None and not len(split.choice):
-                visits = visits_without_gradients(source.layers, linears, finished=curvatures.has)
+                visits = visits_without_gradients(source.layers, linears, finished=finished.__contains__)
                 advance(total)
             else:
                 visits = gradient_visits(
@@ -89,11 +104,12 @@ def measure_curvature(
                     batch_size=batch_size,
                     store=work.store("curvature"),
                     advance=advance,
-                    finished=curvatures.has,
+                    finished=finished.__contains__,
                     quickly=True,
+                    rows=rows,
                 )
             for visit in visits:
-                _measure(visit, recipe, source, split, stored, curvatures, batch_size)
+                _measure(visit, recipe, source, split, stored, curvatures, batch_size, work.memory)
     return measured_in(curvatures, source, notes)
 
 
@@ -127,27 +143,106 @@ def _some(names: Sequence[str]) -> str:
 
 def safe_batch(source: Source, split: Split, recipe: Recipe, wanted: int) -> int:
     """A batch size that is safe for all that sequences are gone through for (`sweeps.safe_batch_size`)."""
+    prefix = range(len(split.everything[: recipe.prefix_count]))
+    together = [len(run) for rows in [*_parts(recipe, split), prefix] for run in processes.runs(rows)]
+    together += [len(_own_rows(recipe, split)), len(processes.own_rows(prefix)), len(processes.own_rows(range(len(split.heldout))))]
+    return safe_batch_size(source.layers, source.linears, split.used, batch_size=wanted, parts=together, quickly=True)
+
+
+def _parts(recipe: Recipe, split: Split) -> list[Sequence[int]]:
+    """The sequences of each pass, and those to choose by."""
     count = len(split.calibration)
-    parts = [len(rows) for rows in passes(parse_curvature(recipe.curvature), count)]
-    parts += [len(split.choice), count + len(split.choice), len(split.everything[: recipe.prefix_count])]
-    return safe_batch_size(source.layers, source.linears, split.used, batch_size=wanted, parts=parts, quickly=True)
+    return [*passes(parse_curvature(recipe.curvature), count), range(count, count + len(split.choice))]
+
+
+def _own_rows(recipe: Recipe, split: Split) -> list[int]:
+    """Those that this process takes."""
+    together = parse_curvature(recipe.curvature).together
+    *summed, choice = _parts(recipe, split)
+    return sorted({row for rows in summed for row in processes.own_rows(rows, together)} | set(processes.own_rows(choice)))
 
 
 def _measure(
-    visit: Visit, recipe: Recipe, source: Source, split: Split, stored: FactorsDirectory | None, curvatures: Curvatures, batch_size: int
+    visit: Visit,
+    recipe: Recipe,
+    source: Source,
+    split: Split,
+    stored: FactorsDirectory | None,
+    curvatures: Curvatures,
+    batch_size: int,
+    memory: int,
 ) -> None:
-    """One group of layers, from its gradients to its file."""
-    estimator, device = parse_curvature(recipe.curvature), source.layers.device
-    count = len(split.calibration)
-    held = range(count, count + len(split.choice))
-    if stored is not None:
-        sketches = stored.sketches(visit.names, device)
-    else:
-        measured = collect_visit(
-            visit, source.linears, {"": estimator}, {"": passes(estimator, count)}, batch_size=batch_size, device=device, fast=True
-        )
-        sketches = measured[""].sketches
-    curvatures.save(visit.index, *settle(visit, recipe, source, sketches, count, held, batch_size))
+    """One group of layers, from its gradients to its files."""
+    device, count = source.layers.device, len(split.calibration)
+    *summed, held = _parts(recipe, split)
+    estimators, parts = {"": parse_curvature(recipe.curvature)}, {"": summed}
+    found = Settled()
+    for portion, names in enumerate(_portions(visit.names, source, memory)):
+        if stored is not None:
+            sketches = stored.sketches(names, device)
+        else:
+            measured = collect_visit(visit, source.linears, estimators, parts, batch_size=batch_size, device=device, names=names, fast=True)
+            sketches = measured[""].sketches
+            del measured
+        settle(visit, recipe, source, sketches, count, held, batch_size, found)
+        del sketches  # before those of the next
+        found.put(curvatures, visit.index, portion)
+    found.finish(curvatures, visit.index)
+
+
+def _portions(names: Sequence[str], source: Source, memory: int) -> list[list[str]]:
+    """Linears whose sums are in memory at the same time, all experts of a family in one."""
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(expert_family(source.model, name) or name, []).append(name)
+    found: list[list[str]] = []
+    filled = 0
+    for unit in units.values():
+        size = sum(4 * STATES * (linear.in_features**2 + linear.out_features**2) for linear in map(source.linears.__getitem__, unit))
+        if not found or filled + size > memory // PORTION:
+            found.append([])
+            filled = 0
+        found[-1] += unit
+        filled += size
+    return found
+
+
+@dataclass(kw_only=True)
+class Settled:
+    """What is known of the linears of one visit so far."""
+
+    linears: dict[str, LinearCurvature] = field(default_factory=dict)
+    """What they are rounded with; those that have not been `put` yet."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Those that cannot be rounded, and why."""
+    unseen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Those that never ran on the text, and their shapes."""
+    _notes: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, candidate: Candidate, row: dict[str, Any], borrowed: float) -> None:
+        """What a linear is rounded with, and what part of it is its family's."""
+        told = {**row, "borrowed": borrowed} if borrowed else row
+        self.linears[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=told)
+
+    def put(self, curvatures: Curvatures, index: int, portion: int) -> None:
+        """Writes what is new."""
+        if self.linears and processes.first():
+            self._notes |= curvatures.put(index, portion, self.linears)
+        self.linears.clear()
+
+    def finish(self, curvatures: Curvatures, index: int) -> None:
+        """The visit is over: what never ran is rounded to nearest, or skipped where nothing did, as in layers for images."""
+        if processes.first():
+            if self._notes or self.skipped:
+                flat = parse_curvature("identity")
+                for name, shape in self.unseen.items():
+                    factors = flat.sketch(*shape, torch.device("cpu")).factors()
+                    self.linears[name] = LinearCurvature(factors=factors, row={"text_rows": 0})
+                self.put(curvatures, index, UNSEEN)
+            else:
+                self.skipped |= dict.fromkeys(self.unseen, "no text goes through its layer")
+            curvatures.save(index, self._notes, self.skipped)
+        processes.wait()
 
 
 def settle(
@@ -158,47 +253,47 @@ def settle(
     count: int,
     held: Sequence[int],
     batch_size: int,
-) -> tuple[dict[str, LinearCurvature], dict[str, str]]:
-    """What linears of a visit are rounded with, and which cannot be rounded and why.
+    found: Settled,
+) -> None:
+    """Adds to `found` what linears of a visit are rounded with, and which cannot be rounded and why.
 
     Args:
         visit: The group of layers.
         recipe: How they will be rounded.
         source: The model.
-        sketches: The sums of those linears that are looked at, over `count` sequences; others may join them.
+        sketches: The sums of some of its linears, over `count` sequences; others may join them.
         count: How many sequences calibrate.
         held: Sequences to choose by.
         batch_size: Sequences in a pass.
+        found: Of the visit.
     """
     family_of = partial(expert_family, source.model)
     pooled = Pooled(parse_curvature(recipe.curvature), sketches, family_of)
-    skipped: dict[str, str] = {}
-    for name in sketches:
-        if any(candidate.factors.scale == 0 for candidate in pooled.candidates(name).values()):
-            skipped[name] = "no usable gradient reached it"
-    unseen = [name for name in skipped if sketches[name].rows == 0] if recipe.bits is None else []
-    if len(unseen) == len(sketches):  # such as layers that only images go through
-        return {}, dict.fromkeys(unseen, "no text goes through its layer")
-    for name in unseen:
-        del skipped[name]
-    names = [name for name in sketches if name not in skipped and name not in unseen]
-    labels = {name: next(iter(pooled.candidates(name))) for name in names}
-    rows: dict[str, dict[str, Any]] = {name: {"text_rows": sketches[name].rows} if family_of(name) else {} for name in names}
+    labels: dict[str, str] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    compared = recipe.bits is not None or len(held) > 0
+    for name, sketch in sketches.items():
+        candidates = pooled.candidates(name)
+        if all(candidate.factors.scale > 0 for candidate in candidates.values()):
+            label, candidate = next(iter(candidates.items()))
+            labels[name] = label
+            rows[name] = {"text_rows": sketch.rows} if family_of(name) else {}
+            if not compared:
+                found.add(name, candidate, rows[name], pooled.borrowed(name))
+        elif sketch.rows == 0 and recipe.bits is None:
+            found.unseen[name] = (sketch.d_out, sketch.d_in)
+        else:
+            found.skipped[name] = "no usable gradient reached it"
+    names = list(labels)
+    if not compared:
+        return
     if recipe.bits is not None:
         _draft_schemes(visit, recipe, source, pooled, names, held or range(count), rows, batch_size)
     elif held and names:
         _choose_factors(visit, recipe, source, sketches, pooled, names, held, labels, rows, batch_size)
         pooled = Pooled(parse_curvature(recipe.curvature), sketches, family_of)  # with the gradients that were chosen by
-    final: dict[str, LinearCurvature] = {}
     for name in names:
-        candidate = pooled.candidates(name)[labels[name]]
-        if part := pooled.borrowed(name):
-            rows[name]["borrowed"] = part
-        final[name] = LinearCurvature(factors=candidate.factors, damping=candidate.damping, row=rows[name])
-    for name in unseen:  # rounded to nearest
-        flat = parse_curvature("identity").sketch(sketches[name].d_out, sketches[name].d_in, torch.device("cpu")).factors()
-        final[name] = LinearCurvature(factors=flat, row={"text_rows": 0})
-    return final, skipped
+        found.add(name, pooled.candidates(name)[labels[name]], rows[name], pooled.borrowed(name))
 
 
 def _choose_factors(
@@ -216,9 +311,11 @@ def _choose_factors(
     """Puts the candidate that each linear is to be rounded with into `labels`; the gradients that were chosen by join the sums."""
     grid = parse_scheme(recipe.scheme)
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
-    drafts: dict[str, dict[str, Draft]] = {}
-    for name in names:
-        drafts[name] = draft_rounding(draft, grid.draft(), source, name, pooled.candidates(name), kept=False)
+
+    def made(name: str) -> dict[str, Draft]:
+        return draft_rounding(draft, grid.draft(), source, name, pooled.candidates(name), kept=False)
+
+    drafts = drafts_of(source, names, made)
     joins = recipe.labels != "data"  # the prediction's labels are the model's own, those sums have others
     predicted = _predicted(visit, source, drafts, held, batch_size, sketches if joins else None)
     for name, own in predicted.items():
@@ -238,14 +335,16 @@ def _draft_schemes(
     batch_size: int,
 ) -> None:
     """Puts into `rows` what each of the recipe's schemes would take and cost each linear, for `stages.rounding.allocation`."""
-    drafts: dict[str, dict[str, Draft]] = {}
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
-    for name in names:
+
+    def made(name: str) -> dict[str, Draft]:
         candidate = next(iter(pooled.candidates(name).values()))
-        drafts[name] = {
+        return {
             scheme: draft_rounding(draft, parse_scheme(scheme), source, name, {"": candidate}, kept=True)[""]
             for scheme in recipe.candidate_schemes()
         }
+
+    drafts = drafts_of(source, names, made)
     for name, own in _predicted(visit, source, drafts, held, batch_size, None).items():
         rows[name]["schemes"] = {
             scheme: {

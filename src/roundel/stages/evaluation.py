@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from roundel import processes
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.artifacts.written import Written
@@ -51,8 +52,8 @@ def predict(recipe: Recipe, source: Source, split: Split, rounded: Rounded, note
 def evaluate_written(written: Written, source: Source, split: Split, notes: Notes, *, batch_size: int, work: Work) -> Divergence:
     """The KL on held-out text of what a directory holds."""
     layers, tokens, store = source.layers, split.heldout, work.passing("evaluation")
-    rows, (count, length) = range(len(tokens)), tokens.ids.shape
-    with notes.timed("evaluation"), notes.progress.stage("evaluation", (len(layers) + 1) * count) as advance:
+    rows, (count, length) = processes.own_rows(range(len(tokens))), tokens.ids.shape
+    with notes.timed("evaluation"), notes.progress.stage("evaluation", (len(layers) + 1) * len(rows)) as advance:
 
         def ids(part: object) -> torch.Tensor:
             return tokens.ids[list(part)].to(layers.device)  # type: ignore[call-overload]
@@ -93,4 +94,5 @@ def evaluate_written(written: Written, source: Source, split: Split, notes: Note
             advance(1)
         store.drop(x)
         store.drop(xq)
+        found = found.of_all(rows)
     return found.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from roundel import processes
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.artifacts.written import Written
@@ -33,12 +34,14 @@ def finish(
 ) -> Quantized:
     """Writes, measures, predicts and reports; `target` is there whole or not at all."""
     with staged_directory(target) as staging:
-        size = write_model(staging, recipe, source, rounded, notes)
+        size = processes.from_first(lambda: write_model(staging, recipe, source, rounded, notes))
         written = Written(staging, source, recipe.written_format(), rounded.layers, rounded.others)
         divergence = evaluate_written(written, source, split, notes, batch_size=batch_size, work=work)
         prediction = predict(recipe, source, split, rounded, notes, batch_size=batch_size, work=work)
-        details = report_details(
-            recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=size, seen=seen
+        details = processes.from_first(
+            lambda: report_details(
+                recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=size, seen=seen
+            )
         )
         write_report(staging, details)
     return Quantized(path=target, report=divergence, details=details)

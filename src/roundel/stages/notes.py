@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from roundel import processes
 from roundel.allocator import give_back_freed_memory
 from roundel.progress import Progress
 
@@ -22,6 +23,7 @@ class Notes:
         self.seconds: dict[str, float] = {}
         self.tried: list[dict[str, Any]] = []
         """Numbers of sequences, where the text says how many are enough (`stages.sequences`)."""
+        self.processes = processes.world()
         self.planned: dict[str, Any] | None = None
         """What the job was expected to take (`stages.plan`)."""
 

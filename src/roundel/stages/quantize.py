@@ -3,6 +3,8 @@
     (text -> how many sequences, with `--sequences auto`)
     text -> tokens -> curvature of every linear -> codes -> tuned codes -> checkpoint -> measured and predicted KL -> report
 
+Of several processes (`roundel.processes`) each goes through all stages, with its part of the sequences and of the linears.
+
 Everything between is in the job's directory (`artifacts.work`); the output directory appears when everything is measured.
 """
 
@@ -12,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from roundel import processes
 from roundel.artifacts.factors import FactorsDirectory
 from roundel.artifacts.source import load_source
 from roundel.artifacts.work import open_work
@@ -33,6 +36,7 @@ from roundel.store import check_output
 __all__ = ["quantize"]
 
 
+@processes.together
 def quantize(
     model: str | Path,
     *,
@@ -89,12 +93,15 @@ def quantize(
             if stored is not None:
                 check_model(stored, source)
         if searched:
-            settings = {**settings, "sequences": enough_sequences(recipe, source, notes, work=place)}
+            number = processes.from_first(lambda: enough_sequences(recipe, source, notes, work=place))
+            settings = {**settings, "sequences": number}
             recipe = dataclasses.replace(recipe, sequences=settings["sequences"])
         split = read_text(recipe, source, notes, known=frozenset(stored.header.sequence_ids) if stored else None, given=settings)
         place.claim(rounding_digest(recipe, source, split))
-        say_space(recipe, source, split, stored, notes, work=place)
-        say_plan(recipe, source, notes, work=place)
+        if processes.first():
+            say_space(recipe, source, split, stored, notes, work=place)
+        if processes.world() == 1:
+            say_plan(recipe, source, notes, work=place)
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
         measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
         rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=place)

@@ -126,7 +126,7 @@ def report_details(
         "skipped": source.skipped,
         "warnings": notes.warnings,
         "seconds": notes.seconds,
-        "resources": {"peak_memory": _peak_memory(), "planned": notes.planned},
+        "resources": {"peak_memory": _peak_memory(), "processes": notes.processes, "planned": notes.planned},
     }
 
 

@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from roundel import processes
 from roundel.artifacts.source import Source
 from roundel.calibration import Fingerprint, Split, read_documents, sample_from_model, split_tokens, windows
 from roundel.curvature import parse_curvature
@@ -72,7 +74,14 @@ def split_text(
         sampled = wanted + (more if asked else 0)  # not for a default: it takes long
         with notes.progress.stage("sampling text from the model", sampled) as advance:
             model = source.whole("sampling calibration text from the model (--calibration names text instead)")
-            available = sample_from_model(model, source.tokenizer, sampled, length, seed=recipe.seed, advance=advance)
+
+            def drawn() -> list[list[int]]:
+                found: list[list[int]] = sample_from_model(
+                    model, source.tokenizer, sampled, length, seed=recipe.seed, advance=advance
+                ).tolist()
+                return found
+
+            available = torch.tensor(processes.from_first(drawn), dtype=torch.long)
     else:
         available = windows(read_documents(recipe.calibration, source.tokenizer), source.tokenizer, length, most=most + more)
     if len(available) < wanted:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roundel import processes
 from roundel.artifacts.checkpoints import Stored, read
 from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import open_work
@@ -28,6 +29,7 @@ NEAR = 0.7
 """How far a tuned embedding is from its original at most, in units of that; two others are about 1.4 apart."""
 
 
+@processes.together
 def tune(
     directory: str | Path,
     *,

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
+from roundel import processes
+from roundel.artifacts.rounded import shared
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.calibration import Split
@@ -20,7 +23,7 @@ from roundel.rotation import Rotation
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.stages.text import set_apart
-from roundel.tuning import Job, tune_blocks, tune_end_to_end
+from roundel.tuning import Job, Tuned, tune_blocks, tune_end_to_end
 from roundel.types import RoundedWeight
 
 __all__ = ["rest_of", "tune_model"]
@@ -32,7 +35,6 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
         return rounded
     source.whole("tuning")
     steps_on, judged_by = set_apart(split)
-    method = tune_end_to_end if recipe.tune == "end-to-end" else tune_blocks
     groups = range(len(source.layers))
     turns = 1 if recipe.tune == "end-to-end" else sum(bool(source.layers.inside(index, source.linears)) for index in groups)
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())
@@ -52,7 +54,7 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
             work=work.path if work.kept else None,
             advance=advance,
         )
-        tuned = method(job)
+        tuned = tune_end_to_end(job) if recipe.tune == "end-to-end" else tuned_by_first(job)
     if tuned.best_step == 0:
         notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
     report = {
@@ -64,6 +66,28 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
     }
     layers = {name: {**row, **_bits_with_vectors(tuned.rounded[name], recipe)} for name, row in rounded.layers.items()}
     return dataclasses.replace(rounded, weights=tuned.rounded, layers=layers, others=tuned.parameters, tuning=report)
+
+
+def tuned_by_first(job: Job) -> Tuned:
+    """Blocks, which one process tunes while others wait."""
+    if processes.world() == 1:
+        return tune_blocks(job)
+    found: list[Tuned] = []
+
+    def made() -> dict[str, Any]:
+        found.append(tune_blocks(job))
+        return {"history": found[0].history, "best_step": found[0].best_step, "held_out_kl": list(found[0].held_out_kl)}
+
+    notes = processes.from_first(made)
+    weights, _ = shared(found[0].rounded if found else {}, {name: {} for name in found[0].rounded} if found else {})
+    parameters, _ = processes.exchanged(found[0].parameters if found else {})
+    return Tuned(
+        rounded=weights,
+        parameters=parameters,
+        history=notes["history"],
+        best_step=notes["best_step"],
+        held_out_kl=(notes["held_out_kl"][0], notes["held_out_kl"][1]),
+    )
 
 
 def rest_of(source: Source) -> dict[str, torch.dtype]:

@@ -68,6 +68,7 @@ def gradient_visits(
     advance: Callable[[int], None] = lambda _n: None,
     finished: Callable[[int], bool] = lambda _index: False,
     quickly: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Visit]:
     """Visits of all groups that have any of these linears, the last first.
 
@@ -82,24 +83,26 @@ def gradient_visits(
         advance: Called with the number of sequences done by one group, forward, in the head or backward: in all `steps` times theirs.
         finished: Whether a group needs no visit, because an earlier process had it; once visited it must be.
         quickly: Whether linears may round the factors of their products to bfloat16 (`linalg.fast`).
+        rows: The sequences that this process takes, of several; all by default.
     """
+    rows = range(len(tokens)) if rows is None else rows
     wanted = [index for index in range(len(layers)) if layers.inside(index, linears)]
     outside = layers.outside(linears)
     kinds = [labels] * len(tokens) if isinstance(labels, str) else list(labels)
     if all(finished(index) for index in [*wanted, *([len(layers)] if outside else [])]):
-        advance(steps(layers, linears) * len(tokens))
+        advance(steps(layers, linears) * len(rows))
         return
     first = wanted[0] if wanted else len(layers)
-    states = forward(layers, tokens, batch_size=batch_size, store=store, advance=advance, quickly=quickly)
+    states = forward(layers, tokens, batch_size=batch_size, store=store, advance=advance, quickly=quickly, rows=rows)
     if outside and not finished(len(layers)):
         yield Visit(index=len(layers), names=outside, _run=_head_replay(layers, linears, tokens, states[-1], seed, kinds))
     if not wanted:
         return
     above, g = _last_gradient(layers, tokens, states[-1], first, store)
     if g is None:
-        g = head_gradients(layers, tokens, states[-1], seed=seed, labels=kinds, store=store, advance=advance, quickly=quickly)
+        g = head_gradients(layers, tokens, states[-1], seed=seed, labels=kinds, store=store, advance=advance, quickly=quickly, rows=rows)
     else:
-        advance((1 + len(layers) - above) * len(tokens))
+        advance((1 + len(layers) - above) * len(rows))
     for index in reversed(range(first, above)):
         names = layers.inside(index, linears)
         before = store.new(f"gradient-{index:03d}", g.shape, g.dtype) if index > first else None
@@ -109,10 +112,10 @@ def gradient_visits(
             if names and not finished(index):
                 yield visit
             if before is not None:
-                for rows in batches([row for row in range(len(tokens)) if row not in visit.propagated], batch_size):
-                    visit._run(rows, None)
+                for part in batches([row for row in rows if row not in visit.propagated], batch_size):
+                    visit._run(part, None)
                 before.finish()
-        advance(len(tokens))
+        advance(len(rows))
         store.drop(g)
         if before is not None:
             g = before
@@ -165,24 +168,25 @@ def forward(
     store: HiddenStore,
     advance: Callable[[int], None] = lambda _n: None,
     quickly: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> list[HiddenStates]:
     """The hidden states before each group, and after the last; those that the store has already are taken."""
     one = layers.embed(_ids(layers, tokens, [0]))
-    shape, everything = (len(tokens), *one.shape[1:]), range(len(tokens))
+    shape, own = (len(tokens), *one.shape[1:]), range(len(tokens)) if rows is None else rows
     states: list[HiddenStates] = []
     for index in range(-1, len(layers)):
         name = f"hidden-{index + 1:03d}"
         if len(states) == index + 1 and (found := store.find(name, shape, one.dtype)) is not None:
             states.append(found)
-            advance(len(tokens) if index >= 0 else 0)
+            advance(len(own) if index >= 0 else 0)
             continue
         states.append(store.new(name, shape, one.dtype))
         with layers.loaded(index) if index >= 0 else nullcontext():
-            for rows in batches(everything, batch_size):
-                ids = _ids(layers, tokens, rows)
-                after = _run(layers, quickly)(index, ids, states[-2].read(rows).to(layers.device)) if index >= 0 else layers.embed(ids)
-                states[-1].write(rows, after)
-                advance(len(rows) if index >= 0 else 0)
+            for part in batches(own, batch_size):
+                ids = _ids(layers, tokens, part)
+                after = _run(layers, quickly)(index, ids, states[-2].read(part).to(layers.device)) if index >= 0 else layers.embed(ids)
+                states[-1].write(part, after)
+                advance(len(part) if index >= 0 else 0)
         states[-1].finish()
     return states
 
@@ -197,10 +201,11 @@ def head_gradients(
     store: HiddenStore,
     advance: Callable[[int], None] = lambda _n: None,
     quickly: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> HiddenStates:
     """The gradient of the summed negative log-likelihood of drawn labels at the hidden state after the last group."""
     g = store.new(f"gradient-{len(layers):03d}", hidden.shape, hidden.dtype)
-    for row in range(len(tokens)):
+    for row in range(len(tokens)) if rows is None else rows:
         ids, drawn = _ids(layers, tokens, [row]), Labels(tokens, row, seed, labels[row])
         h = hidden.read([row]).to(layers.device)
         found = torch.empty_like(h)

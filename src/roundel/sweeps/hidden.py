@@ -3,13 +3,16 @@
 A file is read and written by rows, never mapped: what has been read is not resident memory afterwards. A state that is to survive the
 process (`--work`) is written under a temporary name and renamed when it is whole.
 
+Each of several processes (`roundel.processes`) writes and reads its own sequences. A state that is kept is one file for all of them, so
+that another number of them can go on from it; else each has its own.
+
 Cost: `sequences * tokens * d` numbers in the model's own type for each place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from roundel import processes
 from roundel.errors import StorageError
 from roundel.store import storage
 
@@ -26,9 +30,11 @@ __all__ = ["HiddenStates", "HiddenStore"]
 class HiddenStates:
     """`(sequences, tokens, width)` numbers, or several such rows a token, read and written by sequences; what is read is in main memory."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None = None, *, whole: bool = False) -> None:
-        """Empty ones, or with `whole` those that the file holds."""
-        self.shape, self.dtype, self.path, self._whole = shape, dtype, path, whole
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None = None, *, whole: bool = False, shared: bool = False
+    ) -> None:
+        """Empty ones, or with `whole` those that the file holds; `shared`: it is all processes' file."""
+        self.shape, self.dtype, self.path, self._whole, self._shared = shape, dtype, path, whole, shared
         self._row = prod(shape[1:]) * dtype.itemsize
         self._memory = None
         if path is None:
@@ -78,8 +84,7 @@ class HiddenStates:
     def finish(self) -> None:
         """All sequences are written: a file now has its name."""
         if self.path is not None and not self._whole:
-            with storage(self.path):
-                _partial(self.path).replace(self.path)
+            self._together(lambda: _partial(self.path).replace(self.path))  # type: ignore[arg-type]
             self._whole = True
 
     def close(self) -> None:
@@ -87,7 +92,18 @@ class HiddenStates:
         self._memory = None
         if self.path is not None:
             os.close(self._file)
-            (self.path if self._whole else _partial(self.path)).unlink(missing_ok=True)
+            self._together((self.path if self._whole else _partial(self.path)).unlink, missing_ok=True)
+
+    def _together(self, change: Callable[..., object], **given: bool) -> None:
+        """Changes the file's name, when nobody writes to it any more."""
+        assert self.path is not None
+        if self._shared:
+            processes.wait()
+        if not self._shared or processes.first():
+            with storage(self.path):
+                change(**given)
+        if self._shared:
+            processes.wait()
 
 
 def _partial(path: Path) -> Path:
@@ -109,12 +125,13 @@ class HiddenStore:
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         """Empty states; `name` is the file's, if it takes one."""
-        size = prod(shape) * dtype.itemsize
+        size = prod(shape) * dtype.itemsize // processes.world()  # of memory that is not written to none is taken
         if self.directory is None or (not self.kept and sum(self._used.values()) + size <= self.memory):
             made = HiddenStates(shape, dtype)
             self._used[id(made)] = size
             return made
-        return HiddenStates(shape, dtype, self.directory / f"{name}.bin")
+        own = name if self.kept else processes.named(name)
+        return HiddenStates(shape, dtype, self.directory / f"{own}.bin", shared=self.kept)
 
     def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates | None:
         """States that an earlier process has finished; None where there are none."""
@@ -122,7 +139,8 @@ class HiddenStore:
             return None
         path = self.directory / f"{name}.bin"
         size = prod(shape) * dtype.itemsize
-        return HiddenStates(shape, dtype, path, whole=True) if path.is_file() and path.stat().st_size == size else None
+        there = processes.from_first(lambda: path.is_file() and path.stat().st_size == size)
+        return HiddenStates(shape, dtype, path, whole=True, shared=True) if there else None
 
     def drop(self, states: HiddenStates) -> None:
         """What is not needed any more."""

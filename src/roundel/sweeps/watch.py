@@ -40,6 +40,11 @@ class Readers:
     per_token: bool
     """Whether the tensor has one row for each token, in their order: not so for experts, which are given some of them."""
 
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Readers:
+        """From its fields, as JSON has them."""
+        return cls(names=tuple(known["names"]), added=tuple(known["added"]), per_token=known["per_token"])
+
 
 @dataclass
 class Seen:

@@ -15,24 +15,30 @@ products (`products`), of up to `TOKENS` tokens; a step of more is accumulated. 
 layers, what is inside is computed again.
 Reference: SignRound (Cheng et al. 2023, arXiv 2309.05516) for latent codes; the start, the loss and the steps are ours.
 
-Deliberately not here: several devices.
+Of several processes each has some rows of the trained linears and of their moments (`sharded`), and takes some of each step's sequences;
+the original, what is measured and what is not quantized are whole in each.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from roundel.artifacts.source import load_dense
+from roundel import processes
+from roundel.artifacts.source import device_of, load_dense
 from roundel.evaluate import compare_models
 from roundel.linalg.fast import fast
 from roundel.sweeps import Layers
 from roundel.tuning.job import Job, Tuned, stored_values
 from roundel.tuning.saved import kinds_of, others_of, packed, unpacked
+from roundel.tuning.sharded import shard
+from roundel.tuning.sharded import turns as own_turns
 from roundel.tuning.steps import Steps, places, shuffled
 from roundel.tuning.teacher import Teacher, descend, drawn_share
 from roundel.tuning.trained import Trained, trained
@@ -68,6 +74,7 @@ def tune_end_to_end(job: Job) -> Tuned:
         linears[name] = trained(twin.get_submodule(name), weight)  # type: ignore[arg-type]
         twin.set_submodule(name, linears[name])
     load_dense(twin, {}, job.moved)
+    shard(linears.values(), device_of(source.model))
     small = {name: twin.get_parameter(name).requires_grad_(True) for name in others}
     if sum(parameter.nbytes for parameter in source.model.parameters()) >= RECOMPUTED:
         _recompute(twin)
@@ -100,11 +107,13 @@ def tune_end_to_end(job: Job) -> Tuned:
         chosen = shuffled(len(tokens), rows, optimiser.taken, job.seed)
         turns = [turn for turn, _ in places(len(tokens), rows, optimiser.taken)]
         uniforms = teacher.uniforms(rows, optimiser.taken)
-        loss = 0.0
-        for part in (slice(start, start + passes) for start in range(0, rows, passes)):
-            reference = teacher.batch(chosen[part], turns[part], uniforms[part])
-            loss += descend(layers, forward(reference.ids), reference, tokens=rows * tokens.ids.shape[1])
-        spent.append(loss)
+        loss = torch.zeros(1, dtype=torch.float64)
+        for part in own_turns(rows, passes):
+            empty = part.start >= part.stop  # others still have text, and need all to take part
+            some = slice(0, 1) if empty else part
+            reference = teacher.batch(chosen[some], turns[some], uniforms[some])
+            loss += descend(layers, forward(reference.ids), reference, tokens=math.inf if empty else rows * tokens.ids.shape[1])
+        spent.append(float(processes.merged(loss)))
         optimiser.take()
         job.advance(1)
         if optimiser.taken % max(1, steps // CHECKS) == 0 or optimiser.taken == steps:

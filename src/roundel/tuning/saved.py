@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roundel import processes
 from roundel.errors import StorageError
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
@@ -78,17 +79,19 @@ class Saved:
         return tensors, notes
 
     def save(self, tensors: Callable[[], Mapping[str, Tensor]], notes: Mapping[str, Any]) -> None:
-        """Replaces the file; `tensors` is only called if there is one.
+        """Replaces the file, of several processes the first does; `tensors`, which all call, is only called if there is one.
 
         Raises:
             StorageError: the disk refuses.
         """
         if self.path is None:
             return
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors().items()}
+        if not processes.first():
+            return
         with storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(self.path) as temporary:
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors().items()}
             save_file(whole, temporary, metadata={"roundel": json.dumps({**notes, "digest": self.digest})})
 
 

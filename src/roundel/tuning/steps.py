@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from roundel.tuning.sharded import gradient_of, local, own_part, summed, whole
 from roundel.tuning.trained import Trained
 
 __all__ = ["SCALE_STEP", "Steps", "places", "shuffled"]
@@ -65,10 +66,11 @@ class Steps:
     def __init__(self, linears: Iterable[Trained], others: Sequence[Tensor], total: int, *, tokens: int, new_text: bool = False) -> None:
         """Of `total` steps on `tokens` tokens of text, of which each step sees another version if `new_text`."""
         self.linears, self.total, self.taken = list(linears), total, 0
-        self.codes = [parameter for linear in self.linears for parameter in linear.codes]
-        self.held: list[Tensor] = [*self.codes, *(scale for linear in self.linears for scale in linear.scales), *others]
-        """What the model has, and its gradients."""
-        self.parameters = [parameter.detach().float() for parameter in self.held]
+        codes = [parameter for linear in self.linears for parameter in linear.codes]
+        self.held: list[Tensor] = [*codes, *(scale for linear in self.linears for scale in linear.scales), *others]
+        """What the model has, and its gradients; of several processes each has some rows (`sharded`), and so of everything else here."""
+        self.codes = [local(code.detach()) for code in codes]
+        self.parameters = [local(parameter.detach()).float() for parameter in self.held]
         """The same in float32: the same memory, or for parameters in 16 bits, in which a step is lost, a copy that the steps add up in."""
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -77,9 +79,13 @@ class Steps:
         self.averages = [code.detach().round() for code in self.codes]
         """Running means: of how often a code changes at a step, and of the code."""
         self.frozen = [torch.zeros_like(code, dtype=torch.bool) for code in self.codes]
-        self.units = [parameter.detach().square().mean().sqrt().item() for parameter in self.parameters[len(self.codes) :]]
+        self.units = [
+            (summed([float(own.square().sum(dtype=torch.float64))], [parameter]) / parameter.numel()) ** 0.5
+            for parameter, own in zip(self.held[len(codes) :], self.parameters[len(codes) :], strict=True)
+        ]
         """In which what follows the codes moves: the root mean square of each parameter at the start."""
-        self.first = code_step(tokens, sum(code.numel() for code in self.codes), new_text)
+        self.weights = sum(code.numel() for code in codes)
+        self.first = code_step(tokens, self.weights, new_text)
 
     @torch.no_grad()
     def take(self) -> None:
@@ -87,7 +93,8 @@ class Steps:
         left = (1 - self.taken / self.total) ** 3
         self.taken += 1
         for parameter, mean, square in zip(self.held, self.means, self.squares, strict=True):
-            gradient = torch.zeros_like(mean) if parameter.grad is None else parameter.grad.float()
+            found = gradient_of(parameter)
+            gradient = torch.zeros_like(mean) if found is None else found.float()
             mean.lerp_(gradient, 1 - DECAYS[0])
             square.mul_(DECAYS[1]).addcmul_(gradient, gradient, value=1 - DECAYS[1])
             parameter.grad = None
@@ -102,9 +109,9 @@ class Steps:
         self._freeze(before)
 
     def _move_codes(self, step: float) -> None:
-        indices, weights = range(len(self.codes)), sum(code.numel() for code in self.codes)
-        least = LEAST * float(sum(self._size(index).sum() for index in indices)) / weights
-        inverse = float(sum(self._size(index).clamp_(min=least).reciprocal_().sum() for index in indices)) / weights
+        indices, held = range(len(self.codes)), self.held[: len(self.codes)]
+        least = LEAST * summed([float(self._size(index).sum()) for index in indices], held) / self.weights
+        inverse = summed([float(self._size(index).clamp_(min=least).reciprocal_().sum()) for index in indices], held) / self.weights
         for index, code in enumerate(self.codes):
             mean = self._mean(index).masked_fill_(self.frozen[index], 0)
             code.addcdiv_(mean, self._size(index).clamp_(min=least).square_(), value=-step / inverse)
@@ -112,7 +119,7 @@ class Steps:
     def _hand_over(self) -> None:
         for parameter, own in zip(self.held, self.parameters, strict=True):
             if parameter.dtype != own.dtype:
-                parameter.copy_(own)
+                local(parameter).copy_(own)
 
     def _freeze(self, before: Sequence[Tensor]) -> None:
         """Stops codes that keep on changing, given what they were before this step, where they have been most of the time."""
@@ -135,7 +142,14 @@ class Steps:
         return (self.squares[index] / (1 - DECAYS[1] ** self.taken)).sqrt_().add_(TINY)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and all that is kept beside them."""
+        """Parameters and all that is kept beside them, whole."""
+        return {name: whole(tensor.detach(), self._holder(name)) for name, tensor in self._own().items()}
+
+    def _holder(self, name: str) -> Tensor:
+        """The parameter whose rows something has."""
+        return self.held[int(name.partition(".")[2])]
+
+    def _own(self) -> dict[str, Tensor]:
         kinds = {
             "parameter": self.parameters,
             "mean": self.means,
@@ -144,14 +158,14 @@ class Steps:
             "average": self.averages,
             "frozen": self.frozen,
         }
-        return {f"{kind}.{index}": tensor.detach() for kind, tensors in kinds.items() for index, tensor in enumerate(tensors)}
+        return {f"{kind}.{index}": tensor for kind, tensors in kinds.items() for index, tensor in enumerate(tensors)}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], taken: int) -> None:
         """Goes on from what `tensors` gave after `taken` steps."""
         self.taken = taken
-        for name, own in self.tensors().items():
-            own.copy_(tensors[name])
+        for name, own in self._own().items():
+            own.copy_(own_part(tensors[name], self._holder(name)))
         self._hand_over()
 
 

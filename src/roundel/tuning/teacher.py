@@ -106,7 +106,7 @@ class Teacher:
         return self.kept[row]
 
 
-def descend(layers: Layers, hidden: Float[Tensor, "rows tokens d"], reference: Reference, *, tokens: int) -> float:
+def descend(layers: Layers, hidden: Float[Tensor, "rows tokens d"], reference: Reference, *, tokens: float) -> float:
     """The backward pass of `Divergence` from the quantized model's last hidden states; returns the loss.
 
     Both are of `tokens` tokens, of which these are all or some. Gradients go to whatever asks for them, the head's parameters too.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
+from roundel.tuning.sharded import local, whole
 from roundel.types import RoundedWeight
 
 __all__ = ["Trained", "trained"]
@@ -46,9 +47,15 @@ class Trained(nn.Module):
         super().__init__()
         self.bias = linear.bias
         self.start = weight
-        self.codes: list[nn.Parameter] = []
+
+    @property
+    @abstractmethod
+    def codes(self) -> list[nn.Parameter]:
         """What moves in units of codes."""
-        self.scales: list[nn.Parameter] = []
+
+    @property
+    @abstractmethod
+    def scales(self) -> list[nn.Parameter]:
         """What moves in units of its own start."""
 
     @abstractmethod
@@ -85,7 +92,14 @@ class TrainedScalars(Trained):
         self.latent = nn.Parameter(codes + (position - codes).clamp(-INSIDE, INSIDE))
         refitted = grid.parts(codes, self.fixed, weight.shape, torch.float32)
         self.factors = nn.ParameterDict({name: torch.ones_like(self.fixed[name], dtype=torch.float32) for name in refitted})
-        self.codes, self.scales = [self.latent], list(self.factors.values())
+
+    @property
+    def codes(self) -> list[nn.Parameter]:
+        return [self.latent]
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return list(self.factors.values())
 
     def W_hat(self) -> Float[Tensor, "d_out d_in"]:
         moved = {name: self.fixed[name].float() * factor for name, factor in self.factors.items()}
@@ -98,15 +112,16 @@ class TrainedScalars(Trained):
     @torch.no_grad()
     def stored(self) -> RoundedWeight:
         scales = {
-            name: self.grid.stored(name, (self.fixed[name].float() * factor).cpu(), self.start.scales[name])
+            name: self.grid.stored(name, (self.fixed[name].float() * whole(local(factor), factor)).cpu(), self.start.scales[name])
             for name, factor in self.factors.items()
         }
-        return replace(self.start, codes=self._codes().cpu(), scales={**self.start.scales, **scales}, trace=())
+        codes = whole(local(self.latent), self.latent).round().to(torch.int8)
+        return replace(self.start, codes=codes.cpu(), scales={**self.start.scales, **scales}, trace=())
 
     @torch.no_grad()
     def confine(self) -> None:
         low, high = self.grid.code_range
-        self.latent.clamp_(low - INSIDE, high + INSIDE)
+        local(self.latent).clamp_(low - INSIDE, high + INSIDE)
 
     def _codes(self) -> Int8[Tensor, "d_out d_in"]:
         return self.latent.detach().round().to(torch.int8)
@@ -122,14 +137,20 @@ class TrainedTiles(Trained):
         if isinstance(rotation, Rotation):
             out, into = rotation.signs_out.to(device, torch.float32), rotation.signs_in.to(device, torch.float32)
             fixed = fixed / out[:, None] / into
-            self.scales = [nn.Parameter(out), nn.Parameter(into)]
+            self.vectors = nn.ParameterList([nn.Parameter(out), nn.Parameter(into)])
         else:
-            self.scales = [nn.Parameter(torch.ones(1, 1, device=device))]
-        self.vectors = nn.ParameterList(self.scales)
-        self.register_buffer("fixed", fixed)
+            self.vectors = nn.ParameterList([nn.Parameter(torch.ones(1, 1, device=device))])
+        self.fixed = nn.Parameter(fixed, requires_grad=False)
+
+    @property
+    def codes(self) -> list[nn.Parameter]:
+        return []
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        return list(self.vectors)
 
     def W_hat(self) -> Float[Tensor, "d_out d_in"]:
-        assert isinstance(self.fixed, Tensor)
         if len(self.scales) == 1:
             return self.fixed * self.scales[0]
         out, into = self.scales
@@ -138,12 +159,13 @@ class TrainedTiles(Trained):
     @torch.no_grad()
     def stored(self) -> RoundedWeight:
         scale, rotation = self.start.scales["scale"], self.start.rotation
+        vectors = [whole(local(vector), vector).detach().cpu() for vector in self.scales]
         if not isinstance(rotation, Rotation):
-            return replace(self.start, scales={"scale": self.grid.stored("scale", scale * self.scales[0].cpu(), scale)}, trace=())
+            return replace(self.start, scales={"scale": self.grid.stored("scale", scale * vectors[0], scale)}, trace=())
         mantissa, exponent = math.frexp(scale.item())
-        out, into = (vector.detach().cpu() for vector in self.scales)
-        vectors = replace(rotation, signs_out=(out * mantissa).half(), signs_in=into.half())
-        return replace(self.start, scales={"scale": torch.full_like(scale, math.ldexp(1.0, exponent))}, rotation=vectors, trace=())
+        out, into = vectors
+        turned = replace(rotation, signs_out=(out * mantissa).half(), signs_in=into.half())
+        return replace(self.start, scales={"scale": torch.full_like(scale, math.ldexp(1.0, exponent))}, rotation=turned, trace=())
 
 
 def trained(linear: nn.Linear, weight: RoundedWeight) -> Trained:

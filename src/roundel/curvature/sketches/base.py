@@ -47,6 +47,9 @@ class Sketch(ABC):
             self.sums[name] = torch.zeros(size, size, dtype=torch.float32, device=self.device)
         self.sums["trace"] = torch.zeros((), dtype=torch.float64, device=self.device)
 
+    def prepare(self) -> None:  # noqa: B027
+        """Called once before the first sequence: what takes much memory for a moment is made here."""
+
     def update(self, grad: LayerGrad) -> None:
         """Adds one batch."""
         for sequence in grad.sequences():

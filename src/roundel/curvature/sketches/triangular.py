@@ -42,7 +42,7 @@ from roundel.curvature.sketches.mean import Mean
 from roundel.curvature.sketches.weighted import Rooted, Weight, Weighted
 from roundel.errors import SchemeError
 from roundel.linalg.gram import symmetrise
-from roundel.linalg.ldl import damped_ldl
+from roundel.linalg.ldl import damped_cholesky
 from roundel.types import KroneckerFactors, LayerGrad
 
 __all__ = ["ShrunkSums", "Triangular", "weight_of"]
@@ -59,9 +59,9 @@ def weight_of(previous: KroneckerFactors) -> Callable[[Tensor], Weight]:
 
 
 def inverse_weight(H: Tensor) -> Rooted:
-    """`(L L^T)^-1 = R^T R`, `R = L^-1` in float64, `L` the unit lower LDL factor of the damped `H`."""
-    _, L, _ = damped_ldl(H, DAMPING)
-    return Rooted(_unit_lower_inverse(L).float())
+    """`(L L^T)^-1 = R^T R`, `R = L^-1`, `L` the unit lower LDL factor of the damped `H`; in float32, since weights need only be near."""
+    L = damped_cholesky(H, DAMPING, torch.float32)[1]
+    return Rooted(_unit_lower_inverse(L.div_(L.diagonal().clone())))
 
 
 def no_weight(H: Tensor) -> Rooted:
@@ -87,6 +87,9 @@ class ShrunkSums(Sketch):
         self.flip_flop, self.kfac = flip_flop, KfacSums(self.d_out, self.d_in, self.device)
         self.shrinkage, self.earlier = shrinkage, earlier or {}
         self.sums = {**flip_flop.sums, **{f"kfac.{name}": total for name, total in self.kfac.sums.items()}}
+
+    def prepare(self) -> None:
+        self.flip_flop.prepare()
 
     def add_sequence(self, grad: LayerGrad, sequence: int) -> None:
         self.flip_flop.add_sequence(grad, sequence)

@@ -93,6 +93,9 @@ class Weighted(Sketch):
         self.previous, self.weight = previous, weight
         self.start(GtMG=d_in, GMGt=d_out)
 
+    def prepare(self) -> None:
+        _ = self.M_out, self.M_in
+
     @cached_property
     def M_out(self) -> Weight:
         """The weight of the output side."""

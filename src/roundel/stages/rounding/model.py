@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from roundel import processes
 from roundel.artifacts.curvatures import LinearCurvature
 from roundel.artifacts.factors import model_fingerprint
-from roundel.artifacts.rounded import RoundedFiles
+from roundel.artifacts.rounded import RoundedFiles, shared
 from roundel.artifacts.source import Source, device_of
 from roundel.artifacts.work import Work
 from roundel.calibration import Split, data_hash
 from roundel.formats import FORMATS
-from roundel.grids import parse_scheme
+from roundel.grids import TileGrid, parse_scheme
 from roundel.recipes import Recipe
 from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
@@ -25,7 +26,7 @@ from roundel.stages.curvature import Measured
 from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
 from roundel.stages.rounding.allocation import allocate_bits
-from roundel.stages.rounding.sweep import Prefix, Steps, rounding_sweep, steps_taken
+from roundel.stages.rounding.sweep import Prefix, Steps, Targets, rounding_sweep, steps_taken
 from roundel.types import RoundedWeight
 
 __all__ = ["Rounded", "round_model", "rounding_digest"]
@@ -59,31 +60,29 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
             schemes, allocation = allocate_bits(recipe, source, measured.rows)
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
-        current: dict[int, dict[str, LinearCurvature]] = {}
         rows: dict[str, dict[str, Any]] = {}
 
-        def curvature(index: int) -> dict[str, LinearCurvature]:
-            if index not in current:
-                current.clear()
-                current[index] = measured.curvatures.load(index)
-            return current[index]
-
-        def round_together(
-            index: int, names: list[str], targets: Mapping[str, Tensor], moments: Moments | None
-        ) -> dict[str, RoundedWeight]:
-            known, found = curvature(index), dict[str, RoundedWeight]()
-            for scheme in dict.fromkeys(schemes[name] for name in names):
-                own = [name for name in names if schemes[name] == scheme]
-                asked = [_asked(recipe, source, name, known[name], targets.get(name), moments) for name in own]
+        def round_together(index: int, names: list[str], targets: Targets, moments: Moments | None) -> dict[str, RoundedWeight]:
+            mine: dict[str, RoundedWeight] = {}
+            own_rows: dict[str, dict[str, Any]] = {}
+            sizes = {name: float(linears[name].weight.numel() * sum(linears[name].weight.shape)) for name in names}
+            for own in _at_a_time(processes.shared_out(sizes), schemes):
+                known, wanted = measured.curvatures.load(index, own), targets(own)
+                asked = [_asked(recipe, source, name, known[name], wanted.get(name), moments) for name in own]
                 for linear, (weight, row) in zip(
-                    asked, round_linears(recipe, parse_scheme(scheme), asked, device_of(source.model)), strict=True
+                    asked, round_linears(recipe, parse_scheme(schemes[own[0]]), asked, device_of(source.model)), strict=True
                 ):
-                    found[linear.name] = weight
+                    mine[linear.name] = weight
                     aware = {} if linear.target is None else {"prefix_aware": True}
-                    rows[linear.name] = row | dict(known[linear.name].row) | aware
-                    if row["damping"] > linear.damping:
-                        notes.warn(f"{linear.name}: damping raised to {row['damping']:g}, its factors were not positive definite")
-            return _fitted(recipe, found)
+                    raised = {"damping_raised": True} if row["damping"] > linear.damping else {}
+                    own_rows[linear.name] = row | dict(known[linear.name].row) | aware | raised
+            found, known_rows = shared(mine, own_rows)
+            for name in names:
+                row = known_rows[name]
+                if row.pop("damping_raised", False):
+                    notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
+                rows[name] = row
+            return _fitted(recipe, {name: found[name] for name in names})
 
         prefix = None
         if corrects:
@@ -106,6 +105,9 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
                     kept=work.kept,
                 ),
             )
+        finished = processes.from_first(lambda: [index for index in range(len(source.layers) + 1) if files.has(index)])
+        for index in finished:
+            files.has(index)
         with notes.progress.stage("rounding", len(linears)) as advance:
             sweep = rounding_sweep(
                 source.layers,
@@ -115,14 +117,26 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
                 batch_size=batch_size,
                 store=work.store("rounding"),
                 advance=advance,
-                finished=files.has,
+                finished=finished.__contains__,
             )
             for index, weights in sweep:
-                files.save(index, weights, {name: rows.pop(name) for name in weights})
-                if not work.kept:
-                    measured.curvatures.remove(index)
+                if processes.first():
+                    files.save(index, weights, {name: rows[name] for name in weights})
+                    if not work.kept:
+                        measured.curvatures.remove(index)
+                processes.wait()
+                files.has(index)  # and its rows are known
+                for name in weights:
+                    del rows[name]
     carried = {"allocation": allocation, "natural_steps": steps_taken(work.rounded)}
     return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, carried=carried)
+
+
+def _at_a_time(names: Sequence[str], schemes: Mapping[str, str]) -> Iterator[list[str]]:
+    """Linears that are rounded together: all of a scheme of tiles, else one, so that one's factors are in memory."""
+    for scheme in dict.fromkeys(schemes[name] for name in names):
+        own = [name for name in names if schemes[name] == scheme]
+        yield from [own] if isinstance(parse_scheme(scheme), TileGrid) else [[name] for name in own]
 
 
 def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature, target: Tensor | None, moments: Moments | None) -> Linear:

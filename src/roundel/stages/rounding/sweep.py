@@ -18,7 +18,7 @@ store decides.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from roundel import processes
 from roundel.linalg.fast import fast, fast_products
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.rounding.round import dequantized
@@ -38,10 +39,13 @@ from roundel.sweeps.gradients import batches
 from roundel.sweeps.watch import Readers, Seen, observe, reading_order
 from roundel.types import Factors, RoundedWeight, TokenBatch
 
-__all__ = ["Prefix", "RoundTogether", "Steps", "rounding_sweep", "steps_taken"]
+__all__ = ["Prefix", "RoundTogether", "Steps", "Targets", "rounding_sweep", "steps_taken"]
 
-RoundTogether = Callable[[int, list[str], Mapping[str, Tensor], Moments | None], dict[str, RoundedWeight]]
-"""Rounds linears of a group, by name, to targets where there are any, meeting inputs of these moments."""
+Targets = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""What linears are to be rounded to, by name, where that is not their own weight."""
+
+RoundTogether = Callable[[int, list[str], Targets, Moments | None], dict[str, RoundedWeight]]
+"""Rounds linears of a group, by name, to targets, meeting inputs of these moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ def rounding_sweep(
                 paths.prepare(index)
             with layers.loaded(index):
                 if paths is None:
-                    rounded = round_together(index, list(own), {}, None) if index in left else {}
+                    rounded = round_together(index, list(own), _none, None) if index in left else {}
                     advance(len(rounded))
                 else:
                     rounded = paths.through(index, own, round_together, advance)
@@ -125,8 +129,12 @@ def rounding_sweep(
             paths.close()
     outside = layers.outside(linears)
     if outside and not finished(len(layers)):
-        yield len(layers), round_together(len(layers), outside, {}, None)
+        yield len(layers), round_together(len(layers), outside, _none, None)
     advance(len(outside))
+
+
+def _none(_names: Sequence[str]) -> Mapping[str, Tensor]:
+    return {}
 
 
 class _Paths:
@@ -137,7 +145,8 @@ class _Paths:
         self._run: Callable[..., Tensor] = fast(layers.run) if prefix.quickly else layers.run
         self._observe: Callable[..., tuple[dict[str, Seen], Tensor]] = fast(observe) if prefix.quickly else observe
         count = len(prefix.tokens)
-        self._rows = range(count)
+        self._runs = processes.runs(range(count))
+        self._rows = processes.own_rows(range(count))
         first = layers.embed(self._ids([0]))
         self._shape, self._dtype = (count, *first.shape[1:]), first.dtype
         self._x: HiddenStates
@@ -161,6 +170,7 @@ class _Paths:
                     after.write(rows, layers.run(index, self._ids(rows), state.read(rows).to(layers.device)))
             self._store.drop(state)
             state = after
+        self._everywhere(reference)
         self._natural = NaturalSteps(
             layers=layers,
             linears=self._linears,
@@ -170,7 +180,7 @@ class _Paths:
             steps=steps.steps,
             seed=steps.seed,
             batch_size=self._batch_size,
-            directory=None if steps.resident else steps.moved / "scratch",
+            directory=None if steps.resident else steps.moved / processes.named("scratch"),
         )
         self._places = places(len(layers), steps.places)
 
@@ -179,22 +189,56 @@ class _Paths:
         steps = self._prefix.steps
         if steps is None or self._natural is None or index not in self._places:
             return
-        if (known := _load_moved(steps.moved, index, self._layers, self._linears)) is None:
-            known = self._natural.move(index, self._xq)
-            _save_moved(steps, index, self._layers, self._linears, known)
+        known = None
+        if processes.from_first(lambda: _has_moved(steps.moved, index)):
+            known = _load_moved(steps.moved, index, self._layers, self._linears)
+        if known is None:
+            self._everywhere(self._xq)
+            known = self._moved(index)
+            if processes.first():
+                _save_moved(steps, index, self._layers, self._linears, known)
+            processes.wait()
         if known["taken"]:
             self._states.append(self._x)
             self._x = self._new(f"moved-{index:03d}")
             for rows in batches(self._rows, self._batch_size):
                 self._x.write(rows, self._xq.read(rows))
 
+    def _moved(self, index: int) -> dict[str, Any]:
+        """The steps, in all processes the same, and where the first has come to."""
+        assert self._natural is not None
+        found = self._natural.move(index, self._xq)
+        known: dict[str, Any] = processes.from_first(lambda: found)
+        if processes.world() > 1 and known["taken"]:
+            for group in range(index, len(self._layers)):
+                names = self._layers.inside(group, self._linears)
+                with self._layers.loaded(group):
+                    for name in names:
+                        processes.sent(self._linears[name].weight.data, 0)
+                    self._layers.keep(group, names)
+        return known
+
+    def _everywhere(self, states: HiddenStates) -> None:
+        """Gives every process the sequences of all."""
+        world = processes.world()
+        if world == 1:
+            return
+        for number, run in enumerate(self._runs):
+            for rows in batches(run, self._batch_size):
+                mine = number % world == processes.rank()
+                values = states.read(rows) if mine else torch.empty((len(rows), *states.shape[1:]), dtype=states.dtype)
+                processes.sent(values, number % world)
+                if not mine:
+                    states.write(rows, values)
+
     def start(self, first: int) -> int:
         """Begins at the group that is to be rounded first, if an earlier process has left the states before it, else with the embedding."""
         steps = self._prefix.steps
         if steps is not None:
             self._begin_steps(steps)
+        moved = processes.from_first(lambda: [place for place in self._places if steps is not None and _has_moved(steps.moved, place)])
         for index in reversed(range(first + 1)):
-            if steps is not None and not all(_has_moved(steps.moved, place) for place in self._places if place < index):
+            if not all(place in moved for place in self._places if place < index):
                 continue
             states = [self._store.find(f"{path}-{index:03d}", self._shape, self._dtype) for path in ("original", "rounded")]
             if states[0] is not None and states[1] is not None:
@@ -243,21 +287,31 @@ class _Paths:
     ) -> dict[str, RoundedWeight]:
         """Rounds a group and takes both paths to its end."""
         layers, device = self._layers, self._layers.device
-        few = self._rows[:2]  # in one sequence what sees some of the tokens may happen to see as many as there are
-        order = reading_order(layers, index, self._ids(few), self._x.read(few).to(device), linears) if linears else []
+        few = range(len(self._runs[0]))[:2]  # in one sequence what sees some of the tokens may happen to see as many as there are
+        order = [
+            Readers.of(known)
+            for known in processes.from_first(
+                lambda: (
+                    [vars(readers) for readers in reading_order(layers, index, self._ids(few), self._x.read(few).to(device), linears)]
+                    if linears
+                    else []
+                )
+            )
+        ]
         corrected = [readers for readers in order if readers.per_token]
         after, inputs, rests = self._original(index, linears, corrected)
         kept = {name: linear.weight.detach().clone() for name, linear in linears.items()}
         rounded: dict[str, RoundedWeight] = {}
         try:
-            for readers in order:
-                moments = None
-                targets = {name: kept[name].float() for name in readers.names} if self._natural is not None else {}
-                if readers.per_token:
-                    moments = self._moments(index, linears, readers, inputs[readers.names[0]], rests)
-                    targets = moments.targets(
-                        {name: kept[name] for name in readers.names}, dict.fromkeys(readers.names, self._prefix.strengths)
-                    )
+            for readers in _joined(order):
+                moments = self._moments(index, linears, readers, inputs[readers.names[0]], rests) if readers.per_token else None
+
+                def targets(names: Sequence[str], moments: Moments | None = moments) -> Mapping[str, Tensor]:
+                    own = {name: kept[name] for name in names}
+                    if moments is not None:
+                        return moments.targets(own, dict.fromkeys(names, self._prefix.strengths))
+                    return {name: weight.float() for name, weight in own.items()} if self._natural is not None else {}
+
                 found = round_together(index, list(readers.names), targets, moments)
                 for name, weight in found.items():
                     linears[name].weight.copy_(dequantized(weight))
@@ -304,21 +358,46 @@ class _Paths:
     ) -> Moments:
         layers, first = self._layers, readers.names[0]
         watched = {name: linears[name] for name in {first, *readers.added}}
-        moments = Moments.empty(linears[first].in_features, layers.device, {name: linears[name].out_features for name in readers.added})
-        for rows in batches(self._rows, self._batch_size):
-            hidden = self._xq.read(rows).to(layers.device)
-            seen, _ = self._observe(layers, index, self._ids(rows), hidden, watched, added=readers.added, stop=True)
-            errors = {}
-            for name in readers.added:
-                rest, factor = seen[name].rest, seen[name].factor
-                assert rest is not None
-                errors[name] = ((rests[name].read(rows).to(rest) - rest) / factor).float()
-            xq, before = seen[first].x, x.read(rows).to(seen[first].x)
-            with fast_products(xq.device):
-                for place in range(len(rows)):  # one by one, so that no sum depends on the batch
-                    own = {name: error[place] for name, error in errors.items()}
-                    moments.add(before[place].float(), xq[place].float(), own)
-        return moments
+        added = {name: linears[name].out_features for name in readers.added}
+
+        def part(number: int) -> list[Tensor]:
+            moments = Moments.empty(linears[first].in_features, layers.device, added)
+            for rows in batches(self._runs[number], self._batch_size):
+                hidden = self._xq.read(rows).to(layers.device)
+                seen, _ = self._observe(layers, index, self._ids(rows), hidden, watched, added=readers.added, stop=True)
+                errors = {}
+                for name in readers.added:
+                    rest, factor = seen[name].rest, seen[name].factor
+                    assert rest is not None
+                    errors[name] = ((rests[name].read(rows).to(rest) - rest) / factor).float()
+                xq, before = seen[first].x, x.read(rows).to(seen[first].x)
+                with fast_products(xq.device):
+                    for place in range(len(rows)):  # one by one, so that no sum depends on the batch
+                        own = {name: error[place] for name, error in errors.items()}
+                        moments.add(before[place].float(), xq[place].float(), own)
+            return moments.sums()
+
+        total = Moments.empty(linears[first].in_features, layers.device, added)
+        processes.summed(total.sums(), len(self._runs), part)
+        return total
+
+
+def _joined(order: Sequence[Readers]) -> Iterator[Readers]:
+    """Sets of linears that are rounded at the same time: those without targets, such as experts, as many as there are processes."""
+    silent: list[str] = []
+    for readers in order:
+        if readers.per_token:
+            yield from _apart(silent)
+            silent.clear()
+            yield readers
+        else:
+            silent += readers.names
+    yield from _apart(silent)
+
+
+def _apart(names: Sequence[str]) -> Iterator[Readers]:
+    for start in range(0, len(names), processes.world()):
+        yield Readers(names=tuple(names[start : start + processes.world()]), added=(), per_token=False)
 
 
 def _moved_file(directory: Path, index: int) -> Path:
