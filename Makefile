@@ -47,6 +47,8 @@ bench: install
 	$(BIN)/python benchmarks/viterbi.py
 	$(BIN)/python benchmarks/hadamard.py
 	$(BIN)/python benchmarks/tuning.py
+	$(BIN)/python benchmarks/sweeps.py --depths 2 4 --rounds 1
+	$(BIN)/python benchmarks/processes.py demo --scheme int3-g64 --effort quick --seq-len 128
 
 bench-scale: install
 	$(BIN)/python benchmarks/depth.py -o benchmarks/results/depth.json

@@ -307,6 +307,75 @@ def real(name: str) -> str:
     return markdown(columns, cells)
 
 
+def sweeps() -> str:
+    """Of the stages, over plain passes of the same sequences in the same run."""
+    columns = (
+        "model",
+        "forward, s",
+        "forward and backward, s",
+        "collection over that",
+        "rounding sweep over forward",
+        "evaluation over it",
+    )
+    cells = []
+    for name in ("sweeps", "sweeps-smollm2-135m"):
+        for row in load(name)["rows"]:
+            cells.append(
+                [
+                    row.get("model") or f"{row['width']} wide, {row['depth']} layers",
+                    f"{row['seconds']['forward']:.1f}",
+                    f"{row['seconds']['forward and backward']:.1f}",
+                    f"{row['collection_over_forward_and_backward']:.2f}",
+                    f"{row['rounding_sweep_over_forward']:.2f}",
+                    f"{row['evaluation_over_forward']:.2f}",
+                ]
+            )
+    return markdown(columns, cells)
+
+
+def several(name: str) -> str:
+    """Of a job in several processes, over the same in one."""
+    found = load(name)
+    columns = ("processes, one thread each", "command, s", "of one", "stages, s", "of one", "curvature, s", "rounding, s", "same bytes")
+    cells = [
+        [
+            str(row["processes"]),
+            f"{row['seconds']:.0f}",
+            f"{row['of_the_first']['whole']:.2f}",
+            f"{sum(row['stages'].values()):.0f}",
+            f"{row['of_the_first']['stages']:.2f}",
+            f"{row['stages']['curvature']:.0f}",
+            f"{row['stages']['rounding']:.0f}",
+            "yes" if row["same_codes"] else "no",
+        ]
+        for row in found["rows"]
+    ]
+    return markdown(columns, cells)
+
+
+def estimates(name: str) -> str:
+    """Of models that nobody has run here."""
+    found = load(name)
+    columns = (
+        f"{found['scheme']}, `--effort {found['effort']}`",
+        "weights",
+        "one H200",
+        "eight H200",
+        f"CPU server of {found['cores']} cores",
+    )
+    cells = [
+        [
+            row["model"],
+            f"{row['parameters'] / 1e9:.0f} B",
+            f"{row['one_gpu_minutes']:.0f} min",
+            f"{row['eight_gpus_minutes']:.0f} min",
+            f"{row['cpu_server_hours']:.1f} h",
+        ]
+        for row in found["rows"]
+    ]
+    return markdown(columns, cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
@@ -323,6 +392,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-demo": lambda: peers("demo", 64),
     "real-smollm2-135m": lambda: real("real-smollm2-135m"),
     "planned": lambda: planned("planned"),
+    "sweeps": sweeps,
+    "processes": lambda: several("processes"),
+    "estimates": lambda: estimates("estimates"),
     "read-back": lambda: read_back("read-back"),
     "tasks-stories260K": lambda: tasks("stories260K"),
     "tasks-demo": lambda: tasks("demo"),

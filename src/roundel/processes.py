@@ -125,11 +125,13 @@ def join() -> None:
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that all processes of the job call, connected (`join`), and that ends when all have."""
+    """A function that all processes of the job call, connected (`join`), and that ends when all have; the first shows its progress."""
 
     @wraps(function)
     def call(*args: P.args, **given: P.kwargs) -> T:
         join()
+        if not first():
+            given |= {"progress": None}  # type: ignore[assignment]
         found = function(*args, **given)
         wait()
         return found

@@ -27,6 +27,7 @@ from roundel.progress import Progress, Silent
 from roundel.progress import duration as spoken
 from roundel.recipes import Recipe, with_block_type
 from roundel.settings import EFFORTS
+from roundel.stages.curvature import PORTION, STATES
 from roundel.stages.linears import stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
@@ -42,8 +43,8 @@ WORTH_PLANNING = 50_000_000
 PROGRAM = 520_000_000
 """Bytes of Python, torch and Transformers."""
 
-WEIGHTS, SUMS, LOGITS = 1.5, 3, 6
-"""Copies of the weights in memory, of which half is the mapped file; matrices of curvature for each side of a linear; slices of logits."""
+WEIGHTS, LOGITS = 1.5, 6
+"""Copies of the weights in memory, of which half is the mapped file; slices of logits."""
 
 SLACK = 1.35
 """What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way."""
@@ -173,9 +174,10 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     by_layer: dict[str, list[nn.Linear]] = {}
     for name, linear in source.linears.items():
         by_layer.setdefault(next((layer for layer in names if name.startswith(f"{layer}.")), ""), []).append(linear)
-    squares = [sum(each.in_features**2 + each.out_features**2 for each in own) for own in by_layer.values()]
+    squares = [[each.in_features**2 + each.out_features**2 for each in own] for own in by_layer.values()]
+    sums = max(4 * STATES * max(*own, min(sum(own), budget // PORTION // (4 * STATES))) for own in squares)
     wide = max(sum(each.in_features + each.out_features for each in own) for own in by_layer.values())
-    collecting = max(squares) * 4 * SUMS + default_batch(length) * length * wide * item
+    collecting = sums + default_batch(length) * length * wide * item
     rounding = max(
         12 * each.weight.numel() * 4 + 7 * 8 * (each.in_features**2 + each.out_features**2) for own in by_layer.values() for each in own
     )
@@ -184,7 +186,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     hidden = (len(names) + 3) * states * length * embedding.embedding_dim * item
     codes = sum(each.weight.numel() for each in source.linears.values())
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
-    factors = sum(squares) // 2 * getattr(torch, recipe.factor_type).itemsize
+    factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
     return {
         "main": int(SLACK * (PROGRAM + WEIGHTS * weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + codes + tuning),
         "disk": int(factors + max(0, hidden - HIDDEN) + 4 * codes),

@@ -59,7 +59,7 @@ def quantize(
             sequences and seed take the place of the recipe's.
         work: A directory for what is finished or half done: hidden states, factors, rounded weights, the state of tuning. The same call
             goes on from there after a crash, and ends with the same checkpoint. It may be removed afterwards.
-        memory: What may be used, such as `8G`; by default most of what is free, a quarter of a GiB of it for hidden states. A model whose
+        memory: What each process may use, such as `8G`, a quarter of it for hidden states; by default most of what is free. A model whose
             weights do not fit into half of it stays on the disk but for one decoder layer at a time; hidden states that do not fit go to
             the disk. Never changes the result.
         device: `auto`, `cpu`, `cuda`, ...

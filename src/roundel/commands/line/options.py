@@ -71,7 +71,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What may be used, such as 8G; default: most of what is free, a quarter of a GiB of it for hidden states. "
+        help="What each process may use, such as 8G, a quarter of it for hidden states; default: most of what is free. "
         "A larger model stays on the disk, one decoder layer at a time.",
     ),
 ]
