@@ -23,14 +23,17 @@ class Rank(NamedTuple):
     err: str
 
 
-def run(count: int, *arguments: object, exact: bool = False) -> list[Rank]:
-    """`roundel ARGUMENTS` in so many processes; `exact`: without products in bfloat16."""
+def run(count: int, *arguments: object, exact: bool = False, step_tokens: int | None = None) -> list[Rank]:
+    """`roundel ARGUMENTS` in so many processes.
+
+    `exact`: without products in bfloat16; `step_tokens`: of a natural-gradient step.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
-            SERVER.Process(target=_one, args=(rank, count, port, [str(part) for part in arguments], scratch, exact))
+            SERVER.Process(target=_one, args=(rank, count, port, [str(part) for part in arguments], scratch, exact, step_tokens))
             for rank in range(count)
         ]
         for process in processes:
@@ -47,7 +50,7 @@ def run(count: int, *arguments: object, exact: bool = False) -> list[Rank]:
         return found
 
 
-def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, exact: bool) -> None:
+def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, exact: bool, step_tokens: int | None) -> None:
     for place, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(scratch, f"{kind}-{rank}"), os.O_WRONLY | os.O_CREAT), place)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
@@ -59,6 +62,10 @@ def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, e
     from roundel.linalg import fast
 
     torch.set_num_threads(1)
+    if step_tokens is not None:
+        from roundel.stages.rounding import natural
+
+        natural.STEP_TOKENS = step_tokens
     if exact:
         fast._has_units = lambda: False  # type: ignore[assignment]
     sys.argv = ["roundel", *arguments]

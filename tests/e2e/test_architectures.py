@@ -64,7 +64,7 @@ REPORT = {
     "layers": None,
     "skipped": None,
     "warnings": None,
-    "resources": {"peak_memory", "planned"},
+    "resources": {"peak_memory", "processes", "planned"},
     "seconds": {"load", "text", "curvature", "rounding", "prediction", "writing", "evaluation"},
 }
 ROW = {
