@@ -103,7 +103,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 def common(directory: Path) -> Path:
-    """A directory that the first process has made, and that others must see.
+    """A directory that the first process has made, and that others must see; all ask, and none goes on before all have looked.
 
     Raises:
         StorageError: they do not.
@@ -112,6 +112,7 @@ def common(directory: Path) -> Path:
         raise StorageError(
             f"{directory} of the first process is not here: all processes need the output, and --work, on a file system that they share"
         )
+    processes.wait()
     return directory
 
 

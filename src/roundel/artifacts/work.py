@@ -138,7 +138,7 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
         except OSError as error:
             raise StorageError(f"another process is at work in {path}; wait for it, or give another directory for --work") from error
         processes.wait()
-        yield Work(path=path, kept=True, memory=budget, hidden=hidden)
+        yield Work(path=common(path), kept=True, memory=budget, hidden=hidden)
         processes.wait()
     finally:
         os.close(lock)

@@ -105,8 +105,9 @@ def collect_factors(
         if processes.first():
             directory = FactorsDirectory.open(target) if going_on else FactorsDirectory.create(target, header)
         processes.wait()
+        common(target)
         if not processes.first():
-            directory = FactorsDirectory.open(common(target))
+            directory = FactorsDirectory.open(target)
         directory.header.check_same(header)
         if directory.complete:
             return directory.header
