@@ -178,9 +178,7 @@ def in_turn() -> Iterator[None]:
 
 def wait() -> None:
     """Until all have come here."""
-    if world() > 1:
-        with _talking():
-            distributed.all_reduce(torch.zeros(1))
+    merged(torch.zeros(1))
 
 
 def runs(rows: Sequence[int], together: int = 1) -> list[Sequence[int]]:
@@ -221,10 +219,8 @@ def summed(total: list[Tensor], count: int, part: Callable[[int], list[Tensor]])
                     for tensor in mine:
                         distributed.send(tensor.contiguous(), 0)
         del mine
-    if size > 1:
-        with _talking():
-            for tensor in total:
-                distributed.broadcast(tensor, 0)
+    for tensor in total:
+        sent(tensor, 0)
     return total
 
 
@@ -290,14 +286,11 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def _sent(content: bytes, sender: int) -> bytes:
     """What one process has, in all."""
-    size = torch.tensor([len(content)])
-    with _talking():
-        distributed.broadcast(size, sender)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        if rank() == sender:
-            data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        distributed.broadcast(data, sender)
-    return data.numpy().tobytes()
+    size = sent(torch.tensor([len(content)]), sender)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    if rank() == sender:
+        data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    return sent(data, sender).numpy().tobytes()
 
 
 def shared_out(sizes: Mapping[str, float]) -> list[str]:

@@ -27,6 +27,7 @@ __all__ = [
     "check_output",
     "common",
     "copy_files",
+    "hidden_beside",
     "staged_directory",
     "staged_file",
     "storage",
@@ -81,14 +82,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
         StorageError: it cannot be made or renamed.
     """
     check_output(target)
-
-    def made() -> str:
-        parent = target.absolute().parent
-        with storage(parent):
-            parent.mkdir(parents=True, exist_ok=True)
-            return tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent)
-
-    staging = common(Path(processes.from_first(made)))
+    staging = hidden_beside(target)
     try:
         yield staging
         processes.wait()
@@ -100,6 +94,22 @@ def staged_directory(target: Path) -> Iterator[Path]:
         if processes.first():
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def hidden_beside(target: Path, kind: str = "") -> Path:
+    """A new hidden directory beside `target`, one for all processes.
+
+    Raises:
+        StorageError: it cannot be made, or not all see it.
+    """
+
+    def made() -> str:
+        parent = target.absolute().parent
+        with storage(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.mkdtemp(prefix=f".{target.name}.{kind}", dir=parent)
+
+    return common(Path(processes.from_first(made)))
 
 
 def common(directory: Path) -> Path:

@@ -106,6 +106,21 @@ def test_tuning_end_to_end_in_shards(tmp_path) -> None:
     assert two["evaluation"]["kl"]["mean"] == pytest.approx(one["evaluation"]["kl"]["mean"], rel=0.02)
 
 
+@pytest.mark.parametrize("scheme", ["int4-g32", "lattice2"])
+def test_what_stays_whole_in_every_process(scheme, model, text, tmp_path) -> None:
+    """Biases, norms and the embedding beside sharded codes or vectors."""
+    settings = {**GIVEN, "scheme": scheme, "curvature": "kfac", "tune": "end-to-end", "tune_steps": 4, "tune_tokens": 64}
+    line = ["quantize", model("qwen2"), "--calibration", text, "--quiet", *options(settings)]
+    histories = []
+    for count in (1, 2):
+        found = ranks.run(count, *line, "-o", tmp_path / str(count), exact=True)
+        assert [rank.code for rank in found] == [0] * count, found
+        histories.append(json.loads((tmp_path / str(count) / "roundel.json").read_text())["tuning"]["history"])
+    one, two = histories
+    assert one[0] == two[0]
+    assert two[1]["calibration_kl"] == pytest.approx(one[1]["calibration_kl"], rel=1e-4)
+
+
 def test_tuning_goes_on_with_another_number(model, text, quantized, tmp_path) -> None:
     line = ["tune", quantized.path, "--calibration", text, "--quiet", *options({"tune_steps": 8, "tune_tokens": 64})]
     whole = ranks.run(2, *line, "-o", tmp_path / "whole", "--work", tmp_path / "first")

@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pathlib import Path
 from roundel import processes
 from roundel.artifacts.memory import memory_budget
 from roundel.errors import StorageError
-from roundel.store import common, storage, write_json
+from roundel.store import common, hidden_beside, storage, write_json
 from roundel.sweeps import HiddenStore
 
 __all__ = ["Work", "open_work", "readable"]
@@ -109,14 +108,7 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
     budget = memory_budget(memory)
     hidden = min(budget // 4, HIDDEN) if memory is None else budget // 4
     if path is None:
-
-        def made() -> str:
-            parent = beside.absolute().parent
-            with storage(parent):
-                parent.mkdir(parents=True, exist_ok=True)
-                return tempfile.mkdtemp(prefix=f".{beside.name}.work-", dir=parent)
-
-        temporary = common(Path(processes.from_first(made)))
+        temporary = hidden_beside(beside, "work-")
         try:
             yield Work(path=temporary, kept=False, memory=budget, hidden=hidden)
             processes.wait()

@@ -106,8 +106,6 @@ def symmetrise(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     for start in range(0, len(full), MIRROR):
         stop = start + MIRROR
         full[start:stop, stop:] = full[stop:, start:stop].T
-        square = full[start:stop, start:stop].tril(-1)
-        diagonal = full.diagonal()[start:stop].clone()
-        full[start:stop, start:stop] = square + square.T
-        full.diagonal()[start:stop] = diagonal
+        square = full[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
     return full

@@ -29,7 +29,8 @@ def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
         return
     mesh = init_device_mesh(device.type, (processes.world(),))
     for module in modules:
-        fully_shard(module, mesh=mesh)
+        biases = {parameter for name, parameter in module.named_parameters() if name == "bias"}
+        fully_shard(module, mesh=mesh, ignored_params=biases)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # sums: each process's loss is its part of all tokens'
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
