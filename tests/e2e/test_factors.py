@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import roundel
-from e2e import tiny
+from e2e import ranks, tiny
 from e2e.conftest import SETTINGS
 from roundel.artifacts.factors import FactorsDirectory, merge
 from roundel.errors import FactorsError
@@ -185,11 +184,9 @@ def test_windows_of_layers_join_to_the_whole(collect, tmp_path) -> None:
 
 
 def test_two_processes_equal_one(collect, model, text, tmp_path) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "roundel", "collect", model()]
-    line += ["-o", tmp_path / "two", "--calibration", text, *options(ENOUGH), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([str(part) for part in line], check=False, capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
+    line = ["collect", model(), "-o", tmp_path / "two", "--calibration", text, *options(ENOUGH), "--quiet"]
+    found = ranks.run(2, *line)
+    assert [rank.code for rank in found] == [0, 0], found
     one = collect("one", **ENOUGH)
     assert_same(one, tmp_path / "two")
     headers = [FactorsDirectory.open(directory).header for directory in (one, tmp_path / "two")]

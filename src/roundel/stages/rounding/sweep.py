@@ -209,7 +209,7 @@ class _Paths:
         assert self._natural is not None
         found = self._natural.move(index, self._xq)
         known: dict[str, Any] = processes.from_first(lambda: found)
-        if processes.world() > 1 and known["taken"]:
+        if processes.world() > 1:  # another processor may have come to other weights
             for group in range(index, len(self._layers)):
                 names = self._layers.inside(group, self._linears)
                 with self._layers.loaded(group):
