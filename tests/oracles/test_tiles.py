@@ -363,8 +363,8 @@ def test_refitted_scales_are_the_least_squares_of_all_at_once(scheme: str, monke
     before, after = loss_of(problem, grid, codes, scales), loss_of(problem, grid, codes, refitted)
     assert least < before
     assert after == pytest.approx(least, rel=1e-8)
-    usual = loss_of(problem, grid, codes, refit_scales(problem, grid, base, codes))  # the few steps that are usual get most of it
-    assert before - usual > 0.7 * (before - least)
+    usual = loss_of(problem, grid, codes, refit_scales(problem, grid, base, codes))  # the one or two that are usual get most of it
+    assert before - usual > 0.6 * (before - least)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 as vectors that grow by one scaled row at a time: a processor's lanes are full.
 
 *Sweep*: it starts from `curved = H_out E H_in` and ends with it, so that what does not change costs nothing: one row of `H_in` for each
-change (a few percent of the entries), `BLOCK / 2` multiply-adds for each weight and `3/2 d_out` more in products.
+change (a few percent of the entries), `BLOCK / 2` multiply-adds for each weight and `d_out` more in products.
 
 What is not a product is compiled scalar code, in loops only, because NumPy's expressions take seconds to compile.
 Specifications: `rounding.feedback.feedback_waves`, `rounding.descent.sweep_rows`; sums are taken in another order.
@@ -156,12 +156,12 @@ def sweep(
     W_hat = units.mul_(step).add_(shift)
     if curved is None:
         curved = H_out @ (W - W_hat) @ H_in
-    change_of_R = torch.empty_like(W_hat)  # of E H_in
+    change_of_R, after = torch.empty_like(W_hat), torch.empty_like(W_hat)  # of E H_in, and H_out E H_in
     for top in range(0, d_out, BLOCK):
         bottom = min(top + BLOCK, d_out)
-        P = torch.addmm(curved[top:bottom], H_out[top:bottom, :top], change_of_R[:top])
+        P = torch.addmm(curved[top:bottom], H_out[top:bottom, :top], change_of_R[:top], out=after[top:bottom])
         _sweep_rows(
-            P.numpy(),
+            P.clone().numpy(),
             change_of_R[top:bottom].numpy(),
             H_out[top:bottom, top:bottom].contiguous().numpy(),
             H_in.numpy(),
@@ -174,7 +174,9 @@ def sweep(
             W_hat[top:bottom].numpy(),
             codes[top:bottom].numpy(),
         )
-    return codes, torch.addmm(curved, H_out, change_of_R)
+    for top in range(0, d_out, BLOCK):  # and those of its own rows and of those below
+        after[top : top + BLOCK].addmm_(H_out[top : top + BLOCK, top:], change_of_R[top:])
+    return codes, after
 
 
 @numba.njit(cache=True)

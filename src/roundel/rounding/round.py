@@ -12,7 +12,7 @@ from roundel.grids import parse_scheme
 from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.rounding.descent import descend
 from roundel.rounding.feedback import feedback
-from roundel.rounding.scale import refit
+from roundel.rounding.scale import Refits
 from roundel.rounding.state import State, roughly_curved
 from roundel.rounding.tiles import Coding, feedback_tiles, in_step, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
@@ -45,10 +45,10 @@ def round_weights(
 def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype) -> Coding[RoundedWeight]:
     scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
     codes = yield from _feedback(problem, grid, scales)
-    state, curved_of = State.of(problem, grid, scales, codes), roughly_curved(problem)
+    state, refits = State.of(problem, grid, scales, codes), Refits(problem, grid, roughly_curved(problem))
     trace = [state.loss]
     for _ in range(sweeps):
-        swept = yield from _sweep(problem, grid, refit(problem, grid, state, curved_of))
+        swept = yield from _sweep(problem, grid, refits.refit(state))
         loss = swept.loss
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
