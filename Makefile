@@ -2,6 +2,7 @@
 # make test    install and run the tests
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
+# make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
@@ -20,7 +21,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama test-mlx check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -34,6 +35,9 @@ test-tasks: install
 
 test-llama: .venv-llama/installed
 	OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -p no:xdist tests/llama
+
+test-mlx: .venv-mlx/installed
+	ROUNDEL_MODEL=$(MODEL) .venv-mlx/bin/python -m pytest -p no:xdist -s tests/mlx_engine
 
 check: install
 	$(BIN)/ruff format --check .
@@ -104,5 +108,10 @@ install: .venv/installed
 	.venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
 	touch $@
 
+.venv-mlx/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' 'mlx[cpu]==0.32.2' mlx-lm==0.32.2
+	touch $@
+
 clean:
-	rm -rf .venv .venv-docs .venv-llama .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

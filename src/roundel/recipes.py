@@ -170,10 +170,15 @@ class Recipe(Settings):
             return self.schemes
         found = re.fullmatch(r"([a-z]+)(\d)(-.*)?", self.scheme)
         others = [f"{found[1]}{bits}{found[3] or ''}" for bits in range(1, 9)] if found else []
-        known = [scheme for scheme in others if _known(scheme)]
+        known = [scheme for scheme in others if _known(scheme) and self._fits(scheme)]
         if len(known) < 2:
             raise SchemeError(f"{self.scheme} has no number of bits that could vary: give the schemes to choose from (--schemes)")
         return tuple(known)
+
+    def _fits(self, scheme: str) -> bool:
+        """Whether the format, if one is named, holds it."""
+        grid = parse_scheme(scheme)
+        return self.format == "auto" or _holds(self.format, grid, self.rotation_of(grid))
 
     @property
     def used_schemes(self) -> tuple[str, ...]:

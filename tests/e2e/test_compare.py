@@ -29,7 +29,7 @@ from roundel.curvature.sketches import Auto, Candidate, Sketch
 from roundel.errors import ModelError, OutputError, SchemeError
 from roundel.evaluate import comparison
 from roundel.evaluate.comparison import COMPARED, compared_rows, summary_rows
-from roundel.models import load_model
+from roundel.models import load, load_model
 from roundel.progress import Progress
 from roundel.recipes import GPTQ, NEAREST, Recipe
 from roundel.stages.text import split_text
@@ -258,6 +258,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(model, quantize, tmp_pat
     assert resumed["warnings"] == whole["warnings"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
+    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: True)
     other = {
         "sequences": {"sequences": [8, 16]},
         "seeds": {"seeds": 1},

@@ -39,7 +39,7 @@ def integers(wide, quantize, tmp_path_factory) -> roundel.Quantized:
     return quantize(wide, tmp_path_factory.mktemp("integers") / "out", scheme="int4-g32", curvature="kfac", sweeps=1)
 
 
-@pytest.mark.parametrize("form", ["native", "gptq", "dense", "compressed-tensors"])
+@pytest.mark.parametrize("form", ["native", "gptq", "mlx", "dense", "compressed-tensors"])
 def test_codes_are_carried_over(form, integers, tmp_path) -> None:
     details = roundel.export(integers.path, output=tmp_path / "out", to=form)
     assert torch.equal(logits(tmp_path / "out"), logits(integers.path))
@@ -67,6 +67,7 @@ def test_codes_are_carried_over(form, integers, tmp_path) -> None:
         ("q4_0", {}, "gguf"),
         ("lattice2", {}, "native"),
         ("int8-g32", {"format": "gptq"}, "gptq"),
+        ("int3-g32-affine", {"format": "mlx"}, "mlx"),
         ("int4-g32", {"rotate": "fused"}, "compressed-tensors"),
         (
             "trellis2",

@@ -17,7 +17,7 @@ from e2e import tiny
 from e2e.test_experts import configuration
 from roundel.artifacts.checkpoints import read
 from roundel.grids import parse_scheme
-from roundel.models import load_model
+from roundel.models import load, load_model
 from roundel.rounding import nearest
 from roundel.rounding.prefix import Strengths
 from roundel.rounding.round import dequantized
@@ -115,10 +115,22 @@ def test_blocks_of_256(scheme: str, quantize, tmp_path) -> None:
     assert 0 < result.report.kl_mean < 1
 
 
-def test_in_bfloat16(model, quantize, tmp_path) -> None:
+def test_in_bfloat16(model, quantize, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: True)
     result = quantize(model(dtype=torch.bfloat16), tmp_path / "out", **SETTINGS, scheme="int4-g16", dtype="bfloat16")
     assert all(rows(result))
     assert 0 < result.report.kl_mean < 1
+
+
+def test_a_processor_without_bfloat16_runs_the_model_in_float32(model, quantize, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: False)
+    own, asked = (
+        quantize(model(dtype=torch.bfloat16), tmp_path / kind, **SETTINGS, scheme="int4-g16", dtype=kind)
+        for kind in ("float32", "bfloat16")
+    )
+    assert same(own, asked)
+    assert any("no products in bfloat16" in warning for warning in asked.details["warnings"])
+    assert own.details["warnings"] == [warning for warning in asked.details["warnings"] if "no products in bfloat16" not in warning]
 
 
 def test_no_batch_size_changes_the_codes(model, quantize, tmp_path) -> None:

@@ -19,15 +19,16 @@ from roundel.grids.uniform import Uniform
 D_IN = 256
 SYMMETRIC = [*(f"int{bits}-g32" for bits in range(2, 9)), "int2-g4", "int4-channel", "int8-channel", "int3-tensor", "int8-tensor"]
 ASYMMETRIC = ["int2-g32-asym", "int3-g4-asym", "int4-g32-asym", "int4-channel-asym", "int8-channel-asym"]
+AFFINE = ["int2-g32-affine", "int4-g32-affine", "int8-g4-affine"]
 FLOATS = ["fp8", "fp8-tensor", "mxfp4", "nvfp4"]
 SINGLE = ["q4_0", "q8_0", "iq4_nl"]
 WITH_MINIMA = ["q2_k", "q4_k", "q5_k"]
 SUPER = ["q3_k", "q6_k", *WITH_MINIMA]
 BLOCKS = [*SINGLE, *SUPER]
-FREE = [*SYMMETRIC, *ASYMMETRIC, *FLOATS]
+FREE = [*SYMMETRIC, *ASYMMETRIC, *AFFINE, *FLOATS]
 """Families that store weights of any size; float16 limits the others."""
 NAMES = [*FREE, *BLOCKS]
-SOME = ["int2-g32", "int4-channel", "int8-tensor", "int3-g32-asym", "int8-channel-asym", *FLOATS, *BLOCKS]
+SOME = ["int2-g32", "int4-channel", "int8-tensor", "int3-g32-asym", "int8-channel-asym", "int4-g32-affine", *FLOATS, *BLOCKS]
 seeds = st.integers(0, 10_000)
 
 
@@ -41,7 +42,7 @@ every_grid = pytest.mark.parametrize("name", NAMES)
 every_scale_type = pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *itertools.product([*SYMMETRIC, *ASYMMETRIC, "fp8", "fp8-tensor"], (torch.float16, torch.bfloat16, torch.float32)),
+        *itertools.product([*SYMMETRIC, *ASYMMETRIC, *AFFINE, "fp8", "fp8-tensor"], (torch.float16, torch.bfloat16, torch.float32)),
         *((name, torch.bfloat16) for name in ("mxfp4", "nvfp4", *BLOCKS)),  # scales of their own types
     ],
     ids=str,
@@ -193,7 +194,7 @@ def test_scales_are_named_tensors_that_divide_the_weight(name: str) -> None:
         assert each.ndim == 2
         assert 6 % each.shape[0] == 0
         assert 2 * D_IN % each.shape[1] == 0
-    free = {"scale"} if name in {*SYMMETRIC, *ASYMMETRIC, "fp8", "fp8-tensor"} else set()
+    free = {"scale", "bias"} if name in {*SYMMETRIC, *ASYMMETRIC, *AFFINE, "fp8", "fp8-tensor"} else set()
     for key, each in scales.items():
         assert (each.dtype == torch.bfloat16) == (key in free)
 
@@ -251,7 +252,7 @@ def test_any_wanted_scale_has_a_stored_form(name: str, dtype: torch.dtype) -> No
         assert stored.dtype == like.dtype
         assert stored.shape == like.shape
         assert stored.float().isfinite().all()
-        assert (stored.float() != 0).all()
+        assert key == "bias" or (stored.float() != 0).all()
         if name in {*ASYMMETRIC, *FLOATS}:
             assert (stored.float() > 0).all()
 
@@ -288,10 +289,10 @@ def test_scales_are_always_usable(name: str, dtype: torch.dtype) -> None:
     for W in (together, torch.zeros(2, D_IN)):
         for weights in (torch.ones(D_IN), torch.zeros(D_IN)) if W is together else (torch.arange(D_IN) * 1e30,):
             scales = fitted(grid, W, weights, dtype)
-            for each in scales.values():
+            for key, each in scales.items():
                 if each.is_floating_point():
                     assert each.float().isfinite().all()
-                    assert (each.float() != 0).all()
+                    assert key == "bias" or (each.float() != 0).all()
                     assert name not in {*ASYMMETRIC, *FLOATS} or (each.float() > 0).all()
             assert (grid.affine(scales, (W.shape[0], D_IN), torch.float32)[0] != 0).all()
             W_hat = rounded(grid, W, scales)
@@ -386,6 +387,9 @@ def absmax(name: str, W: Tensor) -> dict[str, Tensor]:  # noqa: PLR0911
         bottom, top = over(group).amin(-1).clamp(max=0), over(group).amax(-1).clamp(min=0)
         scale = (top - bottom) / (high - low)
         return {"scale": scale, "zero_point": (low - bottom / scale).round().clamp(low, high).to(torch.int8)}
+    if name.endswith("-affine"):
+        bottom, top = over(32).amin(-1), over(32).amax(-1)
+        return {"scale": (top - bottom) / (high - low), "bias": bottom}
     if name.startswith("int"):
         return {"scale": (over(32) if "g32" in name else over(D_IN)).abs().amax(-1) / high}
     match name:
@@ -427,6 +431,8 @@ def absmax(name: str, W: Tensor) -> dict[str, Tensor]:  # noqa: PLR0911
         ("int3-g32-asym", 0.9),
         ("int4-g32-asym", 0.95),
         ("int2-channel-asym", 0.5),
+        ("int2-g32-affine", 0.8),
+        ("int4-g32-affine", 0.95),
         ("fp8", 0.98),
         ("mxfp4", 0.96),
         ("nvfp4", 0.8),
@@ -461,6 +467,11 @@ def scanned(name: str, W: Tensor, weights: Tensor) -> float:
             torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()[:, None]
             * fitted(grid, W, weights)["tensor_scale"].double()
         )
+    elif name.endswith("-affine"):
+        sizes, places = torch.linspace(0.3, 1.2, 120, dtype=torch.float64), torch.linspace(-0.3, 0.5, 160, dtype=torch.float64)
+        width = x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)
+        steps = sizes.repeat_interleave(160)[:, None] * width / (high - low)
+        offset = x.amin(-1, keepdim=True) + places.repeat(120)[:, None] * width - low * steps
     elif name.endswith("-asym"):
         zeros = torch.arange(low, high + 1, dtype=torch.float64).repeat_interleave(200)[:, None]
         steps = torch.linspace(0.2, 2.2, 200, dtype=torch.float64).repeat(high - low + 1)[:, None] * size / (high - low)
@@ -482,6 +493,8 @@ def scanned(name: str, W: Tensor, weights: Tensor) -> float:
         ("int4-g32", 1.01),
         ("int2-g32-asym", 1.01),
         ("int4-g32-asym", 1.03),
+        ("int2-g32-affine", 1.01),
+        ("int4-g32-affine", 1.03),
         ("mxfp4", 1.0),
         ("nvfp4", 1.0),
         ("q4_0", 1.02),
@@ -528,6 +541,7 @@ def test_the_scales_sign_follows_the_longer_tail(bits: int) -> None:
     ("skewed", "symmetric", "factor"),
     [
         ("int4-g32-asym", "int4-g32", 0.5),
+        ("int4-g32-affine", "int4-g32-asym", 0.99),
         ("int2-g32-asym", "int2-g32", 0.7),
         ("int8-channel-asym", "int8-channel", 0.5),
         ("q4_k", "q4_0", 0.5),
@@ -566,7 +580,20 @@ def test_refitted_scales_are_a_minimum_where_they_are_free() -> None:
     "name",
     [
         *("", "int4", "int", "int4-", "int4-g", "int4-g0", "int4-g-8", "int4g128", "INT4-g128", "int1-g128", "int9-channel", "int0-g8"),
-        *("fp4-g16", "int4-tensor-asym", "int4-g0-asym", "int9-g32-asym", "int4-asym", "fp8-g32", "mxfp8", "mxfp4-g32", "nvfp4-g16"),
+        *(
+            "fp4-g16",
+            "int4-tensor-asym",
+            "int4-g0-asym",
+            "int9-g32-asym",
+            "int4-asym",
+            "int4-channel-affine",
+            "int4-g0-affine",
+            "int9-g32-affine",
+            "fp8-g32",
+            "mxfp8",
+            "mxfp4-g32",
+            "nvfp4-g16",
+        ),
         *("q4_1", "q4", "Q4_K", "q4_k_m", "q7_k"),
     ],
 )
@@ -585,6 +612,7 @@ def test_fp8_has_two_names() -> None:
         ("int4-g32", 100, "group size 32 does not divide the width 100", "int4-g4 or -channel"),
         ("int4-g32", 70, "group size 32 does not divide the width 70", "int4-channel"),
         ("int4-g32-asym", 100, "groups of 32 do not divide the width 100", "int4-g4-asym or int4-channel-asym"),
+        ("int4-g32-affine", 100, "groups of 32 do not divide the width 100", "int4-g4-affine or int4-channel-asym"),
         ("mxfp4", 48, "groups of 32 do not divide the width 48", "nvfp4 or int4-g16"),
         ("nvfp4", 24, "groups of 16 do not divide the width 24", "int4-g8 or int4-channel"),
         ("q4_k", 96, "groups of 256 do not divide the width 96", "q4_0 or iq4_nl or q8_0"),

@@ -302,6 +302,7 @@ REFITTED = {
     "int3-tensor": (5, 24),
     "int4-g8-asym": (5, 32),
     "int4-channel-asym": (5, 24),
+    "int4-g8-affine": (5, 32),
     "fp8": (5, 24),
     "fp8-tensor": (5, 24),
     "nvfp4": (4, 48),
@@ -343,7 +344,8 @@ def test_refitted_scales_are_the_least_squares_of_all_at_once(scheme: str, monke
     codes = first_codes(problem, grid, scales)
     monkeypatch.setattr(type(grid), "stored", lambda _self, _name, values, like: values)
     free = list(grid.parts(codes, scales, shape, torch.float64))
-    assert free == (["d", "dmin"] if scheme in ("q2_k", "q4_k", "q5_k") else ["d"] if scheme[0] in "qi" and "_" in scheme else ["scale"])
+    minima, single = scheme in ("q2_k", "q4_k", "q5_k"), scheme[0] in "qi" and "_" in scheme
+    assert free == (["scale", "bias"] if "affine" in scheme else ["d", "dmin"] if minima else ["d"] if single else ["scale"])
     base = {name: each.double() if name in free else each for name, each in scales.items()}
     zero = grid.dequantize(
         codes, {name: torch.zeros_like(each) if name in free else each for name, each in base.items()}, shape, torch.float64
@@ -376,6 +378,7 @@ def test_refitted_scales_are_the_least_squares_of_all_at_once(scheme: str, monke
         ("trellis2-s8", (20, 30)),
         ("q4_k", (6, 256)),
         ("int4-g8-asym", (24, 64)),
+        ("int4-g8-affine", (24, 64)),
         ("nvfp4", (24, 64)),
         ("mxfp4", (24, 64)),
     ],

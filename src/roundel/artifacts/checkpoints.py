@@ -5,8 +5,8 @@ beside it. `quantize` makes one of the original model, `read` one of a directory
 `write`. Codes and scales are carried over as they are: nothing is rounded a second time.
 
     format                       directory
-    compressed-tensors, gptq,    Hugging Face's: config.json with a quantization_config, safetensors, tokenizer
-    exl3, native
+    compressed-tensors, gptq,    Hugging Face's: config.json with a quantization_config (mlx: quantization), safetensors, tokenizer
+    mlx, exl3, native
     dense                        the same with rounded values in the original's type: any engine, no smaller
     gguf                         model.gguf, all that llama.cpp needs; config.json beside it, for Transformers
 
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from roundel.errors import ModelError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
+from roundel.formats.mlx import Mlx
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.linears import matrix_modules
@@ -138,7 +139,7 @@ def write(
     total = write_shards(staging, {tensor: size(tensor) for tensor in frame.sizes}, produce, advance=advance)
     config = dict(frame.config)
     if packer is not None:
-        config["quantization_config"] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
+        config[packer.section] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
         for file, content in packer.files(rounded, packed).items():
             write_json(staging / file, content)
     write_json(staging / "config.json", config)
@@ -174,9 +175,10 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
             f"{path} is in the format {form}, which does not keep the codes: export from one of {kept} (quantize --format native)"
         )
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" not in config:
-        raise ModelError(f"{path}/config.json has no quantization_config, though roundel.json says {form}: the directory is damaged")
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    section = FORMATS[form].section
+    if section not in config:
+        raise ModelError(f"{path}/config.json has no {section}, though roundel.json says {form}: the directory is damaged")
+    config = {key: value for key, value in config.items() if key != section}
     checkpoint = Checkpoint.open(path)
     packer = FORMATS[form]
     rounded: dict[str, RoundedWeight] = {}
@@ -265,8 +267,8 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
     """The model in a directory as its users' engine would have it: by Transformers where that reads the format, else decoded by ourselves.
 
     Transformers reads compressed-tensors, dense and, as `import roundel` has taught it, native directories, and the GGUF of most types of
-    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of gptq and exl3
-    by `report`, as `read` does.
+    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of gptq,
+    mlx and exl3 by `report`, as `read` does.
 
     Raises:
         ModelError: as `load_model` and `read`.
@@ -275,7 +277,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}  # which `load_model` refuses with its reason
-    method = config.get("quantization_config", {}).get("quant_method")
+    method = "mlx" if Mlx.section in config else config.get("quantization_config", {}).get("quant_method")
     if (path / GGUF_FILE).is_file():
         if config.get("model_type") in _GGUF_TYPES:
             return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
@@ -284,7 +286,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
             write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
             write_json(Path(scratch) / "config.json", config)
             return load_model(Path(scratch), device=device, dtype=dtype)
-    if method not in ("gptq", "exl3"):
+    if method not in ("gptq", "mlx", "exl3"):
         return load_model(path, device=device, dtype=dtype)
     stored = read(path, report)
     exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))

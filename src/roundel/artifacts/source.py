@@ -91,11 +91,15 @@ class Source:
         return self.origin.name if self.origin.parent.name == "snapshots" else None
 
 
-def load_source(name: str, recipe: Recipe, device: str, dtype: str, *, work: Work | None = None) -> Source:
+def load_source(
+    name: str, recipe: Recipe, device: str, dtype: str, *, work: Work | None = None, warn: Callable[[str], object] | None = None
+) -> Source:
     """The original model and the linears that the recipe chooses of it: those that all its schemes can store.
 
-    Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run.
+    Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run. `warn` is told where
+    the model runs in another type than it should.
     """
+    pick_dtype(dtype, pick_device(device), warn)
     folder = processes.named("converted")
     with processes.in_turn():  # the first may have to fetch or to decode it
         return _loaded(name, recipe, device, dtype, folder, work)

@@ -66,7 +66,7 @@ def bench(
     if min((*lengths, *batches, tokens), default=0) < 1:
         raise SchemeError(f"lengths {list(lengths)}, batches {list(batches)}, {tokens} tokens: expected numbers of at least 1")
     place = pick_device(device)
-    kind = pick_dtype(dtype, place)
+    kind = pick_dtype(dtype, place, progress.warn)
     paths = {"quantized": locate(str(model))}
     models = {"quantized": load_written(paths["quantized"], device=place, dtype=kind)}
     if reference is not None:

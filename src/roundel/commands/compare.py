@@ -125,7 +125,7 @@ def compare(
         "recipe": {
             key: value for key, value in base.as_json().items() if key not in ("scheme", "curvature", "sequences", "seed", "sweeps")
         },
-        "dtype": str(pick_dtype(dtype, pick_device(device))).removeprefix("torch."),
+        "dtype": str(pick_dtype(dtype, pick_device(device), notes.warn)).removeprefix("torch."),
         "versions": versions(),
     }
     rows: list[dict[str, Any]] = []

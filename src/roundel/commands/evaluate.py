@@ -118,7 +118,7 @@ def evaluate(
         raise DataError(f"a window of {window} tokens: expected at least 2")
     opened = open_tasks(tasks, data=None if task_data is None else Path(task_data), limit=task_limit, shots=num_fewshot) if tasks else {}
     place = pick_device(device)
-    kind = pick_dtype(dtype, place)
+    kind = pick_dtype(dtype, place, progress.warn)
     path, theirs = locate(str(model)), _Reference(path=locate(str(reference)), device=place, dtype=kind)
     tokenizer = load_tokenizer(theirs.path)
     for token in _recorded(path, "opening") or []:

@@ -8,8 +8,9 @@ from roundel.formats.base import CheckpointFormat
 from roundel.formats.compressed_tensors import CompressedTensors
 from roundel.formats.exl3 import Exl3
 from roundel.formats.gptq import Gptq
+from roundel.formats.mlx import Mlx
 from roundel.formats.native import Native
 
 __all__ = ["FORMATS", "CheckpointFormat"]
 
-FORMATS: dict[str, CheckpointFormat] = {form.name: form for form in (CompressedTensors(), Native(), Gptq(), Exl3())}
+FORMATS: dict[str, CheckpointFormat] = {form.name: form for form in (CompressedTensors(), Native(), Gptq(), Mlx(), Exl3())}

@@ -46,6 +46,9 @@ class CheckpointFormat(ABC):
     fuses: bool = False
     """Whether engines run q, k, v and gate, up as one product, so that they must share a scheme."""
 
+    section: str = "quantization_config"
+    """The key of config.json under which engines look for it."""
+
     scale_dtype: torch.dtype | None = None
     """The type that free scales must have; None: the weight's own, or one of 16 bits."""
 
@@ -102,7 +105,7 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def config(self, rounded: Mapping[str, RoundedWeight], ignore: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json.
+        """What config.json says about it, under `section`.
 
         Args:
             rounded: All quantized linears, by module name.

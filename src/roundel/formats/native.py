@@ -39,6 +39,7 @@ from roundel.errors import ModelError, SchemeError
 from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows
 from roundel.grids import Grid, ScalarGrid, TileGrid, Uniform, parse_scheme
+from roundel.grids.affine import Affine
 from roundel.grids.asymmetric import Asymmetric
 from roundel.grids.blocks import Block, Superblock, SuperblockWithMinima
 from roundel.grids.lattice import Lattice
@@ -73,7 +74,7 @@ LARGEST_EXPONENT = 252
 
 TABLE_SHAPE = (512, 2)
 
-GRIDS = (Uniform, Asymmetric, Fp8, MxFp4, NvFp4, Block, Superblock, SuperblockWithMinima, Lattice, Trellis)
+GRIDS = (Uniform, Asymmetric, Affine, Fp8, MxFp4, NvFp4, Block, Superblock, SuperblockWithMinima, Lattice, Trellis)
 """What version 1 holds."""
 
 
@@ -417,6 +418,8 @@ def _fields(grid: Grid, shape: tuple[int, int]) -> dict[str, _Field]:
         case Asymmetric():
             size = d_out, 1 if grid.group is None else d_in // grid.group
             fields = {"scale": _Field(size, None), "zero_point": _Field(size, torch.int8, grid.width, grid.code_range[0])}
+        case Affine():
+            fields = dict.fromkeys(("scale", "bias"), _Field((d_out, d_in // grid.group), None))
         case Fp8():
             fields = {"scale": _Field((d_out, 1) if grid.scope == "channel" else (1, 1), None)}
         case MxFp4():

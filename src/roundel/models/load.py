@@ -100,8 +100,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, warn: Callable[[str], object] | None = None) -> torch.dtype:
     """`auto` is float32 on the CPU, where it costs nothing in quality, and bfloat16 on a GPU.
+
+    Where a processor has no products in bfloat16 (x86 without AVX512, where they take some 300 times as long) that is float32 too, with a
+    warning.
 
     Raises:
         ModelError: not a type that models run in.
@@ -111,7 +114,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in kinds:
         raise ModelError(f"dtype {name!r}: expected auto, {' or '.join(kinds)}")
+    if kinds[name] == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16():
+        if warn is not None:
+            warn("this processor has no products in bfloat16, torch's take hundreds of times as long: the model runs in float32")
+        return torch.float32
     return kinds[name]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has products in bfloat16 at all; `linalg.fast` asks whether they are fast."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def collect_factors(
     if not going_on and processes.first():
         check_output(target)
     with open_work(None, beside=target, memory=memory) as work:
-        source = load_source(str(model), recipe, device, dtype, work=work)
+        source = load_source(str(model), recipe, device, dtype, work=work, warn=progress.warn)
         linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
         if not linears:
             raise SchemeError(f"--layers {layers}: the model has no linear in these decoder layers")
@@ -195,7 +195,7 @@ def open_factors(
     if recipe.eval_data == "self":
         raise DataError("held-out text of its own must be a file, a directory or a Hub dataset; by default it is that of the factors")
     grid = parse_scheme(recipe.scheme)
-    source = load_source(str(model or header.model), recipe, device, dtype)
+    source = load_source(str(model or header.model), recipe, device, dtype, warn=(progress or Silent()).warn)
     check_model(stored, source)
     known = frozenset(header.sequence_ids)
     if recipe.eval_data:

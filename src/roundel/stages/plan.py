@@ -87,7 +87,7 @@ def plan(
         notes.warn(coverage.warning)
     recipe = with_readable_format(recipe, source, notes)
     place = pick_device(device)
-    kind, budget = pick_dtype(dtype, place), memory_budget(memory)
+    kind, budget = pick_dtype(dtype, place, notes.warn), memory_budget(memory)
     timing = timing_of(source, names, recipe, place, kind)
 
     def taken(recipe: Recipe) -> dict[str, float]:

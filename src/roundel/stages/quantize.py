@@ -87,7 +87,7 @@ def quantize(
     stages = weights_of(recipe, tried=searched)
     with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(stages):
         with notes.timed("load"):
-            source = load_source(str(model), recipe, device, dtype, work=place)
+            source = load_source(str(model), recipe, device, dtype, work=place, warn=notes.warn)
             warn_of_source(source, notes)
             recipe = with_readable_format(recipe, source, notes)
             if stored is not None:

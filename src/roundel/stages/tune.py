@@ -77,7 +77,7 @@ def tune(
 
     with open_work(None if work is None else Path(work), beside=target, memory=memory) as place:
         with notes.timed("load"):
-            source = load_source(name, recipe, device, dtype, work=place)
+            source = load_source(name, recipe, device, dtype, work=place, warn=notes.warn)
             source.whole("tuning")
         if not _is_original(source, stored):
             raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
