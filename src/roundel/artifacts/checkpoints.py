@@ -6,7 +6,7 @@ beside it. `quantize` makes one of the original model, `read` one of a directory
 
     format                       directory
     compressed-tensors, gptq,    Hugging Face's: config.json with a quantization_config (mlx: quantization), safetensors, tokenizer
-    mlx, exl3, native
+    awq, mlx, exl3, native
     dense                        the same with rounded values in the original's type: any engine, no smaller
     gguf                         model.gguf, all that llama.cpp needs; config.json beside it, for Transformers
 
@@ -268,7 +268,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
 
     Transformers reads compressed-tensors, dense and, as `import roundel` has taught it, native directories, and the GGUF of most types of
     models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of gptq,
-    mlx and exl3 by `report`, as `read` does.
+    awq, mlx and exl3 by `report`, as `read` does.
 
     Raises:
         ModelError: as `load_model` and `read`.
@@ -286,7 +286,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
             write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
             write_json(Path(scratch) / "config.json", config)
             return load_model(Path(scratch), device=device, dtype=dtype)
-    if method not in ("gptq", "mlx", "exl3"):
+    if method not in ("gptq", "awq", "mlx", "exl3"):
         return load_model(path, device=device, dtype=dtype)
     stored = read(path, report)
     exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))

@@ -42,6 +42,7 @@ _USE = {
 model = AutoModelForCausalLM.from_pretrained("PATH", quantization_config=CompressedTensorsConfig(dequantize=True))"""
     ),
     "gptq": "vLLM: `vllm serve PATH`. Transformers with GPTQModel (`pip install gptqmodel`):\n\n" + _python(_PLAIN),
+    "awq": "vLLM: `vllm serve PATH`; SGLang; Transformers with GPTQModel (`pip install gptqmodel`):\n\n" + _python(_PLAIN),
     "mlx": "mlx-lm: `mlx_lm.generate --model PATH --prompt TEXT`, `mlx_lm.server --model PATH`; LM Studio.",
     "exl3": "exllamav3 and TabbyAPI: `python main.py --model-dir PARENT_OF_PATH --model-name PATH`.",
     "gguf": "llama.cpp: `llama-server -m PATH/model.gguf` or `llama-cli -m PATH/model.gguf -p TEXT`; Ollama: `FROM PATH/model.gguf`.",

@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError
+from roundel.formats.awq import PLACES
 from roundel.formats.bits import unpack_rows
 
 __all__ = ["METHODS", "Layout", "Packed", "find", "layout_of"]
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight columns has the lowest bits of a word, and so on."""
-
 DROPPED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".output_scale")
 """Of activations and caches in few bits, which the decoded model has none of."""
 
@@ -132,9 +130,8 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
 
 def _awq(parts: Parts, settings: Settings) -> Tensor:
     bits, scales = int(settings.get("bits", 4)), parts["scales"].float()
-    places = torch.tensor([AWQ_ORDER.index(column) for column in range(8)])
     q, zeros = (
-        unpack_rows(parts[end].contiguous(), bits, scales.shape[1]).unflatten(1, (-1, 8))[..., places].flatten(1).float()
+        unpack_rows(parts[end].contiguous(), bits, scales.shape[1]).unflatten(1, (-1, 8))[..., PLACES].flatten(1).float()
         for end in ("qweight", "qzeros")
     )
     group = len(q) // len(scales)
