@@ -1,6 +1,10 @@
 """Shapes stated in annotations are checked while the tests run; nothing is downloaded."""
 
 import os
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import TypeVar
 
 import pytest
 
@@ -9,6 +13,7 @@ for _pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jaxtyping  # noqa: E402
 from hypothesis import settings  # noqa: E402 (after the environment is set)
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -29,6 +34,27 @@ CHECKED = (
     "integration.linear",
 )
 install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")
+for _module in CHECKED:  # now, with checks, whichever tests come first
+    _imported = import_module(f"roundel.{_module}")
+    for _inner in pkgutil.iter_modules(getattr(_imported, "__path__", [])):
+        import_module(f"roundel.{_module}.{_inner.name}")
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Whole runs go without: they would take twice as long, and what they call is checked by the tests of its own."""
+    whole = "e2e" in item.path.parts
+    jaxtyping.config.update("jaxtyping_disable", whole)
+    jaxtyping.jaxtyped = _unchecked if whole else _checked  # what inner functions are decorated with each time they are made
+
+
+_checked = jaxtyping.jaxtyped
+
+
+def _unchecked(**_given: object) -> Callable[[F], F]:
+    return lambda function: function
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
