@@ -153,7 +153,9 @@ def test_logits_from_the_cache_give_the_same_bits_without_the_original(quantized
         assert {**found, "reference_logits": "run"} == plain
 
 
-def test_the_cache_does_not_take_one_thing_for_another(quantized, model, text, tmp_path) -> None:
+def test_the_cache_does_not_take_one_thing_for_another(quantized, model, text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("roundel.models.load.multiplies_bfloat16", lambda: True)
+
     def run(**settings: object) -> str:
         given = {"reference": model(), "data": str(text), "sequences": 2, "seq_len": 32, "cache": tmp_path / "cache"}
         return str(roundel.evaluate(quantized.path, **{**given, **settings}).details["reference_logits"])
