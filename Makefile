@@ -52,6 +52,8 @@ bench: install
 	$(BIN)/python benchmarks/hadamard.py
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/sweeps.py --depths 2 4 --rounds 1
+	$(BIN)/python benchmarks/against_gptq.py demo --sequences 64 --seq-len 256
+	$(BIN)/python benchmarks/against_gptq.py 576x3 --sequences 32 --seq-len 256
 	$(BIN)/python benchmarks/processes.py demo --scheme int3-g64 --effort quick --seq-len 128
 
 bench-scale: install

@@ -44,8 +44,8 @@ def ours(model: str, recipe: Recipe, scratch: Path) -> dict[str, Any]:
     return {
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "quantize_cpu_seconds": report["seconds"]["curvature"] + report["seconds"]["rounding"],
-        "kl": report["evaluation"]["kl_mean"],
-        "kl_stderr": report["evaluation"]["kl_stderr"],
+        "kl": report["evaluation"]["kl"]["mean"],
+        "kl_stderr": report["evaluation"]["kl"]["stderr"],
     }
 
 
