@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers.run import Bench, PeerError, Work
+from peers.run import Bench, Work
+from real import run
 from sweeps import directory_of
 
 from roundel.artifacts.source import load_source
@@ -28,21 +29,16 @@ from roundel.recipes import Recipe
 from roundel.stages.report import versions
 from roundel.store import write_json
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
 
 def ours(model: str, recipe: Recipe, scratch: Path) -> dict[str, Any]:
     target = scratch / "out"
     line = [sys.executable, "-m", "roundel", "quantize", model, "-o", str(target), "--quiet"]
     for name in ("scheme", "effort", "calibration", "sequences", "seq_len", "eval_sequences"):
         line += [f"--{name.replace('_', '-')}", str(getattr(recipe, name))]
-    process = subprocess.Popen(line, env={**os.environ, **ONE_THREAD})
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(line)}: exit {os.waitstatus_to_exitcode(status)}")
+    spent = run(line)
     report = json.loads((target / "roundel.json").read_text(encoding="utf-8"))
     return {
-        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "cpu_seconds": spent["cpu_seconds"],
         "quantize_cpu_seconds": report["seconds"]["curvature"] + report["seconds"]["rounding"],
         "kl": report["evaluation"]["kl"]["mean"],
         "kl_stderr": report["evaluation"]["kl"]["stderr"],
@@ -60,6 +56,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # of our process, as of theirs
     recipe = Recipe.of(
         scheme=f"int{given.bits}-g64",
         effort=given.effort,
@@ -70,14 +67,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         scratch, model = Path(folder), given.model
-        if model.replace("x", "").isdecimal():
-            width, depth = map(int, model.split("x"))
-            model = str(directory_of(width, depth, scratch))
+        if shape := re.fullmatch(r"(\d+)x(\d+)", model):
+            model = str(directory_of(int(shape[1]), int(shape[2]), scratch))
         bench = Bench(load_source(model, recipe, "cpu", "float32"), recipe, timeout=7200)
-        try:
-            theirs = bench.measure(Work(peer="llm_compressor", method="gptq", bits=given.bits, group=64, seed=recipe.seed), None)
-        except PeerError as error:
-            sys.exit(str(error))
+        theirs = bench.measure(Work(peer="llm_compressor", method="gptq", bits=given.bits, group=64, seed=recipe.seed), None)
         if theirs["error"]:
             sys.exit(f"llm-compressor: {theirs['error']}")
         row = {"model": given.model, "bits": given.bits, "effort": given.effort, "gptq": theirs, "roundel": ours(model, recipe, scratch)}

@@ -40,6 +40,11 @@ for _module in CHECKED:  # now, with checks, whichever tests come first
         import_module(f"roundel.{_module}.{_inner.name}")
 
 F = TypeVar("F", bound=Callable[..., object])
+_checked = jaxtyping.jaxtyped
+
+
+def _unchecked(**_given: object) -> Callable[[F], F]:
+    return lambda function: function
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,13 +53,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     whole = "e2e" in item.path.parts
     jaxtyping.config.update("jaxtyping_disable", whole)
     jaxtyping.jaxtyped = _unchecked if whole else _checked  # what inner functions are decorated with each time they are made
-
-
-_checked = jaxtyping.jaxtyped
-
-
-def _unchecked(**_given: object) -> Callable[[F], F]:
-    return lambda function: function
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

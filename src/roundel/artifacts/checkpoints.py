@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 
 from roundel.errors import ModelError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
-from roundel.formats.mlx import Mlx
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.linears import matrix_modules
@@ -267,8 +266,8 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
     """The model in a directory as its users' engine would have it: by Transformers where that reads the format, else decoded by ourselves.
 
     Transformers reads compressed-tensors, dense and, as `import roundel` has taught it, native directories, and the GGUF of most types of
-    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of gptq,
-    awq, mlx and exl3 by `report`, as `read` does.
+    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of other
+    formats than gguf by `report`, as `read` does.
 
     Raises:
         ModelError: as `load_model` and `read`.
@@ -277,7 +276,6 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}  # which `load_model` refuses with its reason
-    method = "mlx" if Mlx.section in config else config.get("quantization_config", {}).get("quant_method")
     if (path / GGUF_FILE).is_file():
         if config.get("model_type") in _GGUF_TYPES:
             return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
@@ -286,7 +284,7 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
             write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
             write_json(Path(scratch) / "config.json", config)
             return load_model(Path(scratch), device=device, dtype=dtype)
-    if method not in ("gptq", "awq", "mlx", "exl3"):
+    if all(form.loads or not form.wrote(config) for form in FORMATS.values()):
         return load_model(path, device=device, dtype=dtype)
     stored = read(path, report)
     exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))

@@ -99,13 +99,14 @@ def load_source(
     Where its weights take more than half of `work`'s memory its decoder layers stay on the disk until they are run. `warn` is told where
     the model runs in another type than it should.
     """
-    pick_dtype(dtype, pick_device(device), warn)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place, warn)
     folder = processes.named("converted")
     with processes.in_turn():  # the first may have to fetch or to decode it
-        return _loaded(name, recipe, device, dtype, folder, work)
+        return _loaded(name, recipe, place, kind, folder, work)
 
 
-def _loaded(name: str, recipe: Recipe, device: str, dtype: str, folder: str, work: Work | None) -> Source:
+def _loaded(name: str, recipe: Recipe, place: torch.device, dtype: torch.dtype, folder: str, work: Work | None) -> Source:
     origin = locate(name)
     path = origin
     if (method := quantization_of(path)) is not None:
@@ -115,8 +116,7 @@ def _loaded(name: str, recipe: Recipe, device: str, dtype: str, folder: str, wor
     config.pop("quantization_config", None)  # left behind over plain weights
     if form == "gguf":
         gguf.check_model(path, config, checkpoint)
-    place = pick_device(device)
-    kind = torch.float32 if recipe.rotate == "fused" else pick_dtype(dtype, place)
+    kind = torch.float32 if recipe.rotate == "fused" else dtype
     weights: FileWeights | None = None
     if work is not None and recipe.rotate != "fused" and parameter_bytes(path, kind) > work.memory // 2:
         keep_no_large_blocks()
@@ -127,7 +127,7 @@ def _loaded(name: str, recipe: Recipe, device: str, dtype: str, folder: str, wor
     if recipe.rotate == "fused":
         fused = fuse_rotation(model, seed=recipe.seed)
         checkpoint, config, fusion = fused.checkpoint(checkpoint.of(model)), fused.config(config), fused.as_json()
-        nn.Module.to(model, pick_dtype(dtype, place))
+        nn.Module.to(model, dtype)
     return replace(
         outlined(model, checkpoint, recipe, path, name=name, config=config, quantized=method),
         origin=origin,

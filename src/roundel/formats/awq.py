@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat, expect
+from roundel.formats.base import CheckpointFormat, expect, half_scales, only_grid
 from roundel.formats.bits import pack_rows, unpack_rows
-from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.grids import Grid, Uniform
 from roundel.grids.asymmetric import Asymmetric
 from roundel.types import RoundedWeight
 
@@ -44,6 +44,8 @@ class Awq(CheckpointFormat):
     """The format `awq`."""
 
     fuses = True
+
+    loads = False
 
     scale_dtype = torch.float16
     """The type in which all scales are stored."""
@@ -66,15 +68,8 @@ class Awq(CheckpointFormat):
             raise SchemeError(f"awq: {d_out} outputs do not fill words of 8; the format compressed-tensors has no such limit")
 
     def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
-        grid, scale = parse_scheme(rounded.scheme), rounded.scales["scale"]
-        self.check(grid, None)
-        self.check_shape(grid, *rounded.shape)
-        if rounded.rotation is not None:
-            raise SchemeError(f"awq cannot hold {grid.name}, rotated: its readers undo no rotation; try rotate none")
-        scales = scale.to(torch.float16)
-        if lost := int((scales.double() != scale.double()).sum()):
-            raise SchemeError(f"awq: {lost} of {scale.numel()} scales are beyond float16; round with float16 scales")
-        zeros = rounded.scales["zero_point"] if isinstance(grid, Asymmetric) else torch.zeros(scale.shape, dtype=torch.int8)
+        grid, scales = self.check_weight(rounded), half_scales(self.name, rounded.scales["scale"])
+        zeros = rounded.scales["zero_point"] if isinstance(grid, Asymmetric) else torch.zeros(scales.shape, dtype=torch.int8)
         return {"qweight": _pack(rounded.codes), "qzeros": _pack(zeros), "scales": scales.T.contiguous()}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> RoundedWeight:
@@ -103,13 +98,10 @@ class Awq(CheckpointFormat):
         Raises:
             SchemeError: there is more than one scheme, or such a name contains another.
         """
-        schemes = sorted({weight.scheme for weight in rounded.values()})
-        if len(schemes) != 1:
-            raise SchemeError(f"awq holds one scheme in a model, and here are {', '.join(schemes)}; try the format compressed-tensors")
+        grid = only_grid(self.name, rounded)
         for name in ignore:
             if taken := next((other for other in rounded if name in other), None):
                 raise SchemeError(f"awq: {name} is not quantized, and readers would take {taken} for it; try the format compressed-tensors")
-        grid = parse_scheme(schemes[0])
         assert isinstance(grid, Uniform | Asymmetric)
         return {
             "quant_method": "awq",

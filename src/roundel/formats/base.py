@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.errors import ModelError
-from roundel.grids import Grid
+from roundel.errors import ModelError, SchemeError
+from roundel.grids import Grid, parse_scheme
 from roundel.types import RoundedWeight
 
-__all__ = ["CheckpointFormat", "expect"]
+__all__ = ["CheckpointFormat", "expect", "half_scales", "only_grid"]
 
 FREE = (torch.float16, torch.bfloat16, torch.float32)
 """Types that scales of free type may have."""
@@ -40,6 +40,34 @@ def expect(tensors: Mapping[str, Tensor], layout: Mapping[str, tuple[tuple[int, 
             raise ModelError(f"{name} is {found} {tuple(tensor.shape)}; expected {wanted} {size} in {whose}")
 
 
+def half_scales(form: str, scale: Tensor) -> Tensor:
+    """Scales in float16, for formats that have no other.
+
+    Raises:
+        SchemeError: some cannot be converted exactly.
+    """
+    scales = scale.to(torch.float16)
+    lost = int((scales.double() != scale.double()).sum())
+    if lost:
+        raise SchemeError(
+            f"{form}: {lost} of {scale.numel()} scales are beyond float16 (magnitudes from {scale.abs().min().item():.1e} to "
+            f"{scale.abs().max().item():.1e}); round with float16 scales, or try the format compressed-tensors"
+        )
+    return scales
+
+
+def only_grid(form: str, rounded: Mapping[str, RoundedWeight]) -> Grid:
+    """The grid of all weights, for formats that have no place for a second.
+
+    Raises:
+        SchemeError: there are several.
+    """
+    schemes = sorted({weight.scheme for weight in rounded.values()})
+    if len(schemes) != 1:
+        raise SchemeError(f"{form} holds one scheme in a model, and here are {', '.join(schemes)}; try the format compressed-tensors")
+    return parse_scheme(schemes[0])
+
+
 class CheckpointFormat(ABC):
     """One format; without state."""
 
@@ -48,6 +76,9 @@ class CheckpointFormat(ABC):
 
     section: str = "quantization_config"
     """The key of config.json under which engines look for it."""
+
+    loads: bool = True
+    """Whether Transformers reads it, with nothing else than Roundel."""
 
     scale_dtype: torch.dtype | None = None
     """The type that free scales must have; None: the weight's own, or one of 16 bits."""
@@ -87,6 +118,13 @@ class CheckpointFormat(ABC):
             SchemeError: with the reason.
         """
 
+    def check_weight(self, rounded: RoundedWeight) -> Grid:
+        """The grid of a weight that can be in this format; refused as `check` and `check_shape` do."""
+        grid, rotation = parse_scheme(rounded.scheme), rounded.rotation
+        self.check(grid, None if rotation is None else str(getattr(rotation, "kind", type(rotation).__name__)))
+        self.check_shape(grid, *rounded.shape)
+        return grid
+
     @abstractmethod
     def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
         """Contiguous CPU tensors of one linear, by their names under the module's (`weight_packed`, ...)."""
@@ -111,6 +149,11 @@ class CheckpointFormat(ABC):
             rounded: All quantized linears, by module name.
             ignore: Names of all linears that are not quantized.
         """
+
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is that of a directory in this format."""
+        method: object = config.get(self.section, {}).get("quant_method")
+        return method == self.name
 
     def files(self, rounded: Mapping[str, RoundedWeight], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Further JSON files of the directory, by name. `tensors` are those of each quantized linear, on the meta device."""

@@ -68,6 +68,8 @@ class Exl3(CheckpointFormat):
 
     fuses = False
 
+    loads = False
+
     @property
     def name(self) -> str:
         return "exl3"

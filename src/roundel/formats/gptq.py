@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat, expect
+from roundel.formats.base import CheckpointFormat, expect, half_scales, only_grid
 from roundel.formats.bits import pack_rows, unpack_rows
-from roundel.grids import Grid, Uniform, parse_scheme
+from roundel.grids import Grid, Uniform
 from roundel.types import RoundedWeight
 
 __all__ = ["Gptq"]
@@ -47,6 +47,8 @@ class Gptq(CheckpointFormat):
     """The format `gptq`."""
 
     fuses = True
+
+    loads = False
 
     scale_dtype = torch.float16
     """The type in which all scales are stored."""
@@ -74,20 +76,9 @@ class Gptq(CheckpointFormat):
             )
 
     def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
-        grid = parse_scheme(rounded.scheme)
-        self.check(grid, None)
-        self.check_shape(grid, *rounded.shape)
+        grid, (d_out, d_in) = self.check_weight(rounded), rounded.shape
         assert isinstance(grid, Uniform)
-        if rounded.rotation is not None:
-            raise SchemeError(f"gptq cannot hold {grid.name}, rotated: its readers undo no rotation; try rotate none")
-        scale, (d_out, d_in) = rounded.scales["scale"], rounded.shape
-        scales = scale.to(torch.float16)
-        lost = int((scales.double() != scale.double()).sum())
-        if lost:
-            raise SchemeError(
-                f"gptq: {lost} of {scale.numel()} scales are beyond float16 (magnitudes from {scale.abs().min().item():.1e} to "
-                f"{scale.abs().max().item():.1e}); round with float16 scales, or try the format compressed-tensors"
-            )
+        scales = half_scales(self.name, rounded.scales["scale"])
         groups = _groups(grid, d_in)
         middle = 2 ** (grid.width - 1)
         return {
@@ -133,10 +124,7 @@ class Gptq(CheckpointFormat):
         Raises:
             SchemeError: there is more than one scheme.
         """
-        schemes = sorted({weight.scheme for weight in rounded.values()})
-        if len(schemes) != 1:
-            raise SchemeError(f"gptq holds one scheme in a model, and here are {', '.join(schemes)}; try the format compressed-tensors")
-        grid = parse_scheme(schemes[0])
+        grid = only_grid(self.name, rounded)
         assert isinstance(grid, Uniform)
         skipped = _skipped(ignore)
         return {

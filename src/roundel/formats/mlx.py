@@ -44,6 +44,8 @@ class Mlx(CheckpointFormat):
 
     section = "quantization"
 
+    loads = False
+
     @property
     def name(self) -> str:
         return "mlx"
@@ -58,11 +60,8 @@ class Mlx(CheckpointFormat):
             )
 
     def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
-        grid = parse_scheme(rounded.scheme)
-        self.check(grid, None)
+        grid = self.check_weight(rounded)
         assert isinstance(grid, Uniform | Affine)
-        if rounded.rotation is not None:
-            raise SchemeError(f"mlx cannot hold {grid.name}, rotated: its readers undo no rotation; try rotate none")
         middle, scale = 2 ** (grid.width - 1), rounded.scales["scale"]
         bias = rounded.scales["bias"] if isinstance(grid, Affine) else -middle * scale
         if not bias.isfinite().all():
@@ -93,6 +92,9 @@ class Mlx(CheckpointFormat):
         self.check(grid, rotation)
         assert isinstance(grid, Uniform | Affine)
         return sum(math.prod(size) * (dtype or scale_dtype).itemsize for size, dtype in _layout(grid, shape).values())
+
+    def wrote(self, config: Mapping[str, Any]) -> bool:
+        return self.section in config
 
     def config(self, rounded: Mapping[str, RoundedWeight], ignore: Sequence[str]) -> dict[str, Any]:
         settings = {name: _settings(weight.scheme) for name, weight in rounded.items()}

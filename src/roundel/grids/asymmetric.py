@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from roundel.errors import SchemeError
-from roundel.grids.base import ScalarGrid, Scales, divisor_hint, refuse_width, spread
+from roundel.grids.base import IntegerGrid, Scales, divisor_hint, refuse_width, spread
 from roundel.grids.search import by_rows, column_weights, group_size, nonzero, positive, search_range
 from roundel.grids.uniform import storable
 
@@ -24,29 +23,14 @@ __all__ = ["Asymmetric", "parse"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asymmetric(ScalarGrid):
+class Asymmetric(IntegerGrid):
     """`b`-bit integers; `group` columns share a scale and a zero point, all of them where `group` is None ("channel")."""
 
-    width: int
     group: int | None
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.width <= 8:
-            raise SchemeError(f"int{self.width}: integers have 2 to 8 bits")
-        if self.group is not None and self.group < 1:
-            raise SchemeError(f"group size {self.group}: expected a positive number of columns")
 
     @property
     def name(self) -> str:
         return f"int{self.width}-" + ("channel" if self.group is None else f"g{self.group}") + "-asym"
-
-    @property
-    def bits(self) -> int:
-        return self.width
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
     def check(self, d_out: int, d_in: int) -> None:
         if self.group is not None and d_in % self.group:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from roundel.errors import SchemeError
 
-__all__ = ["Grid", "ScalarGrid", "Scales", "TileGrid", "divisor_hint", "gather", "spread"]
+__all__ = ["Grid", "IntegerGrid", "ScalarGrid", "Scales", "TileGrid", "divisor_hint", "gather", "spread"]
 
 Scales = Mapping[str, Tensor]
 
@@ -142,6 +143,28 @@ class ScalarGrid(Grid):
 
     def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
         return self.decode(codes, *self.affine(scales, shape, dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerGrid(ScalarGrid):
+    """`b`-bit integers; `group` columns share what is stored, where it is a number."""
+
+    width: int
+    group: int | str | None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 8:
+            raise SchemeError(f"int{self.width}: integers have 2 to 8 bits")
+        if isinstance(self.group, int) and self.group < 1:
+            raise SchemeError(f"group size {self.group}: expected a positive number of columns")
+
+    @property
+    def bits(self) -> int:
+        return self.width
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
 
 class TileGrid(Grid):

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.errors import SchemeError
-from roundel.grids.base import ScalarGrid, Scales, divisor_hint, spread
+from roundel.grids.base import IntegerGrid, Scales, divisor_hint, spread
 from roundel.kernels import scales as kernels
 
 __all__ = ["Uniform", "parse", "storable"]
@@ -30,29 +30,14 @@ CANDIDATES = 48
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(ScalarGrid):
+class Uniform(IntegerGrid):
     """`b`-bit symmetric integers; `group` columns share a scale: a number, all of a row ("channel") or the whole weight ("tensor")."""
 
-    width: int
     group: int | Literal["channel", "tensor"]
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.width <= 8:
-            raise SchemeError(f"int{self.width}: integers have 2 to 8 bits")
-        if isinstance(self.group, int) and self.group < 1:
-            raise SchemeError(f"group size {self.group}: expected a positive number of columns")
 
     @property
     def name(self) -> str:
         return f"int{self.width}-" + (f"g{self.group}" if isinstance(self.group, int) else self.group)
-
-    @property
-    def bits(self) -> int:
-        return self.width
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
     def check(self, d_out: int, d_in: int) -> None:
         if isinstance(self.group, int) and d_in % self.group:

@@ -78,9 +78,10 @@ class Refits:
         if not parts:
             return state
         start = [scales[name].to(W.dtype) for name in parts]
-        correction = self._correction(state, parts, start)
-        if correction is None:
+        found = self._correction(state, parts, start)
+        if found is None:
             return state
+        correction, self._before = found
         for _ in range(2):
             wanted = [torch.where(torch.isfinite(s + c), s + c, s) for s, c in zip(start, correction, strict=True)]
             fitted = {**scales, **{name: grid.stored(name, value, scales[name]) for name, value in zip(parts, wanted, strict=True)}}
@@ -89,8 +90,7 @@ class Refits:
             curved = self._curved_of(change)
             slope, bend = (torch.linalg.vecdot(matrix, change).double().sum().item() for matrix in (state.curved, curved))
             best = -slope / bend if bend > 0 else 0.0
-            if self._before is not None:
-                self._before.length *= min(max(best, 0.3), 2.0)
+            self._before.length *= min(max(best, 0.3), 2.0)
             if slope + 0.5 * bend < 0:
                 return State(codes=state.codes, scales=fitted, E=E, curved=curved.add_(state.curved))
             if not 0 < best < 1:
@@ -105,8 +105,8 @@ class Refits:
         slope, bend = (torch.linalg.vecdot(matrix, change[some]).sum() for matrix in (state.curved[some], curved))
         return float(slope / bend)
 
-    def _correction(self, state: State, parts: dict[str, Tensor], start: list[Tensor]) -> list[Tensor] | None:
-        """What the scales should change by; None: nothing."""
+    def _correction(self, state: State, parts: dict[str, Tensor], start: list[Tensor]) -> tuple[list[Tensor], _Step] | None:
+        """What the scales should change by, and the last step of it; None: nothing."""
         shapes = [each.shape for each in start]
         of_rows = shapes[0][0] == self._problem.shape[0]  # else they are few, and worth an exact length
 
@@ -127,7 +127,7 @@ class Refits:
         if before is not None:
             share = ((energy - _inner(before.residual, scaled)) / before.energy).clamp(0, 1)
             direction = [s + share * d for s, d in zip(scaled, before.direction, strict=True)]
-        correction = [torch.zeros_like(each) for each in start]
+        correction, last = [torch.zeros_like(each) for each in start], None
         for left in range(steps - 1, -1, -1):
             along = _inner(residual, direction)
             if not (energy > 0 and along > 0):
@@ -143,13 +143,13 @@ class Refits:
             if not math.isfinite(length):
                 break
             correction = [c + length * d for c, d in zip(correction, direction, strict=True)]
-            self._before = _Step(residual=residual, energy=energy, direction=direction, length=length)
+            last = _Step(residual=residual, energy=energy, direction=direction, length=length)
             if left:
                 residual = [r - length * c for r, c in zip(residual, curved, strict=True)]
                 scaled, worth = solve(residual), energy
                 energy = _inner(residual, scaled)
                 direction = [s + (energy / worth) * d for s, d in zip(scaled, direction, strict=True)]
-        return correction if self._before is not before else None
+        return None if last is None else (correction, last)
 
 
 def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
