@@ -49,8 +49,8 @@ def _unchecked(**_given: object) -> Callable[[F], F]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Whole runs go without: they would take twice as long, and what they call is checked by the tests of its own."""
-    whole = "e2e" in item.path.parts
+    """Whole runs and oracles go without: they would take twice as long, and what they call is checked by the tests of its own."""
+    whole = not {"e2e", "oracles"}.isdisjoint(item.path.parts)
     jaxtyping.config.update("jaxtyping_disable", whole)
     jaxtyping.jaxtyped = _unchecked if whole else _checked  # what inner functions are decorated with each time they are made
 

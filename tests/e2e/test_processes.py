@@ -20,7 +20,7 @@ from e2e.test_experts import original
 from roundel import processes
 from roundel.stages.rounding import natural
 
-GIVEN: dict[str, Any] = {"sequences": 24, "seq_len": 16, "eval_sequences": 5, "sweeps": 1}
+GIVEN: dict[str, Any] = {"sequences": 24, "prefix_sequences": 24, "seq_len": 16, "eval_sequences": 5, "sweeps": 1}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "natural": ("llama", {"scheme": "int3-g16", "curvature": "pilot", "prefix_aware": True, "natural_places": 1}),
     "chosen": ("llama", {"scheme": "int4-g32", "sequences": 64, "prefix_aware": True, "natural_places": 0}),
