@@ -40,6 +40,7 @@ from roundel.recipes import Recipe
 from roundel.rounding.nearest import nearest
 from roundel.rounding.prefix import Strengths
 from roundel.stages.curvature import measure_curvature
+from roundel.stages.ends import Ends
 from roundel.stages.evaluation import evaluate_written
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
@@ -137,7 +138,7 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
         found: list[Any] = []
         notes = Notes(Silent())
         collect()
-        rounded = round_model(recipe, source, split, found[-1], notes, batch_size=batch, work=work)
+        rounded = round_model(recipe, source, split, found[-1], Ends(), notes, batch_size=batch, work=work)
         target = scratch / f"out-{path.name}"
         target.mkdir()
         write_model(target, recipe, source, rounded, notes)

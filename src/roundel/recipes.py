@@ -39,6 +39,9 @@ FACTOR_TYPES = ("float32", "bfloat16")
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 WRITTEN = (*FORMATS, "gguf", "dense")
 
+HOLD_ENDS = ("gguf", "mlx", "dense")
+"""Formats whose engines read a quantized embedding and output head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
@@ -61,6 +64,18 @@ class Recipe(Settings):
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
         for scheme in self.used_schemes:
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
+        for role in ("embedding", "head"):
+            if (asked := getattr(self, role)) in ("auto", "none"):
+                continue
+            grid = parse_scheme(asked)
+            if self.written_format() not in HOLD_ENDS:
+                raise SchemeError(
+                    f"--{role} {asked}: the engines of {self.written_format()} read it in 16 bits only; "
+                    f"quantized ones are in the formats {', '.join(HOLD_ENDS)}"
+                )
+            if self.rotation_of(grid):
+                raise SchemeError(f"--{role} {asked}: embedding and output head cannot be rotated; choose another scheme or --rotate none")
+            check_format(self.written_format(), grid, None)
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
         splits_rows = parse_curvature(self.curvature).row_groups > 1
@@ -160,6 +175,18 @@ class Recipe(Settings):
         if form in FORMATS:
             FORMATS[form].check_shape(grid, d_out, d_in)
 
+    def usual_end(self, role: Literal["embedding", "head"], d_out: int, d_in: int) -> str | None:
+        """What the tools of the format make of an embedding or an output head of this shape: a scheme, or None for 16 bits."""
+        match self.written_format():
+            case "mlx":
+                return self.scheme if _divides(self.scheme, d_out, d_in) else None
+            case "gguf":
+                schemes = self.used_schemes if self.bits is not None else (self.scheme,)
+                near = min(schemes, key=lambda scheme: abs(parse_scheme(scheme).bits - (self.bits or 0)))
+                wanted = gguf.usual_end(role, near)
+                return next((scheme for scheme in (wanted, "q8_0") if _divides(scheme, d_out, d_in)), None)
+        return None
+
     def candidate_schemes(self) -> tuple[str, ...]:
         """The schemes that `bits` are allocated over: the given ones, or those of `scheme` with all other numbers of bits.
 
@@ -215,6 +242,14 @@ def check_format(form: str, grid: Grid, rotation: str | None) -> None:
         gguf.check(grid, rotation)
     elif form in FORMATS:
         FORMATS[form].check(grid, rotation)
+
+
+def _divides(scheme: str, d_out: int, d_in: int) -> bool:
+    try:
+        parse_scheme(scheme).check(d_out, d_in)
+    except SchemeError:
+        return False
+    return True
 
 
 def _holds(form: str, grid: Grid, rotation: str | None) -> bool:

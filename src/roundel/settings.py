@@ -19,6 +19,8 @@ class Settings:
     scheme: str = "int4-g128"
     bits: float | None = None
     schemes: tuple[str, ...] = ()
+    embedding: str = "auto"
+    head: str = "auto"
     rotate: str = "auto"
     format: str = "auto"
     curvature: str = "auto"

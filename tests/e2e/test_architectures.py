@@ -42,6 +42,8 @@ REPORT = {
             "damping",
             "factor_type",
             "effort",
+            "embedding",
+            "head",
             "prefix_aware",
             "prefix_sequences",
             "prefix_strength",

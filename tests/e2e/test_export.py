@@ -204,7 +204,8 @@ def test_a_gguf_that_transformers_does_not_read_is_measured_by_its_bytes(kind, m
         tiny.make_tokenizer(starts=True).save_pretrained(source)
     found = {}
     for form in ("gguf", "native"):
-        found[form] = quantize(source, tmp_path / form, scheme="q4_0", format=form, curvature="kfac", sweeps=0)
+        given = {"scheme": "q4_0", "curvature": "kfac", "sweeps": 0, "embedding": "none", "head": "none"}
+        found[form] = quantize(source, tmp_path / form, **given, format=form)
     assert found["gguf"].report.kl_mean == pytest.approx(found["native"].report.kl_mean, rel=0.01)
     weights = read(tmp_path / "native").rounded
     loaded = load_written(tmp_path / "gguf", device=torch.device("cpu"), dtype=torch.float32)

@@ -427,7 +427,7 @@ def test_a_mixture_in_a_whole_run(quantize: Any, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "qwen3-moe")
     exact = {name: tensor.half().float() for name, tensor in load_file(source / "model.safetensors").items()}  # as the rest is in GGUF
     save_file(exact, source / "model.safetensors", metadata={"format": "pt"})
-    given = {"scheme": "q4_0", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
+    given = {"scheme": "q4_0", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1, "embedding": "none", "head": "none"}
     done = {form: quantize(source, tmp_path / form, **given, format=form) for form in ("gguf", "native")}
     assert done["gguf"].report.kl_mean == pytest.approx(done["native"].report.kl_mean, rel=1e-4)
     assert done["gguf"].details["coverage"]["share"] > 0.99

@@ -7,6 +7,7 @@ Without `--work` it is a temporary directory beside the output that vanishes wit
     hidden/         hidden states and gradients at the layer that is being worked on      (`sweeps.hidden`)
     curvature/      factors of each group of layers, until it is rounded                  (`artifacts.curvatures`)
     rounded/        codes of each group                                                   (`artifacts.rounded`)
+    ends/           curvature and codes of embedding and output head                      (`stages.ends`)
 
 Every file is written under a temporary name and renamed when it is whole.
 """
@@ -50,6 +51,11 @@ class Work:
     def curvature(self) -> Path:
         """Where factors are."""
         return self.path / "curvature"
+
+    @property
+    def ends(self) -> Path:
+        """Where those of embedding and output head are."""
+        return self.path / "ends"
 
     @property
     def rounded(self) -> Path:

@@ -65,7 +65,7 @@ class Written:
         prefixes = tuple(f"{name}." for name in layers.names)
         if self._engine is not None:
             return {name: p.data for name, p in self._engine.named_parameters() if not name.startswith(prefixes)}
-        quantized = {f"{name}.weight": self._weight(name) for name in layers.outside(self._source.linears) if name in self._layers}
+        quantized = {f"{name}.weight": self._weight(name) for name in self._layers if not name.startswith(prefixes)}
         return quantized | {name: value for name, value in self._moved.items() if not name.startswith(prefixes)}
 
     def _weight(self, module: str) -> Tensor:

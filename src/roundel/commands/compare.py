@@ -44,6 +44,7 @@ from roundel.rounding.round import dequantized
 from roundel.settings import ABLATION
 from roundel.stages.curvature import Measured as Collected
 from roundel.stages.curvature import Settled, measured_in, settle
+from roundel.stages.ends import Ends
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
 from roundel.stages.rounding import round_model
@@ -233,7 +234,7 @@ def _one_setting(
         own, began = measured[recipe.curvature], time.monotonic()
         seen = len(tokens) - estimators[recipe.curvature].held_out(len(tokens))
         parts = dataclasses.replace(split, calibration=tokens[:seen], choice=tokens[seen:])
-        result = round_model(recipe, one.source, parts, one.measured(notes), notes, batch_size=batch, work=one.work)
+        result = round_model(recipe, one.source, parts, one.measured(notes), Ends(), notes, batch_size=batch, work=one.work)
         one.seconds += time.monotonic() - began
         modules = dict(twin.named_modules())
         for name, weight in result.weights.items():

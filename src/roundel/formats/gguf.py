@@ -7,7 +7,8 @@ Codes and scales go into blocks as they are (`gguf_blocks`), so a reader's weigh
                                 rows are moved; biases likewise
     norms of Gemma              1 + w is stored
     norms, biases               float32
-    embedding, head and linears that are not quantized    `dense`, float16 by default; float32 where float16 would overflow
+    embedding, head             blocks too, where they are rounded
+    what is not quantized       `dense`, float16 by default; float32 where float16 would overflow
     tied embedding              once, as `token_embd.weight`: a reader without `output.weight` takes that
     experts                     those of a layer are one tensor `(experts, d_out, d_in)` of one type
     the router of experts       float32
@@ -50,7 +51,7 @@ from roundel.formats.imatrix import architecture, tensor_names
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "read", "write"]
+__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "read", "usual_end", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -84,6 +85,13 @@ def check(grid: Grid, rotation: str | None) -> None:
         raise SchemeError(f"{grid.name}: a GGUF holds llama.cpp's block types only, {', '.join(PACKERS)}; try {nearest}")
     if rotation is not None:
         raise SchemeError(f"{grid.name}, rotated by {rotation}: llama.cpp undoes no rotation; try {nearest} without one")
+
+
+def usual_end(role: str, scheme: str) -> str:
+    """The type that llama.cpp gives to an embedding or an output head beside linears of a type: that, and six bits at least for heads."""
+    if role == "head" and scheme not in ("q8_0", "mxfp4"):
+        return "q6_k"
+    return "q8_0" if scheme == "mxfp4" else scheme
 
 
 def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:

@@ -42,9 +42,10 @@ from roundel.models.experts import expert_family
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
+from roundel.stages.ends import ends_measured, measure_ends, wants_ends
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
-from roundel.sweeps.gradients import steps, visits_without_gradients
+from roundel.sweeps.gradients import ENDS, steps, visits_without_gradients
 
 __all__ = ["Measured", "Settled", "check_model", "measure_curvature", "measured_in", "safe_batch", "settle"]
 
@@ -89,9 +90,11 @@ def measure_curvature(
         tokens, linears, rows = split.used, source.linears, _own_rows(recipe, split)
         total = steps(source.layers, linears) * len(rows)
         finished = processes.from_first(lambda: [index for index in range(len(source.layers) + 1) if curvatures.has(index)])
+        finished += processes.from_first(lambda: [ENDS] * ends_measured(work))
         with notes.progress.stage("curvature", total) as advance:
             kinds = [recipe.labels] * len(split.calibration) + ["sampled" if recipe.labels == "data" else recipe.labels] * len(split.choice)
-            if stored is not None and recipe.bits is None and not len(split.choice):
+            ends = wants_ends(recipe, source)
+            if stored is not None and recipe.bits is None and not len(split.choice) and not ends:
                 visits = visits_without_gradients(source.layers, linears, finished=finished.__contains__)
                 advance(total)
             else:
@@ -107,8 +110,12 @@ def measure_curvature(
                     finished=finished.__contains__,
                     quickly=True,
                     rows=rows,
+                    ends=ends,
                 )
             for visit in visits:
+                if visit.index == ENDS:
+                    measure_ends(visit, recipe, source, split, work)
+                    continue
                 _measure(visit, recipe, source, split, stored, curvatures, batch_size, work.memory)
     return measured_in(curvatures, source, notes)
 

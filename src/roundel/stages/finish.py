@@ -35,7 +35,7 @@ def finish(
     """Writes, measures, predicts and reports; `target` is there whole or not at all."""
     with staged_directory(target) as staging:
         size = processes.from_first(lambda: write_model(staging, recipe, source, rounded, notes))
-        written = Written(staging, source, recipe.written_format(), rounded.layers, rounded.others)
+        written = Written(staging, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
         divergence = evaluate_written(written, source, split, notes, batch_size=batch_size, work=work)
         prediction = predict(recipe, source, split, rounded, notes, batch_size=batch_size, work=work)
         details = processes.from_first(

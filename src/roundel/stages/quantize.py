@@ -1,7 +1,8 @@
 """`quantize`: all stages, from a model and text to a checkpoint with its report; each is entered once and reads what the one before made.
 
     (text -> how many sequences, with `--sequences auto`)
-    text -> tokens -> curvature of every linear -> codes -> tuned codes -> checkpoint -> measured and predicted KL -> report
+    text -> tokens -> curvature of every linear -> codes of embedding and head -> codes -> tuned codes -> checkpoint
+         -> measured and predicted KL -> report
 
 Of several processes (`roundel.processes`) each goes through all stages, with its part of the sequences and of the linears.
 
@@ -21,6 +22,7 @@ from roundel.artifacts.work import open_work
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
+from roundel.stages.ends import round_ends
 from roundel.stages.finish import finish, warn_of_source, weights_of
 from roundel.stages.notes import Notes
 from roundel.stages.plan import say_plan
@@ -104,7 +106,8 @@ def quantize(
             say_plan(recipe, source, notes, work=place)
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
         measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
-        rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=place)
+        ends = round_ends(recipe, source, notes, work=place)
+        rounded = round_model(recipe, source, split, measured, ends, notes, batch_size=batch, work=place)
         seen = fingerprinted(split, notes)
         rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)

@@ -122,7 +122,8 @@ def report_details(
             "overlap_with_calibration": overlap,
             **divergence.as_json(),
         },
-        "layers": {name: {**row, "predicted_kl": prediction.layers[name]} for name, row in rounded.layers.items()},
+        "layers": {name: {**row, "predicted_kl": prediction.layers[name]} for name, row in rounded.layers.items()}
+        | dict(rounded.ends.rows),
         "skipped": source.skipped,
         "warnings": notes.warnings,
         "seconds": notes.seconds,

@@ -37,6 +37,7 @@ from roundel.models.load import load_config, skeleton, without_quantization
 from roundel.progress import Silent
 from roundel.recipes import STEP_TOKENS, Recipe
 from roundel.stages.curvature import measure_curvature
+from roundel.stages.ends import Ends
 from roundel.stages.evaluation import PREDICTED, evaluate_written
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import round_model
@@ -284,6 +285,7 @@ def _layer_alone(
 
 def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     """Seconds of each stage over a model of one layer and random text."""
+    recipe = dataclasses.replace(recipe, embedding="none", head="none")
     notes, work = Notes(Silent()), Work(path=folder / "work", kept=False, memory=1 << 34, hidden=HIDDEN)
     work.path.mkdir()
     ids = torch.randint(
@@ -295,11 +297,11 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     batch = default_batch(recipe.seq_len)
     measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=work)
-    rounded = round_model(recipe, source, split, measured, notes, batch_size=batch, work=work)
+    rounded = round_model(recipe, source, split, measured, Ends(), notes, batch_size=batch, work=work)
     target = folder / "out"
     target.mkdir()
     write_model(target, recipe, source, rounded, notes)
-    written = Written(target, source, recipe.written_format(), rounded.layers, rounded.others)
+    written = Written(target, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
     evaluate_written(written, source, split, notes, batch_size=batch, work=work)
     return notes.seconds
 

@@ -15,6 +15,7 @@ from roundel.artifacts.work import open_work
 from roundel.errors import ModelError, SchemeError
 from roundel.progress import Progress, Silent
 from roundel.recipes import TUNINGS, Recipe
+from roundel.stages.ends import Ends
 from roundel.stages.finish import finish
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
@@ -84,9 +85,12 @@ def tune(
         split = read_text(recipe, source, notes)
         batch = batch_size or default_batch(source.length)
         source.skipped.update(stored.report.get("skipped", {}))
+        rows = {name: row for name, row in stored.report["layers"].items() if "end" in row}
+        ends = Ends(weights={name: stored.rounded[name] for name in rows}, rows=rows)
         rounded = Rounded(
-            weights=stored.rounded,
-            layers=stored.report["layers"],
+            weights={name: weight for name, weight in stored.rounded.items() if name not in ends.rows},
+            layers={name: row for name, row in stored.report["layers"].items() if name not in ends.rows},
+            ends=ends,
             carried={"allocation": stored.report.get("allocation"), "tuned_from": str(path)},
             others=_moved(source, stored),
         )
@@ -98,8 +102,8 @@ def tune(
 def _is_original(source: Source, stored: Stored) -> bool:
     """Whether linears have the same names and shapes, and the first matrix that is not quantized is the same, or close to it if it was
     tuned."""
-    shapes = {name: tuple(linear.weight.shape) for name, linear in source.linears.items()}
-    if any(shapes.get(name) != weight.shape for name, weight in stored.rounded.items()):
+    shapes = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+    if any(shapes.get(f"{name}.weight") != weight.shape for name, weight in stored.rounded.items()):
         return False
     if stored.report["model"].get("parameters") != source.parameters:
         return False

@@ -38,6 +38,7 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
     groups = range(len(source.layers))
     turns = 1 if recipe.tune == "end-to-end" else sum(bool(source.layers.inside(index, source.linears)) for index in groups)
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())
+    ends = rounded.ends.values()
     wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
         job = Job(
@@ -47,8 +48,8 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
             unseen=judged_by,
             steps=recipe.steps,
             step_tokens=recipe.step_tokens,
-            others=rest_of(source) if wanted else {},
-            moved=rounded.others,
+            others={name: kind for name, kind in rest_of(source).items() if name not in ends} if wanted else {},
+            moved={**rounded.others, **ends},
             seed=recipe.seed,
             batch_size=batch_size,
             work=work.path if work.kept else None,
@@ -57,15 +58,16 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
         tuned = tune_end_to_end(job) if recipe.tune == "end-to-end" else tuned_by_first(job)
     if tuned.best_step == 0:
         notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
+    moved = {name: value for name, value in tuned.parameters.items() if name not in ends}
     report = {
         "method": recipe.tune,
         "best_step": tuned.best_step,
         "held_out_kl": {"before": tuned.held_out_kl[0], "after": tuned.held_out_kl[1]},
-        "other_parameters": len(tuned.parameters),
+        "other_parameters": len(moved),
         "history": tuned.history,
     }
     layers = {name: {**row, **_bits_with_vectors(tuned.rounded[name], recipe)} for name, row in rounded.layers.items()}
-    return dataclasses.replace(rounded, weights=tuned.rounded, layers=layers, others=tuned.parameters, tuning=report)
+    return dataclasses.replace(rounded, weights=tuned.rounded, layers=layers, others=moved, tuning=report)
 
 
 def tuned_by_first(job: Job) -> Tuned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +22,9 @@ __all__ = ["write_model"]
 def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded, notes: Notes) -> int:
     """Fills a directory, the report aside; returns the bytes of all tensors."""
     with notes.timed("writing"), notes.progress.stage("writing", len(source.checkpoint.files)) as advance:
-        frame = _frame(source, {name: row["dtype"] for name, row in rounded.layers.items()}, rounded.others)
-        return write(staging, frame, rounded.weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
+        frame = _frame(source, {name: row["dtype"] for name, row in {**rounded.layers, **rounded.ends.rows}.items()}, rounded.others)
+        weights = ChainMap(dict(rounded.ends.weights), rounded.weights)  # type: ignore[arg-type]
+        return write(staging, frame, weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
 
 
 def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:

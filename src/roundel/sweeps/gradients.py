@@ -4,6 +4,7 @@
     head       logits, labels, g[L] = d NLL / d x[L], in slices of tokens              (`sweeps.labels` says what is sent back)
     backward   a `Visit` of group l: whoever is there may replay it on any of its sequences, as often as it wants, and is given
                x and g of each linear; g[l] = d NLL / d x[l] comes out of the first replay of a sequence
+    ends       where they are wanted, a last visit with g[0] and x[L], for the embedding and the output head (`curvature.ends`)
 
 Estimators that go over their text several times do so within one visit, so that sums of one group are in memory at a time, and the weights
 of each are read twice in all. Linears outside of the decoder layers (an output head that is asked for) have a visit of their own, the first
@@ -31,9 +32,22 @@ from roundel.sweeps.layers import Layers
 from roundel.sweeps.tap import tapped
 from roundel.types import LayerGrad, TokenBatch
 
-__all__ = ["Visit", "batches", "forward", "gradient_visits", "head_gradients", "safe_batch_size", "steps", "visits_without_gradients"]
+__all__ = [
+    "ENDS",
+    "Visit",
+    "batches",
+    "forward",
+    "gradient_visits",
+    "head_gradients",
+    "safe_batch_size",
+    "steps",
+    "visits_without_gradients",
+]
 
 Consumer = Callable[[str, LayerGrad], None]
+
+ENDS = -1
+"""The index of the visit of embedding and output head, whose `g` is the gradient before the first group."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +61,8 @@ class Visit:
     _run: Callable[[Sequence[int], Consumer | None], None]
     g: HiddenStates | None = None
     """The gradient at the group's output, of all sequences; None after all layers."""
+    last: HiddenStates | None = None
+    """In the visit of the ends, the state after the last group."""
     propagated: set[int] = field(default_factory=set)
     """Sequences whose gradient at the group's input is known."""
 
@@ -69,6 +85,7 @@ def gradient_visits(
     finished: Callable[[int], bool] = lambda _index: False,
     quickly: bool = False,
     rows: Sequence[int] | None = None,
+    ends: bool = False,
 ) -> Iterator[Visit]:
     """Visits of all groups that have any of these linears, the last first.
 
@@ -84,28 +101,29 @@ def gradient_visits(
         finished: Whether a group needs no visit, because an earlier process had it; once visited it must be.
         quickly: Whether linears may round the factors of their products to bfloat16 (`linalg.fast`).
         rows: The sequences that this process takes, of several; all by default.
+        ends: Whether a visit with the index `ENDS` comes last.
     """
     rows = range(len(tokens)) if rows is None else rows
     wanted = [index for index in range(len(layers)) if layers.inside(index, linears)]
     outside = layers.outside(linears)
     kinds = [labels] * len(tokens) if isinstance(labels, str) else list(labels)
-    if all(finished(index) for index in [*wanted, *([len(layers)] if outside else [])]):
+    if all(finished(index) for index in [*wanted, *([len(layers)] if outside else []), *([ENDS] if ends else [])]):
         advance(steps(layers, linears) * len(rows))
         return
-    first = wanted[0] if wanted else len(layers)
+    first = 0 if ends else wanted[0] if wanted else len(layers)
     states = forward(layers, tokens, batch_size=batch_size, store=store, advance=advance, quickly=quickly, rows=rows)
     if outside and not finished(len(layers)):
         yield Visit(index=len(layers), names=outside, _run=_head_replay(layers, linears, tokens, states[-1], seed, kinds))
-    if not wanted:
+    if not wanted and not ends:
         return
-    above, g = _last_gradient(layers, tokens, states[-1], first, store)
+    above, g = _last_gradient(layers, tokens, states[-1], first if ends else first + 1, store)
     if g is None:
         g = head_gradients(layers, tokens, states[-1], seed=seed, labels=kinds, store=store, advance=advance, quickly=quickly, rows=rows)
     else:
         advance((1 + len(layers) - above) * len(rows))
     for index in reversed(range(first, above)):
         names = layers.inside(index, linears)
-        before = store.new(f"gradient-{index:03d}", g.shape, g.dtype) if index > first else None
+        before = store.new(f"gradient-{index:03d}", g.shape, g.dtype) if index > first or ends else None
         own = {name: linears[name] for name in names}
         with layers.loaded(index):
             visit = Visit(index=index, names=names, _run=_replay(layers, index, own, tokens, states[index], g, before, quickly), g=g)
@@ -119,6 +137,9 @@ def gradient_visits(
         store.drop(g)
         if before is not None:
             g = before
+    if ends and not finished(ENDS):
+        yield Visit(index=ENDS, names=[], _run=_not_run, g=g, last=states[-1])
+        store.drop(g)
     for state in states:
         store.drop(state)
 
@@ -144,10 +165,10 @@ def steps(layers: Layers, linears: Mapping[str, nn.Linear]) -> int:
 
 
 def _last_gradient(
-    layers: Layers, tokens: TokenBatch, hidden: HiddenStates, first: int, store: HiddenStore
+    layers: Layers, tokens: TokenBatch, hidden: HiddenStates, lowest: int, store: HiddenStore
 ) -> tuple[int, HiddenStates | None]:
     """The lowest group boundary whose gradient an earlier process has left, and that; the end without any."""
-    for index in range(first + 1, len(layers) + 1):
+    for index in range(lowest, len(layers) + 1):
         if (found := store.find(f"gradient-{index:03d}", hidden.shape, hidden.dtype)) is not None:
             return index, found
     return len(layers), None

@@ -121,6 +121,34 @@ class Layers:
         """The hidden state before the first layer."""
         return self._forward(ids, {0: _reach_input})
 
+    def embedded(self, ids: Int[Tensor, "sequences tokens"]) -> tuple[Tensor, Tensor]:
+        """What the embedding returns, as a leaf, and the hidden state before the first layer, which gradients come back from."""
+        with _as_leaf(self.model.get_input_embeddings()) as leaves:  # type: ignore[operator]
+            hidden = self._forward(ids, {0: _reach_input})
+        return leaves[-1], hidden
+
+    @torch.no_grad()
+    def head_inputs(self, ids: Int[Tensor, "sequences tokens"], hidden: Float[Tensor, "sequences tokens d"]) -> Tensor:
+        """What the output head reads, given the hidden state after the last layer."""
+
+        def reach(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise ReachedError(args[0])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(reach)  # type: ignore[operator]
+        try:
+            self.logits(ids, hidden)
+        except ReachedError as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ModelError("the forward pass never came to the output head")
+
+    def head_outputs(self, ids: Int[Tensor, "sequences tokens"], hidden: Float[Tensor, "sequences tokens d"]) -> tuple[Tensor, Tensor]:
+        """What the output head returns, as a leaf, and the logits, which gradients come back from."""
+        with _as_leaf(self.model.get_output_embeddings()) as leaves:  # type: ignore[operator]
+            logits = self.logits(ids, hidden)
+        return leaves[-1], logits
+
     def run(
         self,
         index: int,
@@ -277,6 +305,23 @@ class Layers:
                 module.__dict__.pop("forward", None)
                 if (forward := before[id(module)]) is not None:
                     module.forward = forward
+
+
+@contextmanager
+def _as_leaf(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the context the module's outputs are leaves, which are kept, and gradients are recorded."""
+    leaves: list[Tensor] = []
+
+    def leaf(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1]
+
+    handle = module.register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            yield leaves
+    finally:
+        handle.remove()
 
 
 _Step = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -93,6 +93,16 @@ def quantize(
     schemes: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="With --bits: the schemes to choose from; default: --scheme with 1 to 8 bits.")
     ] = None,
+    embedding: Annotated[
+        str,
+        typer.Option(
+            metavar="SCHEME",
+            help="Of the embedding: a scheme, none (16 bits), or auto: what the format's own tools do (gguf, mlx; else none).",
+        ),
+    ] = DEFAULT.embedding,
+    head: Annotated[
+        str, typer.Option(metavar="SCHEME", help="The same of the output head; where both are one matrix this decides.")
+    ] = DEFAULT.head,
     rotate: Annotated[
         str,
         typer.Option(

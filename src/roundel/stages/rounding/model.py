@@ -23,6 +23,7 @@ from roundel.recipes import Recipe
 from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.stages.curvature import Measured
+from roundel.stages.ends import Ends
 from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
 from roundel.stages.rounding.allocation import allocate_bits
@@ -43,6 +44,8 @@ class Rounded:
     """By module."""
     layers: Mapping[str, dict[str, Any]]
     """Their rows of the report."""
+    ends: Ends = field(default_factory=Ends)
+    """Embedding and output head."""
     carried: Mapping[str, Any]
     """What else the report says of their making."""
     others: Mapping[str, Tensor] = field(default_factory=dict)
@@ -51,7 +54,9 @@ class Rounded:
     """What the report says of tuning."""
 
 
-def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured, notes: Notes, *, batch_size: int, work: Work) -> Rounded:
+def round_model(
+    recipe: Recipe, source: Source, split: Split, measured: Measured, ends: Ends, notes: Notes, *, batch_size: int, work: Work
+) -> Rounded:
     """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept."""
     files = RoundedFiles(path=work.rounded)
     with notes.timed("rounding"):
@@ -90,6 +95,7 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
             natural = recipe.natural_steps(*split.calibration.ids.shape, weights=sum(linear.weight.numel() for linear in linears.values()))
             prefix = Prefix(
                 tokens=chosen,
+                outside=ends.values(),
                 quickly=max(parse_scheme(scheme).bits for scheme in recipe.used_schemes) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
                 steps=None
@@ -129,7 +135,7 @@ def round_model(recipe: Recipe, source: Source, split: Split, measured: Measured
                 for name in weights:
                     del rows[name]
     carried = {"allocation": allocation, "natural_steps": steps_taken(work.rounded)}
-    return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, carried=carried)
+    return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, ends=ends, carried=carried)
 
 
 def _at_a_time(names: Sequence[str], schemes: Mapping[str, str]) -> Iterator[list[str]]:

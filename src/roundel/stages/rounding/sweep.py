@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Prefix:
     tokens: TokenBatch
     """Calibration sequences that go along both paths."""
     strengths: Strengths
+    outside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other parameters as they are rounded, by name: the embedding."""
     steps: Steps | None = None
     """What the natural-gradient steps need besides; None: there are none."""
     quickly: bool = False
@@ -249,9 +251,9 @@ class _Paths:
                 return index
         self._x, self._xq = self._new("original-000"), self._new("rounded-000")
         for rows in batches(self._rows, self._batch_size):
-            hidden = self._layers.embed(self._ids(rows))
-            self._x.write(rows, hidden)
-            self._xq.write(rows, hidden)
+            self._x.write(rows, self._layers.embed(self._ids(rows)))
+            with self._layers.replaced(self._prefix.outside):
+                self._xq.write(rows, self._layers.embed(self._ids(rows)))
         self._x.finish()
         self._xq.finish()
         return 0

@@ -1,0 +1,127 @@
+"""Embedding and output head in few bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+
+from roundel.artifacts.checkpoints import load_written, read
+from roundel.artifacts.work import open_work
+from roundel.curvature.ends import end_moments
+from roundel.errors import SchemeError
+from roundel.models import Checkpoint, load_model
+from roundel.models.ends import ends_of
+from roundel.recipes import Recipe
+from roundel.rounding.round import dequantized
+from roundel.sweeps import HiddenStore, Layers
+from roundel.sweeps.gradients import ENDS, gradient_visits
+from roundel.types import TokenBatch
+
+GIVEN = {"scheme": "q8_0", "format": "gguf", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
+
+
+def rows(result) -> dict[str, dict]:
+    return {row["end"]: row for row in result.details["layers"].values() if "end" in row}
+
+
+def types(result) -> dict[str, str]:
+    found = {each.name: each.tensor_type.name for each in GGUFReader(result.path / "model.gguf").tensors}
+    return {name: found[name] for name in ("token_embd.weight", "output.weight") if name in found}
+
+
+def test_by_default_as_llama_cpp_does(model, quantize, tmp_path) -> None:
+    result = quantize(model("llama"), tmp_path / "out", **{**GIVEN, "scheme": "q4_0"})
+    # 256 does not divide the width, so the head is no q6_k
+    assert types(result) == {"token_embd.weight": "Q4_0", "output.weight": "Q8_0"}
+    assert {role: row["scheme"] for role, row in rows(result).items()} == {"embedding": "q4_0", "head": "q8_0"}
+    plain = quantize(model("llama"), tmp_path / "plain", **{**GIVEN, "scheme": "q4_0"}, embedding="none", head="none")
+    assert types(plain) == {"token_embd.weight": "F16", "output.weight": "F16"}
+    assert rows(plain) == {}
+    assert result.details["bits_per_weight"]["model"] < 0.8 * plain.details["bits_per_weight"]["model"]
+    assert plain.report.kl_mean < result.report.kl_mean
+
+
+def test_what_is_measured_is_what_the_file_holds(model, quantize, tmp_path) -> None:
+    source = model("llama")
+    result = quantize(source, tmp_path / "out", **GIVEN, embedding="q4_0", head="q4_0", work=tmp_path / "work")
+    again = quantize(source, tmp_path / "again", **GIVEN, embedding="q4_0", head="q4_0", work=tmp_path / "work")
+    assert (tmp_path / "out/model.gguf").read_bytes() == (tmp_path / "again/model.gguf").read_bytes()
+    assert again.report.kl_mean == result.report.kl_mean
+    read_back = load_written(result.path, device=torch.device("cpu"), dtype=torch.float32)
+    stored = {each.name: each for each in GGUFReader(result.path / "model.gguf").tensors}
+    for name, module in (("token_embd.weight", read_back.get_input_embeddings()), ("output.weight", read_back.get_output_embeddings())):
+        W = torch.tensor(dequantize(stored[name].data, stored[name].tensor_type))
+        assert torch.equal(module.weight, W)
+
+
+def test_a_tied_matrix_has_one_scheme(model, quantize, tmp_path) -> None:
+    source = model("qwen3")
+    result = quantize(source, tmp_path / "out", **GIVEN, head="q4_0")
+    assert types(result) == {"token_embd.weight": "Q4_0"}
+    assert list(rows(result)) == ["tied"]
+    with pytest.raises(SchemeError, match="one matrix"):
+        quantize(source, tmp_path / "other", **GIVEN, head="q4_0", embedding="q8_0")
+
+
+def test_in_mlx_as_its_own_tools_do(model, quantize, tmp_path) -> None:
+    given = {**GIVEN, "format": "mlx", "scheme": "int4-g32"}
+    result = quantize(model("llama"), tmp_path / "out", **given)
+    stored = read(result.path)
+    assert {"model.embed_tokens", "lm_head"} < set(stored.rounded)
+    read_back = load_written(result.path, device=torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(read_back.get_output_embeddings().weight, dequantized(stored.rounded["lm_head"]))
+
+
+def test_tuning_leaves_them(model, quantize, tmp_path) -> None:
+    given = {**GIVEN, "format": "mlx", "scheme": "int3-g32", "tune": "end-to-end", "tune_steps": 2, "tune_tokens": 64}
+    before = read(quantize(model("llama"), tmp_path / "before", **{**given, "tune": "none"}).path).rounded
+    after = read(quantize(model("llama"), tmp_path / "after", **given).path).rounded
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(before[name].codes, after[name].codes)
+
+
+def test_what_no_engine_reads_is_refused() -> None:
+    with pytest.raises(SchemeError, match="in 16 bits only"):
+        Recipe.of(scheme="int4-g32", embedding="int4-g32")
+    with pytest.raises(SchemeError, match="block types only"):
+        Recipe.of(scheme="q4_0", format="gguf", head="int4-g32")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_moments_are_those_of_dense_gradients(name, model, tmp_path, exact) -> None:
+    """`A` and `B` beside autograd through the whole model, for one batch."""
+    path = model(name)
+    net = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = TokenBatch.of(torch.randint(3, 200, (6, 12), generator=torch.Generator().manual_seed(1)))
+    layers = Layers(net)
+    with open_work(None, beside=tmp_path / "x", memory=None) as work:
+        store = HiddenStore(memory=1 << 30, directory=work.path / "hidden")
+        visits = gradient_visits(layers, {}, tokens, seed=3, labels="data", batch_size=1, store=store, ends=True)
+        visit = next(visits)
+        assert visit.index == ENDS
+        found = end_moments(visit, layers, tokens, range(len(tokens)), seed=3)
+        assert next(visits, None) is None
+    embedding, head = net.get_input_embeddings(), net.get_output_embeddings()
+    grads, inputs = [], []
+    embedding.register_forward_hook(lambda _m, _a, out: (out.requires_grad_(True), out.retain_grad(), grads.append(out))[0])
+    head.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach()))
+    factor = embedding(torch.tensor([5])).detach().norm() / embedding.weight[5].norm()
+    grads.clear()
+    A = torch.zeros_like(found.embedding)
+    for row in tokens.ids:
+        logits = net(row[None], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], row[1:], reduction="sum").backward()
+        g = grads[-1].grad[0]
+        A += g.T @ g
+    torch.testing.assert_close(found.embedding, A * factor**2 / tokens.ids.numel(), rtol=1e-3, atol=1e-3 * A.abs().max().item())
+    h = torch.cat(inputs).flatten(0, 1)
+    expected = h.T @ h / len(h)
+    torch.testing.assert_close(found.head / found.head.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-5)
+    counts = torch.bincount(tokens.ids.flatten(), minlength=embedding.num_embeddings) + 1
+    torch.testing.assert_close(found.share, counts / counts.sum())
+    (end, *others) = ends_of(net, Checkpoint.open(path).of(net))
+    assert [end.role, *(other.role for other in others)] == (["head"] if end.heads else ["embedding", "head"])
+    blocks = list(found.factors(end))
+    assert blocks[-1][0].stop == embedding.num_embeddings
+    assert blocks[0][1].H_in.diagonal().mean().item() == pytest.approx(1)
