@@ -3,6 +3,7 @@
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
 # make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
+# make test-auto-round   installs auto-round (some three minutes) and compares the weights and logits that Transformers has with it with ours
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
@@ -21,7 +22,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama test-mlx check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama test-mlx test-auto-round check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -38,6 +39,9 @@ test-llama: .venv-llama/installed
 
 test-mlx: .venv-mlx/installed
 	ROUNDEL_MODEL=$(MODEL) .venv-mlx/bin/python -m pytest -p no:xdist -s tests/mlx_engine
+
+test-auto-round: .venv-auto-round/installed
+	.venv-auto-round/bin/python -m pytest -p no:xdist -s tests/auto_round_engine
 
 check: install
 	$(BIN)/ruff format --check .
@@ -115,5 +119,10 @@ install: .venv/installed
 	.venv-mlx/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' 'mlx[cpu]==0.32.2' mlx-lm==0.32.2
 	touch $@
 
+.venv-auto-round/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-auto-round
+	.venv-auto-round/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' auto-round==0.16.1
+	touch $@
+
 clean:
-	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-auto-round .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

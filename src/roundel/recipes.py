@@ -64,6 +64,8 @@ class Recipe(Settings):
             raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
         for scheme in self.used_schemes:
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
+        if self.written_format() in FORMATS:
+            FORMATS[self.written_format()].check_mixture(self.used_schemes)
         for role in ("embedding", "head"):
             if (asked := getattr(self, role)) in ("auto", "none"):
                 continue

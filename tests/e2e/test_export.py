@@ -39,7 +39,7 @@ def integers(wide, quantize, tmp_path_factory) -> roundel.Quantized:
     return quantize(wide, tmp_path_factory.mktemp("integers") / "out", scheme="int4-g32", curvature="kfac", sweeps=1)
 
 
-@pytest.mark.parametrize("form", ["native", "gptq", "awq", "mlx", "dense", "compressed-tensors"])
+@pytest.mark.parametrize("form", ["native", "gptq", "awq", "auto-round", "mlx", "dense", "compressed-tensors"])
 def test_codes_are_carried_over(form, integers, tmp_path) -> None:
     details = roundel.export(integers.path, output=tmp_path / "out", to=form)
     assert torch.equal(logits(tmp_path / "out"), logits(integers.path))
@@ -69,6 +69,7 @@ def test_codes_are_carried_over(form, integers, tmp_path) -> None:
         ("int8-g32", {"format": "gptq"}, "gptq"),
         ("int3-g32-affine", {"format": "mlx"}, "mlx"),
         ("int4-g32-asym", {"format": "awq"}, "awq"),
+        ("int3-g32-asym", {"format": "auto-round"}, "auto-round"),
         ("int4-g32", {"rotate": "fused"}, "compressed-tensors"),
         (
             "trellis2",

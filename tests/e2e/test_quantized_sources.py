@@ -92,8 +92,9 @@ def gptq(bits: int, version: str, *, ordered: bool) -> Callable[[int, int], tupl
             "qweight": words(q, bits).T.contiguous(),
             "qzeros": words((zeros - int(version == "gptq")) % 2**bits, bits),
             "scales": scales,
-            "g_idx": of_column.int(),
         }
+        if version != "auto_round":
+            stored["g_idx"] = of_column.int()
         return stored, ((q - zeros[of_column].T) * scales.float()[of_column].T).half()
 
     return make
@@ -139,6 +140,10 @@ FOREIGN: dict[str, tuple[dict[str, object], Callable[[int, int], tuple[dict[str,
     "auto-round": (
         {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:auto_gptq"},
         gptq(8, "gptq", ordered=False),
+    ),
+    "auto-round, other bits than most": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 2 * BLOCK, "sym": False, "packing_format": "auto_round"},
+        gptq(3, "auto_round", ordered=False),
     ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": BLOCK, "version": "gemm", "zero_point": True}, awq),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
@@ -216,7 +221,8 @@ def test_weights_of_others_are_what_their_formats_say(name: str, model, tmp_path
     [
         {"quant_method": "gptq", "checkpoint_format": "marlin"},
         {"quant_method": "awq", "version": "gemv"},
-        {"quant_method": "auto-round", "packing_format": "auto_round"},
+        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+        {"quant_method": "auto-round", "packing_format": "auto_round", "data_type": "mx_int"},
         {"quant_method": "bitsandbytes"},
     ],
 )

@@ -87,6 +87,7 @@ def test_a_rotation_changes_the_codes_and_is_undone(model, quantize, tmp_path) -
         ({"format": "ggml"}, "format 'ggml': expected one of auto, compressed-tensors"),
         ({"format": "gguf", "scheme": "int4-g16"}, "q4_0"),
         ({"format": "gptq", "scheme": "int3-g16"}, "compressed-tensors"),
+        ({"format": "gptq", "scheme": "int4-g16", "bits": 6.0}, "gptq holds one scheme in a model, and here are int4-g16, int8-g16"),
         ({"format": "exl3", "scheme": "trellis2-hyb"}, "mul1"),
         ({"format": "gguf:q4_0", "scheme": "int3-g16"}, "expected gguf:TYPE"),
         ({"schemes": ("int3-g16", "int4-g16")}, "need bits"),

@@ -6,7 +6,8 @@ beside it. `quantize` makes one of the original model, `read` one of a directory
 
     format                       directory
     compressed-tensors, gptq,    Hugging Face's: config.json with a quantization_config (mlx: quantization), safetensors, tokenizer
-    awq, mlx, exl3, native
+    awq, auto-round, mlx,
+    exl3, native
     dense                        the same with rounded values in the original's type: any engine, no smaller
     gguf                         model.gguf, all that llama.cpp needs; config.json beside it, for Transformers
 

@@ -4,6 +4,7 @@
 A new format of Hugging Face directories is one file with a `CheckpointFormat`, and one entry here.
 """
 
+from roundel.formats.auto_round import AutoRound
 from roundel.formats.awq import Awq
 from roundel.formats.base import CheckpointFormat
 from roundel.formats.compressed_tensors import CompressedTensors
@@ -14,4 +15,6 @@ from roundel.formats.native import Native
 
 __all__ = ["FORMATS", "CheckpointFormat"]
 
-FORMATS: dict[str, CheckpointFormat] = {form.name: form for form in (CompressedTensors(), Native(), Gptq(), Awq(), Mlx(), Exl3())}
+FORMATS: dict[str, CheckpointFormat] = {
+    form.name: form for form in (CompressedTensors(), Native(), Gptq(), Awq(), AutoRound(), Mlx(), Exl3())
+}

@@ -17,7 +17,7 @@ Not done: other widths and the GEMV layouts, which few engines read; several sch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ class Awq(CheckpointFormat):
                 "try int4-g128-asym, or the format compressed-tensors, which has 2 to 8 bits"
             )
 
+    def check_mixture(self, schemes: Iterable[str]) -> None:
+        only_grid(self.name, schemes)
+
     def check_shape(self, grid: Grid, d_out: int, d_in: int) -> None:
         if d_out % 8:
             raise SchemeError(f"awq: {d_out} outputs do not fill words of 8; the format compressed-tensors has no such limit")
@@ -98,7 +101,7 @@ class Awq(CheckpointFormat):
         Raises:
             SchemeError: there is more than one scheme, or such a name contains another.
         """
-        grid = only_grid(self.name, rounded)
+        grid = only_grid(self.name, (weight.scheme for weight in rounded.values()))
         for name in ignore:
             if taken := next((other for other in rounded if name in other), None):
                 raise SchemeError(f"awq: {name} is not quantized, and readers would take {taken} for it; try the format compressed-tensors")

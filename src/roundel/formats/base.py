@@ -56,16 +56,16 @@ def half_scales(form: str, scale: Tensor) -> Tensor:
     return scales
 
 
-def only_grid(form: str, rounded: Mapping[str, RoundedWeight]) -> Grid:
+def only_grid(form: str, schemes: Iterable[str]) -> Grid:
     """The grid of all weights, for formats that have no place for a second.
 
     Raises:
         SchemeError: there are several.
     """
-    schemes = sorted({weight.scheme for weight in rounded.values()})
-    if len(schemes) != 1:
-        raise SchemeError(f"{form} holds one scheme in a model, and here are {', '.join(schemes)}; try the format compressed-tensors")
-    return parse_scheme(schemes[0])
+    given = sorted(set(schemes))
+    if len(given) != 1:
+        raise SchemeError(f"{form} holds one scheme in a model, and here are {', '.join(given)}; try the format compressed-tensors")
+    return parse_scheme(given[0])
 
 
 class CheckpointFormat(ABC):
@@ -98,6 +98,13 @@ class CheckpointFormat(ABC):
 
         Raises:
             SchemeError: with the engine's limit and the nearest choice that works.
+        """
+
+    def check_mixture(self, schemes: Iterable[str]) -> None:  # noqa: B027 (most formats hold any, side by side)
+        """Refuses schemes that cannot be in one model; called before any work.
+
+        Raises:
+            SchemeError: with what would work.
         """
 
     def check_names(self, names: Iterable[str]) -> None:  # noqa: B027 (most engines know modules by any name)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -35,9 +35,11 @@ from roundel.formats.bits import pack_rows, unpack_rows
 from roundel.grids import Grid, Uniform
 from roundel.types import RoundedWeight
 
-__all__ = ["Gptq"]
+__all__ = ["Gptq", "pack_groups", "packed_layout", "unpack_groups"]
 
 WIDTHS = (4, 8)
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What vLLM calls linears that it runs as one."""
@@ -66,6 +68,9 @@ class Gptq(CheckpointFormat):
                 "try the format compressed-tensors, which has 2 to 8 bits and zero points, or int4-g128"
             )
 
+    def check_mixture(self, schemes: Iterable[str]) -> None:
+        only_grid(self.name, schemes)
+
     def check_shape(self, grid: Grid, d_out: int, d_in: int) -> None:
         assert isinstance(grid, Uniform)
         whole = 32 // grid.width
@@ -81,12 +86,9 @@ class Gptq(CheckpointFormat):
         scales = half_scales(self.name, rounded.scales["scale"])
         groups = _groups(grid, d_in)
         middle = 2 ** (grid.width - 1)
-        return {
-            "qweight": pack_rows(rounded.codes.to(torch.int16) + middle, grid.width).T.contiguous(),
-            "qzeros": pack_rows(torch.full((groups, d_out), middle - 1, dtype=torch.int16), grid.width),
-            "scales": scales.expand(d_out, groups).T.contiguous(),
-            "g_idx": _group_of_columns(d_in, groups),
-        }
+        zeros = torch.full((d_out, groups), middle - 1, dtype=torch.int16)
+        packed = pack_groups(rounded.codes.to(torch.int16) + middle, zeros, scales.expand(d_out, groups), grid.width)
+        return {**packed, "g_idx": _group_of_columns(d_in, groups)}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> RoundedWeight:
         self.check(grid, None)
@@ -94,23 +96,19 @@ class Gptq(CheckpointFormat):
         self.check_shape(grid, *shape)
         assert isinstance(grid, Uniform)
         expect(tensors, _layout(grid, shape), f"a {grid.name} weight of shape {shape} in gptq")
-        d_out, d_in = shape
-        middle, groups = 2 ** (grid.width - 1), _groups(grid, d_in)
-        if not (unpack_rows(tensors["qzeros"], grid.width, d_out) == middle - 1).all():
+        middle, groups = 2 ** (grid.width - 1), _groups(grid, shape[1])
+        codes, zeros, scale = unpack_groups(tensors, grid.width, shape)
+        if not (zeros == middle - 1).all():
             raise ModelError(f"qzeros are not all {middle - 1}: the checkpoint is asymmetric, or of gptq's second version")
-        if not torch.equal(tensors["g_idx"], _group_of_columns(d_in, groups)):
+        if not torch.equal(tensors["g_idx"], _group_of_columns(shape[1], groups)):
             raise ModelError(
                 "g_idx is not ascending by groups: the checkpoint has an activation order (desc_act), which Roundel does not write"
             )
-        scale = tensors["scales"].T.contiguous()
-        if not scale.isfinite().all():
-            raise ModelError("scales hold NaN or infinite values; the checkpoint is damaged")
         if grid.group == "tensor":
             if not (scale == scale[:1]).all():
                 raise ModelError(f"scales differ from row to row: {grid.name} has one scale for the weight")
             scale = scale[:1].clone()
-        codes = unpack_rows(tensors["qweight"].T.contiguous(), grid.width, d_in) - middle
-        return RoundedWeight(scheme=grid.name, codes=codes.to(torch.int8), scales={"scale": scale}, shape=shape)
+        return RoundedWeight(scheme=grid.name, codes=(codes - middle).to(torch.int8), scales={"scale": scale}, shape=shape)
 
     def packed_bytes(self, shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype, rotation: str | None) -> int:
         self.check(grid, rotation)
@@ -124,7 +122,7 @@ class Gptq(CheckpointFormat):
         Raises:
             SchemeError: there is more than one scheme.
         """
-        grid = only_grid(self.name, rounded)
+        grid = only_grid(self.name, (weight.scheme for weight in rounded.values()))
         assert isinstance(grid, Uniform)
         skipped = _skipped(ignore)
         return {
@@ -141,19 +139,44 @@ class Gptq(CheckpointFormat):
         }
 
 
+def pack_groups(codes: Tensor, zeros: Tensor, scales: Tensor, width: int) -> dict[str, Tensor]:
+    """The tensors of unsigned codes `(d_out, d_in)`, with unsigned zero points and scales `(d_out, groups)`."""
+    return {
+        "qweight": pack_rows(codes, width).T.contiguous(),
+        "qzeros": pack_rows(zeros.T.contiguous(), width),
+        "scales": scales.T.contiguous(),
+    }
+
+
+def unpack_groups(tensors: Mapping[str, Tensor], width: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `pack_groups`: codes, zero points and scales.
+
+    Raises:
+        ModelError: scales are not finite.
+    """
+    scales = tensors["scales"].T.contiguous()
+    if not scales.isfinite().all():
+        raise ModelError("scales hold NaN or infinite values; the checkpoint is damaged")
+    codes, zeros = unpack_rows(tensors["qweight"].T.contiguous(), width, shape[1]), unpack_rows(tensors["qzeros"], width, shape[0])
+    return codes, zeros.T.contiguous(), scales
+
+
+def packed_layout(width: int, groups: int, shape: tuple[int, int]) -> Layout:
+    """Sizes and types of what `pack_groups` makes."""
+    d_out, d_in = shape
+    return {
+        "qweight": ((d_in * width // 32, d_out), torch.int32),
+        "qzeros": ((groups, d_out * width // 32), torch.int32),
+        "scales": ((groups, d_out), torch.float16),
+    }
+
+
 def _groups(grid: Uniform, d_in: int) -> int:
     return d_in // grid.group if isinstance(grid.group, int) else 1
 
 
-def _layout(grid: Uniform, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    d_out, d_in = shape
-    groups = _groups(grid, d_in)
-    return {
-        "qweight": ((d_in * grid.width // 32, d_out), torch.int32),
-        "qzeros": ((groups, d_out * grid.width // 32), torch.int32),
-        "scales": ((groups, d_out), torch.float16),
-        "g_idx": ((d_in,), torch.int32),
-    }
+def _layout(grid: Uniform, shape: tuple[int, int]) -> Layout:
+    return {**packed_layout(grid.width, _groups(grid, shape[1]), shape), "g_idx": ((shape[1],), torch.int32)}
 
 
 def _group_of_columns(d_in: int, groups: int) -> Tensor:

@@ -9,6 +9,7 @@ A quantized weight is several tensors with a common name and ends of their own. 
               of experts that are stored transposed                                                          NAME is (E, K, N)
     gptq      qweight int32, b-bit codes down K, (K b / 32, N); qzeros along N (K / g, N b / 32), one less than the zero point in the
               first version of the format; scales (K / g, N); g_idx (K,), the group of a column               W = (q - z) scale
+    auto-round as gptq, zero points as they are where packing_format is `auto_round`, or as awq
     awq       qweight int32 (K, N / 8), qzeros (K / g, N / 8), eight columns in a word in the order 0 2 4 6 1 3 5 7; scales (K / g, N)
 
 Sources: DeepSeek-V3's model card, NVIDIA's ModelOpt, OCP Microscaling Formats 1.0, AutoGPTQ and GPTQModel, AutoAWQ ("gemm").
@@ -117,12 +118,14 @@ def _mxfp4(parts: Parts, _settings: Settings) -> Tensor:
 def _gptq(parts: Parts, settings: Settings) -> Tensor:
     qweight, scales = parts["qweight"], parts["scales"].float()
     groups, d_out = scales.shape
+    bits = parts["qzeros"].shape[1] * 32 // d_out
+    d_in = qweight.shape[0] * 32 // bits
     group = int(settings.get("group_size", -1))
-    d_in = len(parts["g_idx"]) if "g_idx" in parts else qweight.shape[0] * 32 // int(settings["bits"])
-    bits = qweight.shape[0] * 32 // d_in
-    of_column = parts["g_idx"].long() if "g_idx" in parts else torch.arange(d_in) // (group if group > 0 else d_in // groups)
+    if group <= 0 or -(-d_in // group) != groups:  # which is that of most linears
+        group = d_in // groups
+    of_column = parts["g_idx"].long() if "g_idx" in parts else torch.arange(d_in) // group
     zeros = unpack_rows(parts["qzeros"].contiguous(), bits, d_out).float()
-    if settings.get("checkpoint_format", "gptq") != "gptq_v2":
+    if settings.get("checkpoint_format", "gptq") != "gptq_v2" and settings.get("packing_format") != "auto_round":
         zeros = (zeros + 1) % 2**bits
     q = unpack_rows(qweight.T.contiguous(), bits, d_in).float()
     return (q - zeros[of_column].T) * scales[of_column].T
@@ -160,7 +163,8 @@ def layout_of(method: str, settings: Settings) -> Layout | None:
     if method == "awq" and (str(settings.get("version", "gemm")).lower() != "gemm" or int(settings.get("bits", 4)) != 4):
         return None
     if method == "auto-round":
-        return {"auto_round:auto_gptq": _GPTQ, "auto_round:auto_awq": _AWQ}.get(str(settings.get("packing_format")))
+        packing = str(settings.get("packing_format")) if settings.get("data_type", "int") == "int" else ""
+        return {"auto_round": _GPTQ, "auto_round:auto_gptq": _GPTQ, "auto_round:auto_awq": _AWQ}.get(packing)
     return METHODS.get(method)
 
 

@@ -33,7 +33,7 @@ def export(
     Args:
         source: In a format that keeps codes: any but dense and gguf.
         output: Directory to make; must not exist, or be empty.
-        to: A format: `compressed-tensors`, `native`, `gptq`, `exl3`, `gguf` (or `gguf:TYPE`, which must be the scheme) or `dense`.
+        to: A format: any of `quantize`, of which `gguf:TYPE` must name the scheme.
         model: Another copy of the original, for the tokenizer; by default that in `source`.
         progress: Where to report; silent by default.
 
@@ -50,6 +50,8 @@ def export(
         raise SchemeError(f"format {to!r}: expected one of {', '.join(WRITTEN)}, or gguf:TYPE")
     stored = read(path)
     frame = stored.frame if model is None else dataclasses.replace(stored.frame, directory=locate(str(model)))
+    if form in FORMATS:
+        FORMATS[form].check_mixture(weight.scheme for weight in stored.rounded.values())
     for name, weight in stored.rounded.items():
         rotation = getattr(weight.rotation, "kind", None)
         with in_layer(name):

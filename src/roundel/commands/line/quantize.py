@@ -114,8 +114,8 @@ def quantize(
         str,
         typer.Option(
             help="compressed-tensors (vLLM, Transformers), gguf or gguf:TYPE (llama.cpp), mlx (mlx-lm), exl3 (exllamav3), gptq, awq, "
-            "native (any scheme; Transformers with roundel), dense (rounded values in the original's type), or auto: what most "
-            "engines load."
+            "auto-round, native (any scheme; Transformers with roundel), dense (rounded values in the original's type), or auto: "
+            "what most engines load."
         ),
     ] = DEFAULT.format,
     sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = DEFAULT.sweeps,
@@ -232,7 +232,10 @@ def tune(
 
 def export(
     source: Written,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="compressed-tensors, gguf, gguf:TYPE, mlx, exl3, gptq, awq, native or dense.")],
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="compressed-tensors, gguf, gguf:TYPE, mlx, exl3, gptq, awq, auto-round, native or dense."),
+    ],
     output: Output,
     model: Annotated[str | None, typer.Option(help="A copy of the original to take the tokenizer from; default: that in SOURCE.")] = None,
     quiet: Quiet = False,
