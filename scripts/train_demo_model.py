@@ -196,7 +196,9 @@ def main() -> None:
     print(f"held-out loss {held_out:.4f} perplexity {math.exp(held_out):.2f}", flush=True)
     (args.output / "README.md").write_text(
         f"""---
-license: psf-2.0
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
 ---
 # Roundel's demo model
 

@@ -22,7 +22,7 @@ REPORT = {
     "schema_version": None,
     "roundel": None,
     "versions": {"torch", "transformers", "compressed-tensors", "numba"},
-    "model": {"name", "revision", "parameters", "quantized"},
+    "model": {"name", "repository", "revision", "parameters", "quantized", "terms"},
     "scheme": None,
     "allocation": None,
     "natural_steps": None,
@@ -172,7 +172,7 @@ def test_report_is_complete(run) -> None:
     assert report["bits_per_weight"]["model"] == pytest.approx(8 * stored / report["model"]["parameters"])
     card = (result.path / "README.md").read_text()
     assert "int4-g32" in card
-    assert str(source) in card
+    assert source.name in card
     assert architectures()[name]().linears.isdisjoint(report["skipped"])
 
 

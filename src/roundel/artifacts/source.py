@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import metadata_load
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -37,6 +38,8 @@ from roundel.sweeps import Layers
 from roundel.types import RoundedWeight, TokenBatch
 
 __all__ = ["Source", "device_of", "load_dense", "load_source", "measured_kl", "outlined", "outlined_source", "positions"]
+
+TERMS = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,21 @@ class Source:
     def revision(self) -> str | None:
         """The Hub's commit, when the directory is one of its snapshots."""
         return self.origin.name if self.origin.parent.name == "snapshots" else None
+
+    @property
+    def repository(self) -> str | None:
+        """Its id on the Hub, when the directory is a snapshot of that (`models--USER--NAME/snapshots/COMMIT`)."""
+        kind, *parts = self.origin.parent.parent.name.split("--")
+        return "/".join(parts) if self.revision and kind == "models" else None
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What the original's card says about its licence and languages, for the card of what is made of it."""
+        try:
+            card = metadata_load(self.origin / "README.md") or {}
+        except Exception:  # no card, or one that cannot be read: the YAML reader has errors of its own
+            return {}
+        return {key: card[key] for key in TERMS if card.get(key)}
 
 
 def load_source(

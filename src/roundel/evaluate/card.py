@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 __all__ = ["model_card", "number", "with_error"]
 
@@ -59,6 +62,24 @@ weight above are what the codes and scales take.""",
 """How each format is served."""
 
 
+_LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "exl3": "exllamav3", "native": "roundel"}
+"""By which the Hub offers code that loads a model; of formats that are not named it is Transformers."""
+
+
+def _metadata(report: dict[str, Any]) -> str:
+    """The card's head, which the Hub reads: what is not known is left out, for it refuses a base model or a licence that is none."""
+    model, form = report["model"], report["format"]
+    base = model.get("repository")  # older reports have none
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=base and "quantized",
+        library_name=_LIBRARIES.get(form, "transformers"),
+        pipeline_tag="text-generation",
+        tags=["roundel", form, report["scheme"].replace(" ", "-")],
+        **model.get("terms", {}),
+    ).to_yaml()
+
+
 def model_card(report: dict[str, Any]) -> str:
     """README.md of the output directory, from the contents of roundel.json."""
     recipe, measured, bits = report["recipe"], report["evaluation"], report["bits_per_weight"]
@@ -70,11 +91,9 @@ def model_card(report: dict[str, Any]) -> str:
     form = report["format"]
     zero_points = any(row["scheme"].endswith("-asym") for row in report["layers"].values())
     return f"""---
-base_model: {report["model"]["name"]}
-library_name: transformers
-tags: [roundel, {report["format"]}, {report["scheme"].replace(" ", "-")}]
+{_metadata(report)}
 ---
-# {report["model"]["name"]}, quantized to {report["scheme"]}
+# {report["model"].get("repository") or Path(report["model"]["name"]).name}, quantized to {report["scheme"]}
 
 Quantized by [Roundel](https://pypi.org/project/roundel/) {report["roundel"]}: rounded against the curvature of the
 whole model's output distribution.
@@ -92,6 +111,8 @@ Evaluation text: `{measured["source"]}`; {100 * measured["overlap_with_calibrati
 occur in the calibration text.
 
 ## Load
+
+`PATH` is the directory that has these files; vLLM and Transformers take the id of this repository as well.
 
 {_USE["asymmetric" if form == "compressed-tensors" and zero_points else form]}
 

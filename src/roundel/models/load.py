@@ -44,7 +44,7 @@ PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
 
 
 def locate(model: str, files: Sequence[str] = _FILES) -> Path:
