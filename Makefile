@@ -121,7 +121,7 @@ install: .venv/installed
 
 .venv-auto-round/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-auto-round
-	.venv-auto-round/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' auto-round==0.16.1
+	.venv-auto-round/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' auto-round==0.16.1 auto-round-lib==0.16.0
 	touch $@
 
 clean:

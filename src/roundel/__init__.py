@@ -13,6 +13,7 @@ from roundel.registration import register_when_imported
 
 if TYPE_CHECKING:
     from roundel.commands.evaluate import Evaluation, evaluate
+    from roundel.commands.upload import upload
     from roundel.recipes import Recipe
     from roundel.stages.collecting import collect_factors
     from roundel.stages.export import export, export_imatrix
@@ -34,6 +35,7 @@ __all__ = [
     "export_imatrix",
     "quantize",
     "tune",
+    "upload",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "export_imatrix": "roundel.stages.export",
     "quantize": "roundel.stages.quantize",
     "tune": "roundel.stages.tune",
+    "upload": "roundel.commands.upload",
 }
 """Where a name comes from."""
 

@@ -13,9 +13,11 @@ from huggingface_hub.utils import close_session
 
 from e2e import hub as local
 from e2e.hub import OWNER, READS, TOKEN, Hub
-from roundel.commands.upload import upload
+from roundel import upload
+from roundel.artifacts.source import load_source
 from roundel.errors import ModelError, OutputError
 from roundel.evaluate.card import model_card
+from roundel.recipes import Recipe
 
 REPO = f"{OWNER}/tiny-int4"
 
@@ -79,7 +81,7 @@ def test_a_second_call_sends_what_has_changed_to_the_branch_named(hub: Hub, writ
 def test_an_interrupted_upload_goes_on(hub: Hub, written: Path) -> None:
     (written / "model-extra.safetensors").write_bytes(_empty())
     hub.fails_after = 1
-    with pytest.raises(OutputError, match="and the same command goes on from there"):
+    with pytest.raises(OutputError, match="given again, sends what is missing"):
         upload(written, REPO)
     assert (len(hub.sent), hub.commits) == (1, [])
     hub.fails_after = None
@@ -93,7 +95,9 @@ def _empty() -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def test_what_the_hub_refuses_is_one_error_with_the_way_out(hub: Hub, written: Path, command) -> None:
+@pytest.mark.parametrize("xet", [False, True])
+def test_what_the_hub_refuses_is_one_error_with_the_way_out(xet: bool, hub: Hub, written: Path, command, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     hub.create("another/model", public=True)
     hub.create(REPO, public=True)
     for repo, settings, reason in (
@@ -177,11 +181,14 @@ def test_the_card_has_what_the_hub_reads(form: str, library: str, quantized, tmp
     assert "base_model" not in metadata_load(quantized.path / "README.md")  # a directory's path is none
 
 
-def test_the_originals_id_and_licence_are_found_in_the_hubs_cache(model, quantize, tmp_path: Path) -> None:
+def test_the_originals_id_and_terms_are_found_in_the_hubs_cache(model, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "0123abcd"
     shutil.copytree(model(), snapshot)
     (snapshot / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\ndatasets: secret\n---\n# Some model\n")
-    result = quantize(snapshot, tmp_path / "out", scheme="int4-g32", curvature="identity", sweeps=0)
-    card = metadata_load(result.path / "README.md")
-    assert (card["base_model"], card["license"], card["language"]) == ("some/model", "mit", ["en"])
-    assert "datasets" not in card
+    source = load_source(str(snapshot), Recipe(scheme="int4-g32"), "cpu", "float32")
+    assert (source.repository, source.revision) == ("some/model", "0123abcd")
+    assert source.terms == {"license": "mit", "language": ["en"]}
+    (snapshot / "README.md").write_text("---\nlicense: [\n---\n")
+    assert source.terms == {}
+    plain = load_source(str(model()), Recipe(scheme="int4-g32"), "cpu", "float32")
+    assert (plain.repository, plain.terms) == (None, {})

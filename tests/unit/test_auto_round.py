@@ -73,7 +73,9 @@ def test_other_readers_find_the_very_weight(scheme: str, down: int, across: int,
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("scheme", ["int5-g32", "int6-channel", "int4-tensor", "int4-g32-affine", "q4_0", "nvfp4", "trellis2"])
+@pytest.mark.parametrize(
+    "scheme", ["int5-g32", "int6-channel", "int4-tensor", "int4-g16", "int2-g48-asym", "int4-g32-affine", "q4_0", "nvfp4", "trellis2"]
+)
 def test_what_its_readers_have_no_place_for_is_refused(scheme: str) -> None:
     with pytest.raises(SchemeError, match=f"auto-round cannot hold {scheme}: .*compressed-tensors"):
         FORMAT.check(parse_scheme(scheme), None)

@@ -223,5 +223,5 @@ def _hub(repo: str) -> Iterator[None]:
             first = first.__cause__
         status = getattr(getattr(first, "response", None), "status_code", 0)
         said = " ".join(str(first).split()) or type(first).__name__
-        reason = _REASONS.get(status, "what was sent is kept, and the same command goes on from there")
+        reason = _REASONS.get(status, "the same command, given again, sends what is missing")
         raise OutputError(f"the Hub did not take {repo}: {reason} ({said[:300]})") from error

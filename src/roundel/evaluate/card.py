@@ -46,7 +46,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH", quantization_config=Compres
     ),
     "gptq": "vLLM: `vllm serve PATH`. Transformers with GPTQModel (`pip install gptqmodel`):\n\n" + _python(_PLAIN),
     "awq": "vLLM: `vllm serve PATH`; SGLang; Transformers with GPTQModel (`pip install gptqmodel`):\n\n" + _python(_PLAIN),
-    "auto-round": "vLLM (schemes without zero points): `vllm serve PATH`. Transformers (`pip install auto-round`):\n\n" + _python(_PLAIN),
+    "auto-round": "vLLM (schemes without zero points): `vllm serve PATH --dtype float16`. Transformers (`pip install auto-round`):\n\n"
+    + _python(_PLAIN),
     "mlx": "mlx-lm: `mlx_lm.generate --model PATH --prompt TEXT`, `mlx_lm.server --model PATH`; LM Studio.",
     "exl3": "exllamav3 and TabbyAPI: `python main.py --model-dir PARENT_OF_PATH --model-name PATH`.",
     "gguf": "llama.cpp: `llama-server -m PATH/model.gguf` or `llama-cli -m PATH/model.gguf -p TEXT`; Ollama: `FROM PATH/model.gguf`.",

@@ -41,7 +41,7 @@ __all__ = ["AutoRound"]
 WIDTHS = (2, 3, 4, 8)
 
 WHOLE = 32
-"""Inputs and outputs of a linear that AutoRound's kernels take are multiples of this."""
+"""Inputs and outputs of a linear that AutoRound's kernels take are multiples of this; so are groups in vLLM's."""
 
 
 class AutoRound(CheckpointFormat):
@@ -61,10 +61,10 @@ class AutoRound(CheckpointFormat):
     def check(self, grid: Grid, rotation: str | None) -> None:
         if rotation is not None:
             raise SchemeError(f"auto-round cannot hold {grid.name}, rotated ({rotation}): its readers undo no rotation; try rotate none")
-        if not isinstance(grid, Uniform | Asymmetric) or grid.width not in WIDTHS or grid.group == "tensor":
+        if not isinstance(grid, Uniform | Asymmetric) or grid.width not in WIDTHS or not _whole(grid.group):
             raise SchemeError(
-                f"auto-round cannot hold {grid.name}: it has integers of 2, 3, 4 and 8 bits in groups or whole rows, with zero points or "
-                "without; try int4-g128, or the format compressed-tensors, which has 2 to 8 bits"
+                f"auto-round cannot hold {grid.name}: it has integers of 2, 3, 4 and 8 bits in groups of 32, 64, 96, ... or whole rows, "
+                "with zero points or without; try int4-g128, or the format compressed-tensors, which has 2 to 8 bits in any groups"
             )
 
     def check_mixture(self, schemes: Iterable[str]) -> None:
@@ -138,6 +138,10 @@ class AutoRound(CheckpointFormat):
             "data_type": "int",
             **({"extra_config": named} if named else {}),
         }
+
+
+def _whole(group: int | str | None) -> bool:
+    return group % WHOLE == 0 if isinstance(group, int) else group != "tensor"
 
 
 def _inside(name: str) -> bool:
