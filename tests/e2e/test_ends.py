@@ -122,6 +122,6 @@ def test_moments_are_those_of_dense_gradients(name, model, tmp_path, exact) -> N
     torch.testing.assert_close(found.share, counts / counts.sum())
     (end, *others) = ends_of(net, Checkpoint.open(path).of(net))
     assert [end.role, *(other.role for other in others)] == (["head"] if end.heads else ["embedding", "head"])
-    blocks = list(found.factors(end))
+    blocks = list(found.factors(embeds=end.embeds, heads=end.heads))
     assert blocks[-1][0].stop == embedding.num_embeddings
     assert blocks[0][1].H_in.diagonal().mean().item() == pytest.approx(1)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from roundel import processes
 from roundel.errors import ModelError
-from roundel.models.ends import End
 from roundel.sweeps.gradients import Visit, batches
 from roundel.sweeps.labels import Labels
 from roundel.sweeps.layers import Layers
@@ -54,9 +53,9 @@ class EndMoments:
     share: Float[Tensor, " vocabulary"]
     """`n`, as if every token had been seen once more."""
 
-    def factors(self, end: End) -> Iterator[tuple[slice, KroneckerFactors]]:
-        """Of one of the ends: rows, and theirs."""
-        H = (self.embedding if end.embeds else 0) + (self.head if end.heads else torch.zeros_like(self.head))
+    def factors(self, *, embeds: bool, heads: bool) -> Iterator[tuple[slice, KroneckerFactors]]:
+        """Of a matrix that is one of the ends or both: rows, and theirs."""
+        H = (self.embedding if embeds else 0) + (self.head if heads else torch.zeros_like(self.embedding))
         size = H.diagonal().mean().item()
         H, start = H / size, 0
         for share in self.share.split(ROWS):

@@ -133,10 +133,10 @@ def round_ends(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> E
 def _rounded(recipe: Recipe, source: Source, end: End, scheme: str, moments: EndMoments) -> tuple[RoundedWeight, dict[str, Any]]:
     """One of them, some rows after the other."""
     began = time.monotonic()
-    whole = Linear.of(source, end.name, factors=next(moments.factors(end))[1], damping=recipe.damping)
+    whole = Linear.of(source, end.name, factors=next(moments.factors(embeds=end.embeds, heads=end.heads))[1], damping=recipe.damping)
     parts: list[RoundedWeight] = []
     own: list[dict[str, Any]] = []
-    for rows, factors in moments.factors(end):
+    for rows, factors in moments.factors(embeds=end.embeds, heads=end.heads):
         linear = replace(whole, stored=whole.stored[rows], factors=factors)
         ((weight, row),) = round_linears(recipe, parse_scheme(scheme), [linear], device_of(source.model))
         parts.append(weight)
