@@ -1,7 +1,7 @@
 # make demo    install and quantize the embedded model, three ways, with the comparison printed
 # make test    install and run the tests
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
-# make test-llama   builds llama.cpp (some 20 minutes) and compares its logits and text with ours
+# make test-llama   installs llama.cpp (some five minutes) and compares its logits and text with ours
 # make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
 # make test-auto-round   installs auto-round (some three minutes) and compares the weights and logits that Transformers has with it with ours
 # make check   formatter, linter, types, architecture
@@ -109,9 +109,10 @@ install: .venv/installed
 		$$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@
 
-.venv-llama/installed: pyproject.toml constraints.txt
+.venv-llama/installed: pyproject.toml constraints.txt scripts/install_llama_cpp.py
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' llama-cpp-python==0.3.36
+	.venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	.venv-llama/bin/python scripts/install_llama_cpp.py .venv-llama/llama.cpp
 	touch $@
 
 .venv-mlx/installed: pyproject.toml constraints.txt

@@ -1,7 +1,6 @@
 """What llama.cpp makes of our files: logits, greedy text and tokens are those of the dense model and its tokenizer.
 
-Needs llama-cpp-python, which comes as source and takes half an hour to compile: `make test-llama` does, in an environment of its own; the
-ordinary tests skip this file.
+Needs its libraries, which `make test-llama` puts into an environment of its own (`engine.py`); the ordinary tests skip this file.
 
 llama.cpp rounds activations to 8 bits before a product with quantized weights, so logits differ by one or two percent of the largest
 whatever the file. Those of a float32 file differ by 5e-6, Gemma's by 3e-4 (a table of its activation in float16). Where the layout of a
@@ -11,11 +10,7 @@ file is wrong, they differ by as much as the largest.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -24,45 +19,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from e2e.tiny import make_text
-from llama.files import MODELS, SPLITS, Written, save_model, spaced_tokenizer, split_tokenizer, write
+from llama.engine import LIBRARY, engine
+from llama.files import MIXTURES, MODELS, SPLITS, Written, save_model, spaced_tokenizer, split_tokenizer, write
 from roundel.formats import gguf as gguf_format
 from roundel.formats.gguf import Dense
 from roundel.models import locate
 
-llama_cpp = pytest.importorskip("llama_cpp")
-DEFAULTS = llama_cpp.llama_model_default_params
+pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="no llama.cpp in this environment: make test-llama")
 
 TYPES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0")
 OTHER_TYPES = ("q5_k", "q6_k", "iq4_nl", "mxfp4")
 EIGHT_BITS, FLOAT = 0.03, 0.001
 """Largest differences of logits, as parts of the largest, where activations are and are not rounded."""
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
-
-
-def without_repacking() -> Any:
-    """Weights stay as they are in the file: their other forms depend on the machine, and some virtual ones name instructions (AMX) that
-    they do not have."""
-    params = DEFAULTS()
-    params.use_extra_bufts = False
-    return params
-
-
-@contextmanager
-def engine(path: Path) -> Iterator[Any]:
-    cache = llama_cpp.GGML_TYPE_F32  # keys and values; float16 by default, which costs 1e-3 of the largest logit
-    settings = {"n_ctx": 256, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1, "type_k": cache, "type_v": cache}
-    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", without_repacking):
-        made = llama_cpp.Llama(model_path=str(path), **settings, flash_attn=False, logits_all=True, verbose=False)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def logits(path: Path, ids: Tensor) -> Tensor:
-    with engine(path) as made:
-        made.eval(ids.tolist())
-        return torch.tensor(made.scores[: len(ids)])
 
 
 def reference(made: Written, ids: Tensor) -> Tensor:
@@ -74,18 +43,19 @@ def reference(made: Written, ids: Tensor) -> Tensor:
 def difference(made: Written, ids: Tensor = IDS) -> float:
     """The largest of logits, as a part of the largest logit."""
     expected = reference(made, ids)
-    found = logits(made.path, ids)
+    with engine(made.path) as run:
+        found = run.logits(ids.tolist())
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *MIXTURES])
 def test_every_architecture_unrounded(name: str, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", name)
     assert difference(write(source, tmp_path / "model.gguf", lambda _name, _linear: None)) < FLOAT
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *MIXTURES])
 def test_every_architecture_in_eight_bits(name: str, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", name, initializer_range=0.03)
     assert difference(write(source, tmp_path / "model.gguf", "q8_0")) < EIGHT_BITS
@@ -123,7 +93,7 @@ def test_the_demo_model(kind: str, tmp_path: Path) -> None:
     ids = start[0].tolist()
     expected = made.model.generate(start, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(ids) :].tolist()
     with engine(made.path) as run:
-        found = [token for token, _ in zip(run.generate(ids, temp=0.0, repeat_penalty=1.0), range(24), strict=False)]
+        found = run.greedy(ids, len(expected))
     agreed = next((k for k, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
     # Where two tokens are equally likely, rounded activations may decide otherwise; then all that follows differs.
     if agreed < len(expected):
@@ -150,11 +120,6 @@ TEXTS = [
 ]
 
 
-def encoded(path: Path, text: str, *, special: bool = False) -> list[int]:
-    with engine(path) as made:
-        return list(made.tokenize(text.encode(), add_bos=True, special=special))
-
-
 def check_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, pre: str, texts: list[str]) -> None:
     """Of a model whose only part that matters is its tokenizer."""
     source = save_model(folder / "source", "llama", vocab_size=len(tokenizer), num_hidden_layers=1)
@@ -162,8 +127,9 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, pre: str, tex
     path = write(source, folder / "model.gguf", "q8_0").path
     assert GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == pre
     read = AutoTokenizer.from_pretrained(source)
-    for text in texts:
-        assert encoded(path, text) == read(text).input_ids, text
+    with engine(path) as run:
+        for text in texts:
+            assert run.tokenize(text) == read(text).input_ids, text
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -181,6 +147,7 @@ def test_tokens_of_the_demo_model(tmp_path: Path) -> None:
     source = locate("demo")
     path = write(source, tmp_path / "model.gguf", "q8_0").path
     tokenizer = AutoTokenizer.from_pretrained(source)
-    for text in TEXTS:
-        assert encoded(path, text) == tokenizer(text).input_ids
-    assert encoded(path, "a<|endoftext|>b", special=True) == tokenizer("a<|endoftext|>b").input_ids
+    with engine(path) as run:
+        for text in TEXTS:
+            assert run.tokenize(text) == tokenizer(text).input_ids
+        assert run.tokenize("a<|endoftext|>b", special=True) == tokenizer("a<|endoftext|>b").input_ids

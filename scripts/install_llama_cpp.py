@@ -1,0 +1,80 @@
+"""llama.cpp in a directory: its libraries as compiled for an npm package, and three of its tools, compiled here against those.
+
+    python scripts/install_llama_cpp.py DIRECTORY
+
+`@node-llama-cpp/linux-x64` has libllama and libggml, with a CPU library for each set of instructions, of which the best is taken when it is
+loaded. `node-llama-cpp` has llama.cpp's source of the same release as a git bundle, and so the headers, and the tools that come with no
+package: `llama-imatrix`, `llama-quantize` and `llama-perplexity` are a source file each (half a minute on two cores). Both packages are
+pinned by version and by npm's SHA-512 of the archive. For tests and benchmarks; the package itself uses none of it.
+
+Needs npm, git, a C++17 compiler, Linux on x86-64, and some 200 MB of temporary space.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+VERSION = "3.21.1"
+"""Of both packages."""
+LLAMA_CPP = "0.4.0"
+"""The release of llama.cpp in them."""
+PACKAGES = {
+    "@node-llama-cpp/linux-x64": "Totj6RTDMGo3FoK2yNUaz/oGmZD0olAqTrRluFUWmu0kW2i9TOzHSW0OWCAiGkzRCVX0WsU2CyUQo/W2NYtdPA==",
+    "node-llama-cpp": "E3N0Ev2Va0wzydvXYFwM9Hvyo07PoWjt8T/9GMc43Cvt8YkV/NU/tYUgEMC1grTPv2o9PRjQi0G3Wb5P/awiMg==",
+}
+"""SHA-512 of their archives."""
+TOOLS = {
+    "llama-imatrix": ["tools/imatrix/imatrix.cpp"],
+    "llama-quantize": ["tools/quantize/quantize.cpp", "tools/quantize/main.cpp"],
+    "llama-perplexity": ["tools/perplexity/perplexity.cpp", "tools/perplexity/main.cpp"],
+}
+INCLUDES = ["include", "ggml/include", "common", "vendor"]
+LIBRARIES = ["libllama-common.so", f"libllama.v{LLAMA_CPP}.so", f"libggml.v{LLAMA_CPP}.so", "libggml-base.so"]
+
+
+def unpacked(package: str, digest: str, folder: Path) -> Path:
+    """The directory of a package, fetched by npm."""
+    folder.mkdir()
+    line = ["npm", "pack", "--silent", "--json", "--pack-destination", str(folder), f"{package}@{VERSION}"]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+    (archive,) = folder.glob("*.tgz")
+    found = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+    if found != digest:
+        raise SystemExit(f"Error: {package} {VERSION}: the archive's SHA-512 is {found}, not {digest}")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def install(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        binary, source = (
+            unpacked(package, digest, Path(scratch) / str(number)) for number, (package, digest) in enumerate(PACKAGES.items())
+        )
+        for library in (binary / "bins" / "linux-x64").glob("*.so"):
+            shutil.copy(library, directory)
+        release = json.loads((source / "llama" / "binariesGithubRelease.json").read_text(encoding="utf-8"))["release"]
+        assert release == f"v{LLAMA_CPP}"
+        tree = Path(scratch) / "source"
+        detached = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", str(source / "llama" / "gitRelease.bundle"), str(tree)]
+        subprocess.run(detached, check=True)
+        for tool, files in TOOLS.items():
+            line = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", *(f"-I{each}" for each in [*INCLUDES, str(Path(files[0]).parent)])]
+            line += [*files, "-o", str(directory / tool), f"-L{directory}", *(f"-l:{each}" for each in LIBRARIES)]
+            subprocess.run([*line, "-Wl,-rpath,$ORIGIN", "-pthread"], check=True, cwd=tree)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]).resolve()
+    shutil.rmtree(target, ignore_errors=True)
+    install(target)
