@@ -2,6 +2,7 @@
 # make test    install and run the tests
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   installs llama.cpp (some five minutes) and compares its logits and text with ours
+# make bench-llama   llama.cpp's own quantizer and named mixes, in bytes and KL; make bench-llama MODEL=dir CALIBRATION=text HELDOUT=text OURS="files" (MODEL is the embedded one by default)
 # make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
 # make test-auto-round   installs auto-round (some three minutes) and compares the weights and logits that Transformers has with it with ours
 # make check   formatter, linter, types, architecture
@@ -22,7 +23,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama test-mlx test-auto-round check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama test-mlx test-auto-round bench-llama check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -36,6 +37,10 @@ test-tasks: install
 
 test-llama: .venv-llama/installed
 	OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -p no:xdist tests/llama
+
+bench-llama: .venv-llama/installed
+	OMP_NUM_THREADS=1 .venv-llama/bin/python benchmarks/against_llama_cpp.py $(or $(MODEL),demo) --calibration $(CALIBRATION) --heldout $(HELDOUT) \
+		--ours $(OURS) -o benchmarks/results/llama-cpp-$(notdir $(or $(MODEL),demo)).json
 
 test-mlx: .venv-mlx/installed
 	ROUNDEL_MODEL=$(MODEL) .venv-mlx/bin/python -m pytest -p no:xdist -s tests/mlx_engine
