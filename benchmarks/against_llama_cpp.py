@@ -148,8 +148,7 @@ def main() -> None:
         parser.error(f"no llama.cpp in {TOOLS}: run this with .venv-llama/bin/python, which make .venv-llama/installed makes")
     torch.set_num_threads(1)
     original = Original(locate(given.model))
-    said, _ = tool("llama-perplexity", "--version")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         source, base, matrix = (Path(folder) / name for name in ("original.gguf", "original.kld", "imatrix.gguf"))
         original.write(source)
@@ -159,16 +158,26 @@ def main() -> None:
         original.take_windows(base, source)
         if len(original.ids) < given.windows:
             sys.exit(f"{given.heldout} has {len(original.ids)} windows of {given.tokens} tokens, not {given.windows}")
+        release, _ = tool("llama-perplexity", "--version")
+        content = {
+            "kind": "against-llama-cpp",
+            "model": Path(given.model).name,
+            "calibration": {"text": given.calibration.name, "windows": given.chunks},
+            "heldout": {"text": given.heldout.name, "windows": given.windows},
+            "tokens": given.tokens,
+            "imatrix_seconds": imatrix_seconds,
+            "base_seconds": base_seconds,
+            "versions": {"llama.cpp": release.split()[1], **versions()},
+            "rows": rows,
+        }
 
         def add(name: str, file: Path, **details: Any) -> None:
             row = {"file": name, **details, "bytes": file.stat().st_size, "types": by_type(file, source)}
             row |= {"llama_cpp": measured_by_llama_cpp(file, base, given.tokens), "transformers": original.measured(file)}
             rows.append(row)
-            print(
-                f"{name}: {row['bytes']} bytes, KL {row['llama_cpp']['kl']:.6f}, {row['transformers']['kl']:.6f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(json.dumps(row), flush=True)
+            if given.output is not None:
+                write_json(given.output, content)
 
         add("f16", source)
         for mix in given.mixes.split(","):
@@ -178,20 +187,6 @@ def main() -> None:
             target.unlink()
         for file in given.ours:
             add(f"ours: {file.parent.name}", file)
-    content = {
-        "kind": "against-llama-cpp",
-        "model": Path(given.model).name,
-        "calibration": {"text": given.calibration.name, "windows": given.chunks},
-        "heldout": {"text": given.heldout.name, "windows": given.windows},
-        "tokens": given.tokens,
-        "imatrix_seconds": imatrix_seconds,
-        "base_seconds": base_seconds,
-        "versions": {"llama.cpp": re.search(r"version: (\S+)", said)[1], **versions()},
-        "rows": rows,
-    }
-    print(json.dumps(content, indent=1))
-    if given.output is not None:
-        write_json(given.output, content)
 
 
 if __name__ == "__main__":

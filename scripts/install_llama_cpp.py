@@ -35,8 +35,19 @@ PACKAGES = {
 TOOLS = {
     "llama-imatrix": ["tools/imatrix/imatrix.cpp"],
     "llama-quantize": ["tools/quantize/quantize.cpp", "tools/quantize/main.cpp"],
-    "llama-perplexity": ["tools/perplexity/perplexity.cpp", "tools/perplexity/main.cpp"],
+    "llama-perplexity": ["tools/perplexity/perplexity.cpp", "tools/perplexity/flushing_main.cpp"],
 }
+FLUSHING_MAIN = """#include "log.h"
+
+int llama_perplexity(int argc, char ** argv);
+
+int main(int argc, char ** argv) {
+    const int status = llama_perplexity(argc, argv);
+    common_log_flush(common_log_main());
+    return status;
+}
+"""
+"""In place of the tool's own, which may end before its last lines, the results, are printed."""
 INCLUDES = ["include", "ggml/include", "common", "vendor"]
 LIBRARIES = ["libllama-common.so", f"libllama.v{LLAMA_CPP}.so", f"libggml.v{LLAMA_CPP}.so", "libggml-base.so"]
 
@@ -68,6 +79,7 @@ def install(directory: Path) -> None:
         tree = Path(scratch) / "source"
         detached = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", str(source / "llama" / "gitRelease.bundle"), str(tree)]
         subprocess.run(detached, check=True)
+        (tree / "tools" / "perplexity" / "flushing_main.cpp").write_text(FLUSHING_MAIN, encoding="utf-8")
         for tool, files in TOOLS.items():
             line = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", *(f"-I{each}" for each in [*INCLUDES, str(Path(files[0]).parent)])]
             line += [*files, "-o", str(directory / tool), f"-L{directory}", *(f"-l:{each}" for each in LIBRARIES)]
