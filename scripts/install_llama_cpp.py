@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -67,15 +66,13 @@ def unpacked(package: str, digest: str, folder: Path) -> Path:
 
 
 def install(directory: Path) -> None:
-    directory.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         binary, source = (
             unpacked(package, digest, Path(scratch) / str(number)) for number, (package, digest) in enumerate(PACKAGES.items())
         )
+        directory.mkdir(parents=True)
         for library in (binary / "bins" / "linux-x64").glob("*.so"):
             shutil.copy(library, directory)
-        release = json.loads((source / "llama" / "binariesGithubRelease.json").read_text(encoding="utf-8"))["release"]
-        assert release == f"v{LLAMA_CPP}"
         tree = Path(scratch) / "source"
         detached = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", str(source / "llama" / "gitRelease.bundle"), str(tree)]
         subprocess.run(detached, check=True)
@@ -88,5 +85,8 @@ def install(directory: Path) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        if not (target / LIBRARIES[-1]).is_file():
+            raise SystemExit(f"Error: {target} is there and holds no llama.cpp: name a new directory")
+        shutil.rmtree(target)
     install(target)
