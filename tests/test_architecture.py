@@ -27,6 +27,7 @@ RANKS = [
     ("models", 5),
     ("curvature", 5),
     ("rounding", 5),
+    ("engines", 5),
     ("evaluate", 6),
     ("integration", 6),
     ("recipes", 6),

@@ -38,7 +38,7 @@ from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
 
-__all__ = ["GGUF_FILE", "Frame", "Stored", "check_apart", "load_written", "owners", "read", "report_of", "write"]
+__all__ = ["GGUF_FILE", "Frame", "Stored", "check_apart", "load_written", "owners", "read", "read_report", "write"]
 
 GGUF_FILE = "model.gguf"
 
@@ -167,7 +167,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
     Raises:
         ModelError: it is not one that Roundel wrote, its format does not keep codes, or it is damaged.
     """
-    report = report_of(path) if report is None else report
+    report = read_report(path) if report is None else report
     form = str(report.get("format"))
     if form not in FORMATS:
         kept = ", ".join(FORMATS)
@@ -223,8 +223,8 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
     return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
 
 
-def report_of(path: Path) -> dict[str, Any]:
-    """roundel.json of a directory.
+def read_report(path: Path) -> dict[str, Any]:
+    """roundel.json of a directory that `quantize` has written.
 
     Raises:
         ModelError: there is none, or it is damaged.

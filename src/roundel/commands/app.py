@@ -19,7 +19,7 @@ import typer
 from roundel.allocator import keep_freed_memory
 from roundel.commands.line.demo import demo
 from roundel.commands.line.factors import collect, imatrix, inspect, merge
-from roundel.commands.line.measure import bench, compare, evaluate
+from roundel.commands.line.measure import bench, compare, evaluate, serve_check
 from roundel.commands.line.plan import plan
 from roundel.commands.line.quantize import export, quantize, tune
 from roundel.commands.line.upload import upload
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (quantize, plan, tune, export, collect, merge, imatrix, inspect, evaluate, compare, bench, upload, demo):
+for command in (quantize, plan, tune, export, collect, merge, imatrix, inspect, evaluate, compare, bench, serve_check, upload, demo):
     app.command()(command)
 
 

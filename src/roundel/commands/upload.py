@@ -29,7 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     validate_repo_id,
 )
 
-from roundel.artifacts.checkpoints import GGUF_FILE, owners, report_of
+from roundel.artifacts.checkpoints import GGUF_FILE, owners, read_report
 from roundel.errors import ModelError, OutputError, RoundelError
 from roundel.models import Checkpoint
 from roundel.progress import Bars, Progress, Silent
@@ -106,7 +106,7 @@ def upload(
 
 def _checked(path: Path) -> dict[str, Any]:
     """roundel.json of a directory that has all that it says."""
-    report = report_of(path)
+    report = read_report(path)
     for name in ("config.json", "README.md"):
         if not (path / name).is_file():
             raise ModelError(f"{path} has no {name}: it is not whole; copy it again from where it was written")

@@ -1,4 +1,4 @@
-"""`evaluate`, `compare`, `bench`: what measures models."""
+"""`evaluate`, `compare`, `bench`, `serve-check`: what measures models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from roundel.commands.line.options import DEFAULT, Batch, Device, Dtype, JsonFil
 from roundel.commands.line.output import emit, print_rows
 from roundel.settings import ABLATION
 
-__all__ = ["bench", "compare", "evaluate"]
+__all__ = ["bench", "compare", "evaluate", "serve_check"]
 
 
 def evaluate(
@@ -228,3 +228,89 @@ def bench(
                 title = f"{what}, ms per token, {row['length']} tokens, batch {row['batch']}"
                 table.add_row(title, *(number(1e3 * row[name][f"{what}_seconds_per_token"]) for name in names))
         Console().print(table)
+
+
+def serve_check(
+    model: Annotated[str, typer.Argument(help="A directory that quantize has written.")],
+    engine: Annotated[str, typer.Option(help="vllm, mlx or llama.cpp.")],
+    python: Annotated[str | None, typer.Option(metavar="PATH", help="The Python that has the engine; default: this one.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The original: local directory, Hub id, or demo; default: as the report says, if it is there.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Text: file, directory or Hub dataset; default: the report's --eval-data or stdlib-heldout."),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many windows; default: the report's, at most 32.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in each; default: the report's. Large vocabularies have fewer.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="In which the engine computes (llama.cpp: its cache): auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    noise: Annotated[
+        bool | None,
+        typer.Option("--noise/--no-noise", help="Serve the original, too: the engine's noise; default: if it is there and below 4 GiB."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of KL(ours || engine), nats per token; default .005, or ten times the noise if that is more."),
+    ] = None,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Write there all that the engine prints.")] = None,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Load MODEL in an installed engine and compare its log-probabilities and greedy text with ours."""
+    import sys
+
+    from roundel.commands.serve_check import require
+    from roundel.commands.serve_check import serve_check as run
+    from roundel.progress import make_progress
+    from roundel.store import write_text
+
+    printed: list[str] = []
+
+    def keep(text: str) -> None:
+        printed.append(text)
+        if log is not None:
+            write_text(log, "".join(printed))
+
+    details = run(
+        model,
+        engine=engine,
+        python=python or sys.executable,
+        original=original,
+        data=data,
+        sequences=sequences,
+        seq_len=seq_len,
+        dtype=dtype,
+        noise=noise,
+        tolerance=tolerance,
+        device=device,
+        log=keep,
+        progress=make_progress(quiet=quiet),
+    )
+    emit(details, json_file)
+    if not quiet and str(json_file) != "-":
+        print_rows(f"{model} in {engine}", _served_rows(details))
+    require(details)
+
+
+def _served_rows(details: dict[str, Any]) -> list[list[str]]:
+    from roundel.evaluate.card import number, with_error
+
+    found, noise, kl, greedy = (details[key] for key in ("difference", "noise", "kl", "greedy"))
+    rows = [
+        ["versions", ", ".join(f"{name} {version}" for name, version in details["versions"].items())],
+        *([["kernels", "; ".join(details["kernels"])]] if details["kernels"] else []),
+        ["text", f"{details['data']}: {details['windows'][0]} windows of {details['windows'][1]} tokens"],
+        ["log-probabilities: largest, mean difference", f"{number(found['logprob_max'])}, {number(found['logprob_mean'])}"],
+        ["top-1 agreement", f"{100 * found['top1_agreement']:.2f} %"],
+        ["KL(ours, engine), nats per token", f"{with_error(found['kl'], found['kl_stderr'])}; allowed {number(details['tolerance'])}"],
+    ]
+    if noise is not None:
+        rows.append(["that of the original: the engine's noise", with_error(noise["kl"], noise["kl_stderr"])])
+    rows.append(["KL(original, ...): report, ours, engine", ", ".join(number(kl[key]) for key in ("report", "ours", "engine"))])
+    rows.append(["greedy text", "{equal} of {tokens} tokens equal, {tied} tied, {different} different".format(**greedy)])
+    return rows
