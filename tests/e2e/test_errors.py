@@ -232,6 +232,8 @@ def test_code_in_a_checkpoint_is_never_executed(model_type, fails, copy, quantiz
         (("--seed", "-1"), ("seed",)),
         (("--include", "*.nothing"), ("*.nothing",)),
         (("--exclude", "*"), ("no linear is left",)),
+        (("--exclude", "*.q_proj"), ("k_proj, model.layers.0.self_attn.q_proj", "one product", "--format native")),
+        (("--include", "*.up_proj", "--format", "gptq", "--scheme", "int4-g32"), ("gate_proj", "one product", "in gptq")),
         (("--include", "re:("), ("re:(", "regular expression")),
         (("--device", "abacus"), ("abacus",)),
         (("--dtype", "float8"), ("float8", "bfloat16")),

@@ -279,7 +279,7 @@ CHANGES: list[dict[str, Any]] = [
     {"prefix_strength": 0.6},
     {"natural_places": 0},
     {"sweeps": 2},
-    {"exclude": ("*.q_proj",)},
+    {"exclude": ("*.o_proj",)},
 ]
 
 

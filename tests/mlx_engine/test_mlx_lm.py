@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine_rows import served
 from roundel.artifacts.checkpoints import load_written, read
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.rounding.round import dequantized
@@ -30,7 +31,14 @@ mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
 
 MODELS = ["demo", *filter(None, [os.environ.get("ROUNDEL_MODEL")])]
-SETTINGS: dict[str, Any] = {"calibration": "stdlib", "effort": "quick", "sequences": 64, "seq_len": 128, "eval_sequences": 32}
+SETTINGS: dict[str, Any] = {
+    "calibration": "stdlib",
+    "effort": "quick",
+    "sequences": 64,
+    "seq_len": 128,
+    "eval_data": "stdlib-heldout",
+    "eval_sequences": 32,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "int4-g64-affine": {},
     "int3-g64": {},
@@ -131,3 +139,10 @@ def test_greedy_text(written: Path) -> None:
         found.append(int(logits(model, torch.tensor([found]))[0, -1].argmax()))
         expected.append(int(of_torch(ours, torch.tensor([expected]))[0, -1].argmax()))
     assert found == expected
+
+
+def test_served_as_users_have_it(written: Path, original: str) -> None:
+    """In the directory's own 16 bits; its row is in benchmarks/results/engines-mlx.json."""
+    found = served(written, Path(original).name, engine="mlx", original=original, sequences=4)
+    assert found is not None
+    assert found["kl"]["engine"] == pytest.approx(found["kl"]["ours"], rel=0.05, abs=0.003)  # see the head of this file

@@ -14,8 +14,10 @@ from roundel.errors import SchemeError
 from roundel.models.experts import SplitExperts
 from roundel.sweeps.layers import text_lists
 
-__all__ = ["Selection", "matrix_modules", "select_linears"]
+__all__ = ["EXCLUDED", "Selection", "matrix_modules", "select_linears"]
 
+EXCLUDED = "excluded by pattern"
+"""The reason of linears that a user has left out."""
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Names beside experts; each decides over whole experts with few weights, and stays in its precision unless it is asked for."""
@@ -72,7 +74,7 @@ def select_linears(
                 skipped[name] = "not part of the language model's decoder layers"
             continue
         if _matches(name, exclude):
-            skipped[name] = "excluded by pattern"
+            skipped[name] = EXCLUDED
         elif not include and f"{name}.".startswith(routers):
             skipped[name] = "chooses or weights experts"
         elif module.weight in tied:

@@ -20,10 +20,11 @@ from roundel.grids import parse_scheme
 from roundel.grids.minifloat import Fp8
 from roundel.grids.uniform import Uniform
 from roundel.models.experts import SplitExperts, experts_of, parts_of
-from roundel.models.linears import matrix_modules
+from roundel.models.linears import EXCLUDED, matrix_modules
 from roundel.models.plain import is_turned
 from roundel.models.readable import loading_fault
 from roundel.recipes import Recipe
+from roundel.rounding.allocate import fused_units
 from roundel.stages.notes import Notes
 from roundel.types import RoundedWeight
 
@@ -37,6 +38,8 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
         SchemeError: nothing reads the format that is asked for.
     """
     form, kind = recipe.written_format(), source.config.get("model_type")
+    if form in FORMATS and FORMATS[form].fuses:
+        _check_joined(source, form, notes)
     if form != "dense" and source.config.get("rescale_every"):
         raise SchemeError(
             f"{kind} divides its weights in place when it runs (rescale_every), which packed ones cannot be; use --format dense"
@@ -62,6 +65,23 @@ def with_readable_format(recipe: Recipe, source: Source, notes: Notes) -> Recipe
             return recipe
     notes.warn(f"{reason}: written in the native format, which is read after import roundel")
     return dataclasses.replace(recipe, format="native")
+
+
+def _check_joined(source: Source, form: str, notes: Notes) -> None:
+    """vLLM runs some linears as one product (q, k, v; gate, up) and does not load a part of them quantized.
+
+    Raises:
+        SchemeError: a pattern has left a part of them out; where their shapes have, it is a warning.
+    """
+    for unit in fused_units(sorted(matrix_modules(source.model))).values():
+        left = [name for name in unit if name not in source.linears]
+        if not 0 < len(left) < len(unit):
+            continue
+        what = f"vLLM runs {', '.join(unit)} as one product, and in {form} reads all of them quantized or none; {left[0]} is left"
+        reason = source.skipped.get(left[0], EXCLUDED)
+        if reason == EXCLUDED:
+            raise SchemeError(f"{what}: --include and --exclude all of them alike, or take --format native or dense")
+        notes.warn(f"{what} ({reason})")
 
 
 def _fault(recipe: Recipe, source: Source) -> str | None:

@@ -1,0 +1,172 @@
+"""What vLLM makes of our directories on a CPU: log-probabilities, greedy text and KL are ours, or its refusal is the one that we know of.
+
+Needs vLLM: `make test-vllm` installs it, in an environment of its own that has nothing of Roundel; `ROUNDEL_VLLM` is its Python. The
+ordinary tests skip this file. Each test writes its row to benchmarks/results/engines-vllm.json (`engine_rows`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3NextConfig
+
+from engine_rows import served, written
+from roundel.artifacts.checkpoints import load_written
+from roundel.commands.serve_check import _gaps
+from roundel.engines import ENGINES
+from roundel.models import load_tokenizer, locate
+
+PYTHON = os.environ.get("ROUNDEL_VLLM", "")
+if not PYTHON:
+    pytest.skip("no vLLM: make test-vllm", allow_module_level=True)
+
+CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "channels of 8 bits": ("demo", {"scheme": "int8-channel"}, "Unsupported quant type uint8b128"),
+    "fp8": ("demo", {"scheme": "fp8"}, "kernel that can implement the ScaledMM linear layer"),
+    "nvfp4": ("demo", {"scheme": "nvfp4"}, "NVFP4 kernel MarlinNvFp4LinearKernel is not supported"),
+    "mxfp4": ("demo", {"scheme": "mxfp4"}, "kernel that can implement the MXFP4 linear layer"),
+    "groups of 128": ("demo", {"scheme": "int4-g128"}, None),
+    "several schemes": ("demo", {"bits": 4.4, "schemes": ("int4-g32", "int4-g128")}, None),
+    "zero points": ("demo", {"scheme": "int4-g64-asym"}, None),
+    "awq": ("demo", {"scheme": "int4-g64-asym", "format": "awq"}, None),
+    "gptq": ("demo", {"scheme": "int4-g64", "format": "gptq"}, None),
+    "dense": ("demo", {"scheme": "int4-g64", "format": "dense"}, None),
+    "joined linears left out": ("demo", {"scheme": "int4-g64", "exclude": ("*.1.self_attn.[qkv]_proj", "*.gate_proj", "*.up_proj")}, None),
+    "own head": ("untied", {"scheme": "int4-g64"}, None),
+    "experts": ("mixture", {"scheme": "int4-g64"}, None),
+    "linear attention": ("hybrid", {"scheme": "int4-g64"}, None),
+}
+"""The model, options of `quantize`, and what vLLM's refusal has in it."""
+
+
+def untied(path: Path) -> None:
+    """The demo model with an output head of its own."""
+    model = AutoModelForCausalLM.from_pretrained(locate("demo"), dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(path)
+
+
+def random(path: Path, config: Any) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+
+
+def small(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        **more,
+    }
+
+
+NOISE: dict[str, float] = {}
+"""KL of each original in vLLM, measured once."""
+
+SOURCES: dict[str, Callable[[Path], None]] = {
+    "untied": untied,
+    "mixture": lambda path: random(
+        path, Qwen3MoeConfig(**small(num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128))
+    ),
+    "hybrid": lambda path: random(
+        path,
+        Qwen3NextConfig(
+            **small(num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3]),
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`source(kind)`: an original."""
+    made: dict[str, str] = {"demo": "demo"}
+
+    def make(kind: str) -> str:
+        if kind not in made:
+            path = tmp_path_factory.mktemp(kind)
+            SOURCES[kind](path)
+            load_tokenizer(locate("demo")).save_pretrained(path)
+            made[kind] = str(path)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is checked, with a product in torch where the processor has none."""
+    monkeypatch.setenv("ROUNDEL_VLLM_SIDE", str(ENGINES["vllm"].file))
+    monkeypatch.setitem(ENGINES, "vllm", dataclasses.replace(ENGINES["vllm"], file=Path(__file__).with_name("served.py")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_computes_what_is_written(case: str, source: Callable[[str], str], vllm: None, tmp_path: Path) -> None:
+    kind, options, refused = CASES[case]
+    path = written(source(kind), tmp_path / "out", **options)
+    noise = kind not in NOISE and refused is None
+    found = served(path, kind, engine="vllm", refused=refused, python=PYTHON, original=source(kind), noise=noise)
+    assert (found is None) == (refused is not None)
+    if found is not None:
+        NOISE.setdefault(kind, (found["noise"] or {}).get("kl"))
+        assert found["difference"]["kl"] < 3 * NOISE[kind]
+        assert found["kl"]["ours"] == pytest.approx(found["kl"]["report"], rel=0.001)
+        assert found["kl"]["engine"] == pytest.approx(found["kl"]["ours"], rel=0.05, abs=3 * NOISE[kind])
+
+
+def test_a_server_answers(tmp_path: Path) -> None:
+    """As docs/engines/vllm.md says, with all of vLLM's own parts and the tokenizer: `dense`, which needs no kernels."""
+    path = written("demo", tmp_path / "out", scheme="int4-g64", format="dense")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [str(Path(PYTHON).with_name("vllm")), "serve", str(path), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    setting = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(line, stdout=log, stderr=log, env={**os.environ, **setting}) as server:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(300):
+                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=5)
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(1)
+            asked = {"model": str(path), "prompt": "def read_file(path):\n", "max_tokens": 16, "temperature": 0, "return_token_ids": True}
+            body = json.dumps(asked).encode()
+            request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                choice = json.loads(answer.read())["choices"][0]
+        finally:
+            server.terminate()
+            server.wait(60)
+    tokenizer = load_tokenizer(path)
+    assert choice["text"] == tokenizer.decode(choice["token_ids"])
+    ours = load_written(path, device=torch.device("cpu"), dtype=torch.float32)
+    prompt = tokenizer(asked["prompt"], return_tensors="pt").input_ids[0]
+    assert max(_gaps(ours, prompt, choice["token_ids"])) < 0.1  # of bfloat16
