@@ -48,6 +48,7 @@ def reason_to_skip(line: str) -> str | None:
     has_harness = importlib.util.find_spec("lm_eval") is not None
     reasons = {
         "another project's program": line.startswith(ENGINES),
+        "an engine, which is not installed here": line.startswith("roundel serve-check"),
         "an installation": line.startswith(("make ", "pip install")),
         "lm-evaluation-harness is not installed": "--tasks" in line and not has_harness,
         "the Hub": (line.startswith("roundel upload ") and "--dry-run" not in line)

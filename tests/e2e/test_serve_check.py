@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from roundel.commands import serve_check as checking
 from roundel.commands.serve_check import serve_check
 from roundel.engines import ENGINES
-from roundel.errors import SchemeError
+from roundel.errors import ModelError, SchemeError
 from roundel.models import load_tokenizer
 from roundel.stages.text import evaluation_tokens
 
@@ -79,13 +79,13 @@ def truth(quantized, model, text: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def engine(truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`engine(flaw)`: such a one in place of vLLM."""
+def engine(truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`engine(flaw)`: such a one in place of vLLM, or of another."""
 
-    def install(flaw: str) -> None:
+    def install(flaw: str, name: str = "vllm") -> None:
         file = tmp_path / "engine.py"
         file.write_text(ENGINE.format(flaw=flaw, truth=str(truth)), encoding="utf-8")
-        monkeypatch.setitem(ENGINES, "vllm", dataclasses.replace(ENGINES["vllm"], file=file, kernels=r"(Using \w+Kernel)"))
+        monkeypatch.setitem(ENGINES, name, dataclasses.replace(ENGINES[name], file=file, kernels=r"(Using \w+Kernel)"))
 
     return install
 
@@ -192,13 +192,20 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(quantized, text: 
         assert said in outcome.err.splitlines()[-1]
     (tmp_path / "other").mkdir()
     assert "has no roundel.json" in command("serve-check", tmp_path / "other", "--engine", "vllm").err
+
+
+def test_a_file_for_llama_cpp_is_cut_by_the_originals_tokenizer(model, quantize, engine, text: Path, tmp_path: Path) -> None:
+    """Its own is in the file, where only llama.cpp reads it as it should."""
+    path = quantize(model(), tmp_path / "out", scheme="q8_0", format="gguf", curvature="identity", sweeps=0).path
+    engine("raises", "llama.cpp")
+    with pytest.raises(ModelError, match=r"llama.cpp cannot serve .*no place for"):
+        serve_check(path, engine="llama.cpp", data=str(text))
     with pytest.raises(SchemeError, match="GGUF files only"):
-        serve_check(_as(quantized.path, tmp_path, "gguf"), engine="llama.cpp", noise=True)
-
-
-def _as(path: Path, place: Path, form: str) -> Path:
-    (place / "roundel.json").write_text(json.dumps({"format": form, "layers": {}, "model": {"name": str(path)}}), encoding="utf-8")
-    return place
+        serve_check(path, engine="llama.cpp", data=str(text), noise=True)
+    report = json.loads((path / "roundel.json").read_text())
+    (path / "roundel.json").write_text(json.dumps({**report, "model": {"name": "moved"}}))
+    with pytest.raises(ModelError, match="give --original"):
+        serve_check(path, engine="llama.cpp", data=str(text))
 
 
 def test_large_vocabularies_have_fewer_and_shorter_windows(check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from roundel.artifacts.checkpoints import load_written, read_report
 from roundel.artifacts.source import positions
-from roundel.calibration import data_hash
+from roundel.calibration import data_hash, opening_of, set_opening
 from roundel.engines import ENGINES, Answer, Engine, Request
 from roundel.errors import DataError, ModelError, NumericalError, SchemeError
 from roundel.evaluate import Comparison, ModelLogits
@@ -120,6 +121,7 @@ def serve_check(
     spec = data or recipe.get("eval_data") or "stdlib-heldout"
     tokens = _windows(
         path,
+        _tokenizer(path, source, report),
         spec,
         sequences or min(int(recipe.get("eval_sequences") or SEQUENCES), SEQUENCES),
         seq_len or int(recipe.get("seq_len") or SEQ_LEN),
@@ -231,7 +233,19 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def _windows(path: Path, spec: str, sequences: int, length: int, progress: Progress) -> TokenBatch:
+def _tokenizer(path: Path, source: Path | None, report: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """That of the directory, or of the original where it has none (GGUF), which starts texts as when the report was made."""
+    home = path if (path / "tokenizer_config.json").is_file() else source
+    if home is None:
+        raise ModelError(f"{path} has no tokenizer that Transformers reads: give --original")
+    tokenizer = load_tokenizer(home)
+    for token in report.get("calibration", {}).get("opening") or []:
+        if not opening_of(tokenizer):
+            set_opening(tokenizer, token)
+    return tokenizer
+
+
+def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, spec: str, sequences: int, length: int, progress: Progress) -> TokenBatch:
     """Of the text, as many and as long as the vocabulary allows."""
     if sequences < 1 or length < 2:
         raise DataError(f"{sequences} sequences of {length} tokens: expected at least 1 of at least 2")
@@ -243,7 +257,7 @@ def _windows(path: Path, spec: str, sequences: int, length: int, progress: Progr
         progress.warn(
             f"{most} windows of {longest} tokens instead of {sequences} of {length}: a vocabulary of {vocabulary} tokens is large"
         )
-    return evaluation_tokens(spec, load_tokenizer(path), longest, most)
+    return evaluation_tokens(spec, tokenizer, longest, most)
 
 
 @torch.no_grad()
