@@ -31,7 +31,7 @@ def mixed(start: int = 0) -> Any:
 
     def choose(_name: str, linear: nn.Linear) -> str | None:
         kind = next(kinds)
-        return kind if kind is None or linear.in_features % 256 == 0 or not kind.endswith("_k") else "iq4_nl"
+        return kind if kind is None or linear.in_features % 256 == 0 or not kind.endswith(("_k", "_xs")) else "iq4_nl"
 
     for _ in range(start):
         next(kinds)
@@ -178,7 +178,19 @@ def test_llama_3_has_frequency_factors(written: dict[str, Any]) -> None:
 def test_the_file_says_what_it_is(written: dict[str, Any], sources: dict[str, Path], tmp_path: Path) -> None:
     found = metadata(written["qwen3"].path)
     assert (found["general.name"], found["general.type"], found["general.quantization_version"]) == ("tiny", "model", 2)
-    expected = {"q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "mxfp4": 38}
+    expected = {
+        "q4_0": 2,
+        "q8_0": 7,
+        "q5_0": 8,
+        "iq4_xs": 30,
+        "q2_k": 10,
+        "q3_k": 11,
+        "q4_k": 14,
+        "q5_k": 16,
+        "q6_k": 18,
+        "iq4_nl": 25,
+        "mxfp4": 38,
+    }
     assert expected.keys() == PACKERS.keys()
     for kind, number in expected.items():
         made = write(sources["qwen3"], tmp_path / kind, lambda name, _, kind=kind: kind if name == "model.layers.0.mlp.up_proj" else None)
@@ -365,7 +377,7 @@ def by_projection(name: str, linear: nn.Linear) -> str | None:
         return None
     kinds = {"gate_proj": "q4_k", "up_proj": "q6_k", "down_proj": "q4_0"}
     kind = kinds.get(name.rpartition(".")[2], "q8_0")
-    return "iq4_nl" if kind.endswith("_k") and linear.in_features % 256 else kind
+    return "iq4_nl" if kind.endswith(("_k", "_xs")) and linear.in_features % 256 else kind
 
 
 @pytest.fixture(scope="module", params=MIXTURES)

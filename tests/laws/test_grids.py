@@ -21,9 +21,9 @@ SYMMETRIC = [*(f"int{bits}-g32" for bits in range(2, 9)), "int2-g4", "int4-chann
 ASYMMETRIC = ["int2-g32-asym", "int3-g4-asym", "int4-g32-asym", "int4-channel-asym", "int8-channel-asym"]
 AFFINE = ["int2-g32-affine", "int4-g32-affine", "int8-g4-affine"]
 FLOATS = ["fp8", "fp8-tensor", "mxfp4", "nvfp4"]
-SINGLE = ["q4_0", "q8_0", "iq4_nl"]
+SINGLE = ["q4_0", "q5_0", "q8_0", "iq4_nl"]
 WITH_MINIMA = ["q2_k", "q4_k", "q5_k"]
-SUPER = ["q3_k", "q6_k", *WITH_MINIMA]
+SUPER = ["q3_k", "q6_k", "iq4_xs", *WITH_MINIMA]
 BLOCKS = [*SINGLE, *SUPER]
 FREE = [*SYMMETRIC, *ASYMMETRIC, *AFFINE, *FLOATS]
 """Families that store weights of any size; float16 limits the others."""
@@ -173,7 +173,9 @@ def test_stored_bits_count_codes_and_scales_exactly(name: str) -> None:
         ("mxfp4", 4.25),
         ("nvfp4", 4.5 + 32 / 1024),
         ("q4_0", 4.5),
+        ("q5_0", 5.5),
         ("q8_0", 8.5),
+        ("iq4_xs", 4.25),
         ("iq4_nl", 4.5),
         ("q2_k", 2.625),
         ("q3_k", 3.4375),
@@ -298,7 +300,7 @@ def test_scales_are_always_usable(name: str, dtype: torch.dtype) -> None:
             W_hat = rounded(grid, W, scales)
             assert W_hat.isfinite().all()
             # iq4_nl has no zero: what is nearest is the least scale
-            assert W_hat[0].abs().max() <= (6e-8 if name == "iq4_nl" else 0)
+            assert W_hat[0].abs().max() <= (6e-8 * 32 if name == "iq4_xs" else 6e-8 if name == "iq4_nl" else 0)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -361,9 +363,9 @@ def on_the_grid(grid: ScalarGrid, seed: int) -> Tensor:
     ("name", "tolerance"),
     [
         *((f"int{bits}-g32", 1e-12) for bits in range(2, 7)),
-        *((name, 1e-12) for name in ("int3-g32-asym", "int4-channel-asym", "fp8", "mxfp4", "q4_0", "q8_0", "iq4_nl")),
+        *((name, 1e-12) for name in ("int3-g32-asym", "int4-channel-asym", "fp8", "mxfp4", "q4_0", "q5_0", "q8_0", "iq4_nl")),
         # two levels of scales are found well, but not exactly
-        *(("nvfp4", 2e-3), ("q2_k", 1e-3), ("q3_k", 1e-4), ("q4_k", 1e-4), ("q5_k", 1e-4), ("q6_k", 1e-4)),
+        *(("nvfp4", 2e-3), ("q2_k", 1e-3), ("q3_k", 1e-4), ("q4_k", 1e-4), ("q5_k", 1e-4), ("q6_k", 1e-4), ("iq4_xs", 1e-4)),
     ],
 )
 @given(seed=seeds)
@@ -400,13 +402,14 @@ def absmax(name: str, W: Tensor) -> dict[str, Tensor]:  # noqa: PLR0911
         case "nvfp4":
             tensor_scale = (W.abs().amax() / (6 * 448)).reshape(1, 1)
             return {"tensor_scale": tensor_scale, "scale": (over(16).abs().amax(-1) / 6 / tensor_scale).to(torch.float8_e4m3fn)}
-        case "q4_0" | "q8_0" | "iq4_nl":
+        case "q4_0" | "q5_0" | "q8_0" | "iq4_nl":
             largest = over(32).gather(2, over(32).abs().argmax(-1, keepdim=True))[..., 0]
-            return {"d": (largest / {"q4_0": -8, "q8_0": 127, "iq4_nl": -127}[name]).half()}
-        case "q3_k" | "q6_k":
-            largest = over(16).gather(2, over(16).abs().argmax(-1, keepdim=True))[..., 0] / low
-            most = 31 if name == "q3_k" else 127
-            d = (largest.unflatten(1, (-1, 16)).abs().amax(-1) / most).half()
+            return {"d": (largest / {"q4_0": -8, "q5_0": -16, "q8_0": 127, "iq4_nl": -127}[name]).half()}
+        case "q3_k" | "q6_k" | "iq4_xs":
+            group = grid.grouped(W).shape[-1]
+            largest = over(group).gather(2, over(group).abs().argmax(-1, keepdim=True))[..., 0] / (grid.levels or (low,))[0]
+            most = 127 if name == "q6_k" else 31
+            d = (largest.unflatten(1, (-1, 256 // group)).abs().amax(-1) / most).half()
             return {"d": d, "sc": (largest / spread(d.float(), (len(W), largest.shape[1]))).round().clamp(-most, most).to(torch.int8)}
         case _:
             group, most = (16, 15) if name == "q2_k" else (32, 63)
@@ -438,7 +441,9 @@ def absmax(name: str, W: Tensor) -> dict[str, Tensor]:  # noqa: PLR0911
         ("nvfp4", 0.8),
         ("q4_0", 0.9),
         ("q8_0", 1.0),
+        ("q5_0", 0.95),
         ("iq4_nl", 0.85),
+        ("iq4_xs", 0.85),
         ("q2_k", 0.7),
         ("q3_k", 0.88),
         ("q4_k", 0.85),
@@ -498,6 +503,7 @@ def scanned(name: str, W: Tensor, weights: Tensor) -> float:
         ("mxfp4", 1.0),
         ("nvfp4", 1.0),
         ("q4_0", 1.02),
+        ("q5_0", 1.03),
         ("iq4_nl", 1.02),
         ("q8_0", 1.05),
     ],
@@ -515,7 +521,7 @@ def test_no_other_steps_of_a_superblock_are_much_better(name: str) -> None:
     scales = fitted(grid, W, weights)
     columns = D_IN // scales["sc"].shape[1]
     x, w = W.unflatten(1, (-1, columns)), weights.unflatten(0, (-1, columns))
-    low, high = {"q2_k": (1, 15), "q3_k": (-32, 31), "q6_k": (-128, 127)}.get(name, (1, 63))
+    low, high = {"q2_k": (1, 15), "q3_k": (-32, 31), "iq4_xs": (-32, 31), "q6_k": (-128, 127)}.get(name, (1, 63))
     m = torch.arange(high + 1 if name in WITH_MINIMA else 1)[:, None, None, None]
     offset = -m * scales.get("dmin", scales["d"]).double()[:, :, None]
     best = torch.full(x.shape[:2], math.inf, dtype=torch.float64)
@@ -615,7 +621,7 @@ def test_fp8_has_two_names() -> None:
         ("int4-g32-affine", 100, "groups of 32 do not divide the width 100", "int4-g4-affine or int4-channel-asym"),
         ("mxfp4", 48, "groups of 32 do not divide the width 48", "nvfp4 or int4-g16"),
         ("nvfp4", 24, "groups of 16 do not divide the width 24", "int4-g8 or int4-channel"),
-        ("q4_k", 96, "groups of 256 do not divide the width 96", "q4_0 or iq4_nl or q8_0"),
+        ("q4_k", 96, "groups of 256 do not divide the width 96", "q4_0 or q5_0 or iq4_nl or q8_0"),
         ("q6_k", 24, "groups of 256 do not divide the width 24", "int6-g8 or int6-channel"),
         ("q8_0", 17, "groups of 32 do not divide the width 17", "try int8-channel"),
     ],

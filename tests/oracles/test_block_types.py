@@ -36,13 +36,13 @@ def arbitrary_scales(name: str) -> dict[str, torch.Tensor]:
     """Any scales that the format can store, not only those that a fit would choose."""
     half = {key: draw(D_OUT, D_IN // 256, seed=ord(key[1:2] or "d")).to(torch.float16) for key in ("d", "dmin")}
     match name:
-        case "q4_0" | "q8_0" | "iq4_nl":
+        case "q4_0" | "q5_0" | "q8_0" | "iq4_nl":
             return {"d": draw(D_OUT, D_IN // 32, seed=1).to(torch.float16)}
         case "mxfp4":
             return {"scale": integers(1, 252, D_IN // 32, torch.uint8)}
-        case "q3_k" | "q6_k":
-            low, high = (-32, 31) if name == "q3_k" else (-128, 127)
-            return {"d": half["d"], "sc": integers(low, high, D_IN // 16, torch.int8)}
+        case "q3_k" | "q6_k" | "iq4_xs":
+            low, high = (-128, 127) if name == "q6_k" else (-32, 31)
+            return {"d": half["d"], "sc": integers(low, high, D_IN // (32 if name == "iq4_xs" else 16), torch.int8)}
         case _:
             columns, most = (D_IN // 16, 15) if name == "q2_k" else (D_IN // 32, 63)
             return {**half, "sc": integers(0, most, columns, torch.uint8), "m": integers(1, most, columns, torch.uint8)}
@@ -74,10 +74,10 @@ def test_the_bytes_are_as_many_as_the_grid_says(name: str) -> None:
     assert packed.numel() * 8 == grid.stored_bits((D_OUT, D_IN), torch.float32)
 
 
-@pytest.mark.parametrize(("name", "gain"), [("q4_0", 0.9), ("q8_0", 1.0), ("mxfp4", 0.95)])
+@pytest.mark.parametrize(("name", "gain"), [("q4_0", 0.9), ("q5_0", 0.95), ("q8_0", 1.0), ("mxfp4", 0.95)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_searched_scales_are_not_worse_than_those_of_gguf(name: str, gain: float, weighted: bool) -> None:
-    """`gguf` takes the largest magnitude and sees no weights; it can quantize only these three of the types."""
+    """`gguf` takes the largest magnitude and sees no weights; it can quantize only these of the types."""
     grid, W = scalar(name), draw(64, D_IN, seed=6, dtype=torch.float32)
     weights = draw(D_IN, seed=7, dtype=torch.float32).square() if weighted else torch.ones(D_IN)
     scales = grid.fit_scales(W, weights, torch.float16)

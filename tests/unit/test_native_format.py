@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "native-v1"
 FORMAT = Native()
 INTEGERS = ["int2-g32", "int3-channel", "int5-g8", "int8-tensor", "int2-g32-asym", "int3-g8-asym", "int8-channel-asym"]
 FLOATS = ["fp8", "fp8-tensor", "mxfp4", "nvfp4"]
-BLOCKS = ["q4_0", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+BLOCKS = ["q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 TILES = [
     "lattice2",
     "trellis1-mcg-s8",

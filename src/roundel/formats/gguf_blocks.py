@@ -5,8 +5,10 @@ In what follows `q` are codes counted from the lowest, and `fields(n, b)` means:
 `l, l + n, l + 2 n, ...`, `b` bits each, the first in the lowest bits.
 
     q4_0, iq4_nl   d f16, q fields(16, 4)
+    q5_0           d f16, bit 4 of q fields(1, 1), bits 0..3 of q fields(16, 4)
     q8_0           d f16, codes as int8
     mxfp4          exponent + 127, q fields(16, 4) with the sign in bit 3 and the magnitude's index in bits 0..2
+    iq4_xs         d f16, u16 and 4 bytes of sc, of each 32 elements q fields(16, 4)
     q2_k           16 bytes sc | m << 4, q fields(32, 2), d f16, dmin f16
     q3_k           bit 2 of q fields(32, 1), bits 0..1 of q fields(32, 2), 12 bytes sc + 32, d f16
     q4_k           d f16, dmin f16, 12 bytes sc and m, q fields(32, 4)
@@ -14,7 +16,8 @@ In what follows `q` are codes counted from the lowest, and `fields(n, b)` means:
     q6_k           bits 0..3 of q fields(64, 4), bits 4..5 of q fields(32, 2), 16 int8 sc, d f16
 
 The 12 bytes of q4_k and q5_k, for 8 groups with 6 bits each: `sc[i] | sc[i+4] >> 4 << 6`, `m[i] | m[i+4] >> 4 << 6`,
-`sc[i+4] & 15 | (m[i+4] & 15) << 4`, i = 0..3. Those of q3_k, for 16 groups with u = sc + 32: the low halves of u, fields(8, 4), then
+`sc[i+4] & 15 | (m[i+4] & 15) << 4`, i = 0..3. Those of iq4_xs, for 8 groups with u = sc + 32: the two high bits of u, fields(1, 2), then
+the low halves of u, fields(1, 4). Those of q3_k, for 16 groups with u = sc + 32: the low halves of u, fields(8, 4), then
 the two high bits of u, fields(4, 2).
 """
 
@@ -26,7 +29,19 @@ import torch
 from jaxtyping import Float16, Int8, UInt8
 from torch import Tensor
 
-__all__ = ["PACKERS", "pack_mxfp4", "pack_q2_k", "pack_q3_k", "pack_q4_0", "pack_q4_k", "pack_q5_k", "pack_q6_k", "pack_q8_0"]
+__all__ = [
+    "PACKERS",
+    "pack_mxfp4",
+    "pack_q2_k",
+    "pack_q3_k",
+    "pack_iq4_xs",
+    "pack_q4_0",
+    "pack_q4_k",
+    "pack_q5_0",
+    "pack_q5_k",
+    "pack_q6_k",
+    "pack_q8_0",
+]
 
 Codes = Int8[Tensor, "d_out d_in"]
 Rows = UInt8[Tensor, "d_out bytes"]
@@ -36,6 +51,18 @@ Bytes = UInt8[Tensor, "blocks bytes"]
 def pack_q4_0(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
     """Also `iq4_nl`, whose codes stand for other levels; 18 bytes for 32 columns."""
     return _rows(codes, _floats(scales["d"]), _fields(_blocks(codes, 32, 8), 16, 4))
+
+
+def pack_q5_0(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """22 bytes for 32 columns."""
+    q = _blocks(codes, 32, 16)
+    return _rows(codes, _floats(scales["d"]), _fields(q >> 4, 1, 1), _fields(q & 15, 16, 4))
+
+
+def pack_iq4_xs(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
+    """136 bytes for 256 columns."""
+    steps = _blocks(scales["sc"], 8, 32)
+    return _rows(codes, _floats(scales["d"]), _fields(steps >> 4, 1, 2), _fields(steps & 15, 1, 4), _fields(_blocks(codes, 256, 8), 16, 4))
 
 
 def pack_q8_0(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
@@ -82,6 +109,8 @@ def pack_q6_k(codes: Codes, scales: Mapping[str, Tensor]) -> Rows:
 PACKERS: dict[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
     "q4_0": pack_q4_0,
     "iq4_nl": pack_q4_0,
+    "q5_0": pack_q5_0,
+    "iq4_xs": pack_iq4_xs,
     "q8_0": pack_q8_0,
     "mxfp4": pack_mxfp4,
     "q2_k": pack_q2_k,

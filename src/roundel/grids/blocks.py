@@ -4,8 +4,10 @@ Blocks of 32 columns have one float16 scale `d`; superblocks of 256 columns have
 or two float16 numbers for the superblock:
 
     q4_0    d q, q in -8..7                     q4_k  d sc q - dmin m, groups of 32, sc and m in 0..63, q in 0..15
-    q8_0    d q, q in -127..127                 q5_k  the same, q in 0..31
-    iq4_nl  d t[q], 16 levels, none of them 0   q2_k  d sc q - dmin m, groups of 16, sc and m in 0..15, q in 0..3
+    q5_0    d q, q in -16..15                   q5_k  the same, q in 0..31
+    q8_0    d q, q in -127..127                 q2_k  d sc q - dmin m, groups of 16, sc and m in 0..15, q in 0..3
+    iq4_nl  d t[q], 16 levels, none of them 0
+    iq4_xs  d sc t[q], groups of 32, sc in -32..31, the same levels
     q3_k    d sc q, groups of 16, sc in -32..31, q in -4..3
     q6_k    d sc q, groups of 16, sc in -128..127, q in -32..31
 
@@ -24,6 +26,7 @@ Not done: the other types (codebooks of 4 or 8 weights, ternary digits); negativ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,8 +58,10 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "q4_0": Layout(32, 18, 4, (-8, 7), 32),
+    "q5_0": Layout(32, 22, 5, (-16, 15), 32),
     "q8_0": Layout(32, 34, 8, (-127, 127), 32),  # llama.cpp never writes -128
     "iq4_nl": Layout(32, 18, 4, (-8, 7), 32),
+    "iq4_xs": Layout(256, 136, 4, (-8, 7), 32, (-32, 31)),
     "q2_k": Layout(256, 84, 2, (0, 3), 16, (0, 15)),
     "q3_k": Layout(256, 110, 3, (-4, 3), 16, (-32, 31)),
     "q4_k": Layout(256, 144, 4, (0, 15), 32, (0, 63)),
@@ -64,7 +69,7 @@ LAYOUTS = {
     "q6_k": Layout(256, 210, 6, (-32, 31), 16, (-128, 127)),
 }
 
-IQ4_NL_LEVELS = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+IQ4_LEVELS = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
 
 _LEAST_SIZE = 2.0**-40
 """Blocks whose largest weight is below this are fitted at this size: no float16 scale can hold them anyway."""
@@ -95,9 +100,13 @@ class _LlamaBlock(ScalarGrid):
     def code_range(self) -> tuple[int, int]:
         return self.layout.codes
 
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        return IQ4_LEVELS if self.kind.startswith("iq4") else None
+
     def check(self, d_out: int, d_in: int) -> None:
         if d_in % self.layout.columns:
-            blocks = ["q4_0", "iq4_nl", "q8_0"] if d_in % 32 == 0 else []
+            blocks = ["q4_0", "q5_0", "iq4_nl", "q8_0"] if d_in % 32 == 0 else []
             integer = [f"int{self.bits}-g{size}" for size in divisor_hint(d_in)[:1]]
             raise refuse_width(self.name, self.layout.columns, d_in, " or ".join(blocks or [*integer, f"int{self.bits}-channel"]))
 
@@ -108,6 +117,15 @@ class _LlamaBlock(ScalarGrid):
         self.check(*shape)
         return shape[0] * (shape[1] // self.layout.columns) * self.layout.bytes * 8
 
+    def nearest(self) -> Callable[[Tensor], Tensor]:
+        """The level next to each value."""
+        return integers(*self.code_range) if self.levels is None else table(self.levels, 0.5)
+
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        levels = self.levels or tuple(map(float, self.code_range))
+        return levels[0], levels[-1]
+
     def grouped(self, rows: Tensor) -> Tensor:
         """Rows, or weights of columns, by block and group."""
         blocks: Tensor = rows.unflatten(-1, (-1, self.layout.columns // self.layout.group, self.layout.group))
@@ -117,15 +135,10 @@ class _LlamaBlock(ScalarGrid):
 class Block(_LlamaBlock):
     """32 columns with one float16 scale `d` of either sign."""
 
-    @property
-    def levels(self) -> tuple[float, ...] | None:
-        return IQ4_NL_LEVELS if self.kind == "iq4_nl" else None
-
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
         self.check(*W.shape)
         w = column_weights(weights, W).unflatten(0, (-1, self.layout.columns))
-        nearest = integers(*self.code_range) if self.levels is None else table(self.levels, 0.5)
-        ends = self.code_range if self.levels is None else (self.levels[0], self.levels[-1])
+        nearest, ends = self.nearest(), self.ends()
         fractions = torch.linspace(0.9 if self.kind == "q8_0" else 0.5, 1.1, 25).tolist()
         signs = (1.0,) if self.kind == "q8_0" else (1.0, -1.0)
 
@@ -150,7 +163,7 @@ class Superblock(_LlamaBlock):
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
         self.check(*W.shape)
         w = self.grouped(column_weights(weights, W))
-        nearest = integers(*self.code_range)
+        nearest, ends = self.nearest(), self.ends()
         low, high = self.layout.steps
         fractions = (torch.linspace(0.76, 1.08, 17) if self.kind == "q6_k" else torch.linspace(0.46, 1.09, 22)).tolist()
 
@@ -159,7 +172,7 @@ class Superblock(_LlamaBlock):
             size = group_size(x.flatten(2), _LEAST_SIZE)
             x = x / size[..., None, None]
             weighted = w * x
-            real = search_scale(x, w, nearest, ends=self.code_range, fractions=fractions)
+            real = search_scale(x, w, nearest, ends=ends, fractions=fractions)
             norm = (w * nearest(x / nonzero(real).unsqueeze(-1)).square_()).sum(-1)
 
             candidates, costs = [], []
@@ -206,7 +219,7 @@ class Superblock(_LlamaBlock):
         return spread(_products(scales["d"], scales["sc"], dtype), shape), None
 
     def parts(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"d": spread(scales["sc"].to(dtype), shape) * codes.to(dtype)}
+        return {"d": spread(scales["sc"].to(dtype), shape) * self.units(codes, dtype)}
 
 
 class SuperblockWithMinima(_LlamaBlock):
