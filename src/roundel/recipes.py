@@ -13,6 +13,7 @@ from typing import Any, Literal
 from roundel.curvature import parse_curvature
 from roundel.errors import SchemeError
 from roundel.formats import FORMATS, gguf
+from roundel.formats.gguf_mixes import MIXES, NARROW
 from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
 from roundel.settings import EFFORTS, Settings
@@ -66,6 +67,11 @@ class Recipe(Settings):
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
         if self.written_format() in FORMATS:
             FORMATS[self.written_format()].check_mixture(self.used_schemes)
+        if self.mix is not None:
+            if self.mix not in MIXES:
+                raise SchemeError(f"mix {self.mix!r}: expected one of {', '.join(MIXES)}")
+            if self.written_format() != "gguf" or self.bits is not None or self.scheme != MIXES[self.mix].base:
+                raise SchemeError(f"mix {self.mix} is one of llama.cpp's: it goes with --format gguf and without --scheme and --bits")
         for role in ("embedding", "head"):
             if (asked := getattr(self, role)) in ("auto", "none"):
                 continue
@@ -170,12 +176,17 @@ class Recipe(Settings):
         Raises:
             SchemeError: with the reason, and what would fit.
         """
-        grid, form = parse_scheme(scheme), self.written_format()
+        grid, form = parse_scheme(self.fitting(scheme, d_in)), self.written_format()
         grid.check(d_out, d_in)
         if self.rotation_of(grid) == "hadamard128" and (d_out % BLOCK or d_in % BLOCK):
             raise SchemeError(f"rotations in blocks of {BLOCK} do not divide a weight of {d_out} x {d_in}; try --rotate online")
         if form in FORMATS:
             FORMATS[form].check_shape(grid, d_out, d_in)
+
+    def fitting(self, scheme: str, d_in: int) -> str:
+        """The scheme, or what llama.cpp takes in its place where its blocks do not divide a width."""
+        narrow = self.written_format() == "gguf" and d_in % 256 and d_in % 32 == 0
+        return NARROW.get(scheme, scheme) if narrow else scheme
 
     def usual_end(self, role: Literal["embedding", "head"], d_out: int, d_in: int) -> str | None:
         """What the tools of the format make of an embedding or an output head of this shape: a scheme, or None for 16 bits."""
@@ -185,7 +196,7 @@ class Recipe(Settings):
             case "gguf":
                 schemes = self.used_schemes if self.bits is not None else (self.scheme,)
                 near = min(schemes, key=lambda scheme: abs(parse_scheme(scheme).bits - (self.bits or 0)))
-                wanted = gguf.usual_end(role, near)
+                wanted = gguf.usual_end(role, near) if self.mix is None or role == "embedding" else MIXES[self.mix].head
                 return next((scheme for scheme in (wanted, "q8_0") if _divides(scheme, d_out, d_in)), None)
         return None
 
@@ -281,15 +292,20 @@ BEST: dict[str, Any] = {}
 
 
 def with_block_type(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which the format `gguf:q4_k` is the format `gguf` and the scheme `q4_k`.
+    """Settings in which the format `gguf:q4_k` is the format `gguf` and the scheme `q4_k`, and `gguf:q4_k_m` the mix of that name.
 
     Raises:
         SchemeError: the settings name another scheme.
     """
     form, colon, scheme = str(settings.get("format", "auto")).partition(":")
+    mix = settings.get("mix")
+    if mix in MIXES and settings.get("scheme", Recipe.scheme) == Recipe.scheme:
+        return {**settings, "scheme": MIXES[mix].base, "format": "gguf" if form == "auto" else form}
     if not colon:
         return dict(settings)
     given = settings.get("scheme", Recipe.scheme)
+    if form == "gguf" and scheme in MIXES and not _known(scheme) and given == Recipe.scheme:
+        return {**settings, "format": form, "scheme": MIXES[scheme].base, "mix": scheme}
     if form != "gguf" or given not in (scheme, Recipe.scheme):
         raise SchemeError(f"format {form}:{scheme} with scheme {given}: expected gguf:TYPE, and the scheme TYPE or none")
     return {**settings, "format": form, "scheme": scheme}

@@ -19,6 +19,7 @@ class Settings:
     scheme: str = "int4-g128"
     bits: float | None = None
     schemes: tuple[str, ...] = ()
+    mix: str | None = None
     embedding: str = "auto"
     head: str = "auto"
     rotate: str = "auto"

@@ -43,6 +43,7 @@ REPORT = {
             "factor_type",
             "effort",
             "embedding",
+            "mix",
             "head",
             "prefix_aware",
             "prefix_sequences",

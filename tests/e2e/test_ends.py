@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
+from llama.files import save_model
 from roundel.artifacts.checkpoints import load_written, read
 from roundel.artifacts.work import open_work
 from roundel.curvature.ends import end_moments
@@ -125,3 +126,17 @@ def test_moments_are_those_of_dense_gradients(name, model, tmp_path, exact) -> N
     blocks = list(found.factors(embeds=end.embeds, heads=end.heads))
     assert blocks[-1][0].stop == embedding.num_embeddings
     assert blocks[0][1].H_in.diagonal().mean().item() == pytest.approx(1)
+
+
+def test_a_mix_and_what_stands_for_types_that_do_not_fit(quantize, tmp_path) -> None:
+    source = save_model(tmp_path / "source", "llama", intermediate_size=320, num_hidden_layers=3)
+    result = quantize(
+        source, tmp_path / "out", **{key: value for key, value in GIVEN.items() if key not in ("scheme", "format")}, mix="q4_k_m"
+    )
+    found = {each.name: each.tensor_type.name for each in GGUFReader(result.path / "model.gguf").tensors}
+    assert [found[f"blk.{layer}.attn_v.weight"] for layer in range(3)] == ["Q4_K", "Q4_K", "Q6_K"]
+    assert [found[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == ["Q5_0", "Q5_0", "Q8_0"]  # 256 does not divide 320
+    assert {found[f"blk.{layer}.{part}.weight"] for layer in range(3) for part in ("attn_q", "ffn_up")} == {"Q4_K"}
+    assert (found["token_embd.weight"], found["output.weight"]) == ("Q4_K", "Q6_K")
+    assert result.details["scheme"] == "q4_k_m"
+    assert result.details["coverage"]["share"] == 1

@@ -45,13 +45,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roundel.errors import ModelError, SchemeError
 from roundel.formats.gguf_blocks import PACKERS
+from roundel.formats.gguf_mixes import mix_types
 from roundel.formats.gguf_settings import FAMILIES, Family, add_settings, head_dim_of, language_config, ropes_of
 from roundel.formats.gguf_tokenizer import add_tokenizer, backend_of, open_tokenizer, vocabulary_of
 from roundel.formats.imatrix import architecture, tensor_names
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "read", "usual_end", "write"]
+__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "usual_end", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -94,6 +95,12 @@ def usual_end(role: str, scheme: str) -> str:
     if role == "head" and scheme not in ("q8_0", "mxfp4"):
         return "q6_k"
     return "q8_0" if scheme == "mxfp4" else scheme
+
+
+def mixed(mix: str, config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, str]:
+    """The type of each linear in one of llama.cpp's mixes."""
+    settings = language_config(config)
+    return mix_types(mix, _names(architecture(settings.model_type), linears), settings)
 
 
 def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:

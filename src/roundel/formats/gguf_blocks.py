@@ -31,10 +31,10 @@ from torch import Tensor
 
 __all__ = [
     "PACKERS",
+    "pack_iq4_xs",
     "pack_mxfp4",
     "pack_q2_k",
     "pack_q3_k",
-    "pack_iq4_xs",
     "pack_q4_0",
     "pack_q4_k",
     "pack_q5_0",

@@ -43,6 +43,7 @@ from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
 from roundel.stages.ends import ends_measured, measure_ends, wants_ends
+from roundel.stages.linears import schemes_of
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import ENDS, steps, visits_without_gradients
@@ -316,11 +317,11 @@ def _choose_factors(
     batch_size: int,
 ) -> None:
     """Puts the candidate that each linear is to be rounded with into `labels`; the gradients that were chosen by join the sums."""
-    grid = parse_scheme(recipe.scheme)
+    schemes = schemes_of(recipe, source)
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
 
     def made(name: str) -> dict[str, Draft]:
-        return draft_rounding(draft, grid.draft(), source, name, pooled.candidates(name), kept=False)
+        return draft_rounding(draft, parse_scheme(schemes[name]).draft(), source, name, pooled.candidates(name), kept=False)
 
     drafts = drafts_of(source, names, made)
     joins = recipe.labels != "data"  # the prediction's labels are the model's own, those sums have others
@@ -345,9 +346,9 @@ def _draft_schemes(
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
 
     def made(name: str) -> dict[str, Draft]:
-        candidate = next(iter(pooled.candidates(name).values()))
+        candidate, width = next(iter(pooled.candidates(name).values())), source.linears[name].in_features
         return {
-            scheme: draft_rounding(draft, parse_scheme(scheme), source, name, {"": candidate}, kept=True)[""]
+            scheme: draft_rounding(draft, parse_scheme(recipe.fitting(scheme, width)), source, name, {"": candidate}, kept=True)[""]
             for scheme in recipe.candidate_schemes()
         }
 

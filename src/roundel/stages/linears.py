@@ -20,7 +20,7 @@ from torch import Tensor
 
 from roundel.artifacts.source import Source
 from roundel.errors import SchemeError, in_layer
-from roundel.formats import FORMATS
+from roundel.formats import FORMATS, gguf
 from roundel.grids import Grid, TileGrid
 from roundel.recipes import Recipe
 from roundel.rotation import Rotation
@@ -28,7 +28,7 @@ from roundel.rounding import make_problem, round_weights
 from roundel.rounding.round import dequantized, stacked
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
 
-__all__ = ["Linear", "by_decoder_layer", "round_linears", "stored_bits"]
+__all__ = ["Linear", "by_decoder_layer", "round_linears", "schemes_of", "stored_bits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +143,13 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
         "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
     }
     return result, row
+
+
+def schemes_of(recipe: Recipe, source: Source) -> dict[str, str]:
+    """Of each linear, where none is chosen by what it costs: the recipe's, or its mix's, or what fits in its place."""
+    widths = {name: linear.in_features for name, linear in source.linears.items()}
+    chosen = dict.fromkeys(widths, recipe.scheme) if recipe.mix is None else gguf.mixed(recipe.mix, source.config, widths)
+    return {name: recipe.fitting(scheme, widths[name]) for name, scheme in chosen.items()}
 
 
 def by_decoder_layer(names: Iterable[str]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from roundel.progress import duration as spoken
 from roundel.recipes import Recipe, with_block_type
 from roundel.settings import EFFORTS
 from roundel.stages.curvature import PORTION, STATES
-from roundel.stages.linears import stored_bits
+from roundel.stages.linears import schemes_of, stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
 from roundel.stages.text import default_batch
@@ -100,7 +100,7 @@ def plan(
         "linears": len(source.linears),
         "coverage": coverage.as_json(),
         "skipped": dict(Counter(source.skipped.values()).most_common()),
-        "scheme": recipe.scheme if recipe.bits is None else f"{recipe.bits:g} bits",
+        "scheme": recipe.mix or recipe.scheme if recipe.bits is None else f"{recipe.bits:g} bits",
         "format": recipe.written_format(),
         "effort": recipe.effort,
         **_sizes(source, recipe),
@@ -147,9 +147,10 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
     elif recipe.bits is not None:
         bits = recipe.bits * weights
     else:
-        grid, bits = parse_scheme(recipe.scheme), 0.0
-        for shape, count in Counter(linear.weight.shape for linear in source.linears.values()).items():
-            bits += count * stored_bits(recipe, grid, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        bits, schemes = 0.0, schemes_of(recipe, source)
+        kinds = Counter((linear.weight.shape, schemes[name]) for name, linear in source.linears.items())
+        for (shape, scheme), count in kinds.items():
+            bits += count * stored_bits(recipe, parse_scheme(scheme), torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     replaced = {checkpoint.weight_of(name) or "" for name in source.linears}
     replaced |= {whole for name in replaced if (whole := checkpoint.part_of(name)) is not None}
     others = sum(size for name, size in checkpoint.sizes.items() if name not in replaced)

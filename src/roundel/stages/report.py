@@ -91,7 +91,7 @@ def report_details(
             "terms": source.terms,
         },
         "fused_rotation": source.fusion,
-        "scheme": recipe.scheme if rounded.carried.get("allocation") is None else f"{recipe.bits:g} bits",
+        "scheme": recipe.mix or recipe.scheme if rounded.carried.get("allocation") is None else f"{recipe.bits:g} bits",
         **rounded.carried,
         "tuning": rounded.tuning,
         "format": recipe.written_format(),

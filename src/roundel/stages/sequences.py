@@ -39,6 +39,7 @@ from roundel.linalg.fast import fast_products
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, draft_rounding
+from roundel.stages.linears import schemes_of
 from roundel.stages.notes import Notes
 from roundel.stages.opening import settle_opening
 from roundel.stages.text import check_vocabulary
@@ -170,14 +171,14 @@ def _add(visit: Visit, rows: Sequence[int], sketches: Mapping[str, Sketch]) -> N
 def _losses(recipe: Recipe, source: Source, visit: Visit, estimator: Estimator, sketches: Mapping[str, Sketch]) -> Tensor:
     """Of each judging sequence, if the linears were rounded with what has been summed up, in nats per token."""
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
-    grid = parse_scheme(recipe.scheme).draft()
+    schemes = schemes_of(recipe, source)
     errors: dict[str, Tensor] = {}
     for name, sketch in sketches.items():
         summed = copy.deepcopy(sketch)
         summed.finish()
         candidates = estimator.candidates(summed)
         if all(candidate.factors.scale > 0 for candidate in candidates.values()):
-            rounded = draft_rounding(draft, grid, source, name, candidates, kept=False)
+            rounded = draft_rounding(draft, parse_scheme(schemes[name]).draft(), source, name, candidates, kept=False)
             weight = next(iter(rounded.values())).weight
             errors[name] = source.linears[name].weight.float().cpu() - dequantized(weight)
     if not errors:

@@ -47,7 +47,8 @@ def quantize(
         str,
         typer.Option(
             help="Integers: intB-gN, intB-channel, intB-tensor, B from 2 to 8, with -asym for zero points, -affine for biases (int4-g128, "
-            "int3-g64-asym). Floats: fp8, mxfp4, nvfp4. llama.cpp's blocks: q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, q3_k, q2_k. "
+            "int3-g64-asym). Floats: fp8, mxfp4, nvfp4. llama.cpp's blocks: q8_0, q6_k, q5_k, q5_0, q4_k, q4_0, iq4_nl, iq4_xs, q3_k, "
+            "q2_k. "
             "Vectors: lattice2, trellisB[-CODE], B from 1 to 8 (trellis2, trellis3-hyb)."
         ),
     ] = DEFAULT.scheme,
@@ -92,6 +93,10 @@ def quantize(
     ] = None,
     schemes: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="With --bits: the schemes to choose from; default: --scheme with 1 to 8 bits.")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="One of llama.cpp's mixes of types, such as q4_k_m or q2_k_s; also as format gguf:q4_k_m."),
     ] = None,
     embedding: Annotated[
         str,

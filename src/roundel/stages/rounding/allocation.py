@@ -59,7 +59,7 @@ def allocate_bits(recipe: Recipe, source: Source, rows: Mapping[str, Mapping[str
     }
     budget = float(math.floor(recipe.bits * sum(sizes.values()) + 1e-3))  # bits are whole, and an average copied from a report is enough
     by_unit = allocate.least_loss(choices, budget)
-    mixed = {name: by_unit[unit] for unit, members in units.items() for name in members}
+    mixed = {name: recipe.fitting(by_unit[unit], source.linears[name].in_features) for unit, members in units.items() for name in members}
     fitting = [s for s in schemes if sum(options[s].bits for options in choices.values()) <= budget]
     report: dict[str, Any] = {
         "bits": recipe.bits,

@@ -24,7 +24,7 @@ from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.stages.curvature import Measured
 from roundel.stages.ends import Ends
-from roundel.stages.linears import Linear, round_linears
+from roundel.stages.linears import Linear, round_linears, schemes_of
 from roundel.stages.notes import Notes
 from roundel.stages.rounding.allocation import allocate_bits
 from roundel.stages.rounding.sweep import Prefix, Steps, Targets, rounding_sweep, steps_taken
@@ -60,7 +60,7 @@ def round_model(
     """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept."""
     files = RoundedFiles(path=work.rounded)
     with notes.timed("rounding"):
-        allocation, schemes = None, dict.fromkeys(measured.rows, recipe.scheme)
+        allocation, schemes = None, schemes_of(recipe, source)
         if recipe.bits is not None:
             schemes, allocation = allocate_bits(recipe, source, measured.rows)
         linears = {name: source.linears[name] for name in measured.rows}
@@ -96,7 +96,7 @@ def round_model(
             prefix = Prefix(
                 tokens=chosen,
                 outside=ends.values(),
-                quickly=max(parse_scheme(scheme).bits for scheme in recipe.used_schemes) <= COARSE,
+                quickly=max(parse_scheme(scheme).bits for scheme in schemes.values()) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
                 steps=None
                 if not natural[0]

@@ -1,0 +1,115 @@
+"""llama.cpp's named mixes: which tensor gets which type.
+
+Found out from files that llama.cpp 0.4.0's own tool wrote, tensor by tensor, of models of 8 to 80 layers with and without grouped heads,
+tied heads and experts (`docs/log.md`, 23). With `N` layers, `g` heads for each of keys and values, layer `i`:
+
+    first    i < N // 8
+    more     first, or i >= 7 N // 8, or (i - N // 8) % 3 == 2
+    grouped  g >= 4
+
+A mix has a type for most tensors and others for `attn_v`, `attn_output` and `ffn_down`, some of which depend on the layer. Where a model
+has 8 experts its k and v are `q8_0`, and `attn_output` is `q5_k` in some mixes; where it has 80 layers, v has `q5_k` at least. (Left out:
+`attn_output` of 8 experts in `q3_k_l`, which llama.cpp gives less than `q3_k_m`; Qwen3 of 80 layers as Llama.)
+
+Where 256 does not divide a width, `NARROW` says what stands for a type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+__all__ = ["MIXES", "NARROW", "Mix", "mix_types"]
+
+NARROW = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_0", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+"""The type with blocks of 32 that llama.cpp takes in the place of one with 256; but for `q5_k`, whose place `q5_1` takes there."""
+
+Types = tuple[tuple[str, str], ...]
+"""Conditions and types, of which the first whose condition holds is taken; the last has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """One mix."""
+
+    base: str
+    value: Types = ()
+    output: Types = ()
+    down: Types = ()
+    raised: bool = True
+    """Whether `attn_output` is raised in models of 8 experts."""
+    head: str = "q6_k"
+
+
+def _always(kind: str) -> Types:
+    return (("", kind),)
+
+
+MIXES = {
+    "q2_k": Mix(base="q2_k", value=(("grouped", "q4_k"), ("", "q3_k")), output=_always("q3_k"), down=_always("q3_k")),
+    "q2_k_s": Mix(base="q2_k", value=(("grouped", "q4_k"), ("", "q2_k")), down=(("first", "q4_k"), ("", "q2_k")), raised=False),
+    "q3_k_s": Mix(base="q3_k"),
+    "q3_k_m": Mix(base="q3_k", value=(("second", "q5_k"), ("", "q4_k")), output=_always("q4_k"), down=(("half", "q5_k"), ("", "q4_k"))),
+    "q3_k_l": Mix(base="q3_k", value=_always("q5_k"), output=_always("q5_k"), down=_always("q5_k"), raised=False),
+    "q4_k_s": Mix(base="q4_k", value=(("fourth", "q5_k"), ("", "q4_k")), down=(("first", "q5_k"), ("", "q4_k"))),
+    "q4_k_m": Mix(base="q4_k", value=(("more", "q6_k"), ("", "q4_k")), down=(("more", "q6_k"), ("", "q4_k"))),
+    "q5_k_s": Mix(base="q5_k", raised=False),
+    "q5_k_m": Mix(base="q5_k", value=(("more", "q6_k"), ("", "q5_k")), down=(("more", "q6_k"), ("", "q5_k")), raised=False),
+    "q6_k": Mix(base="q6_k", raised=False),
+    "iq4_xs": Mix(base="iq4_xs", value=(("grouped", "q5_k"), ("", "iq4_xs"))),
+    "iq4_nl": Mix(base="iq4_nl", value=(("grouped", "q5_k"), ("", "iq4_nl"))),
+    "q8_0": Mix(base="q8_0", raised=False, head="q8_0"),
+}
+"""By the name that llama.cpp's users know, in lower case."""
+
+
+def mix_types(mix: str, tensors: Mapping[str, str], config: PreTrainedConfig) -> dict[str, str]:
+    """The type of each linear.
+
+    Args:
+        mix: A name of `MIXES`.
+        tensors: Of each linear its tensor's name in the file.
+        config: Of the language model.
+    """
+    layers = int(config.num_hidden_layers)
+    return {name: _type(MIXES[mix], tensor, layers, _grouped(config), _experts(config)) for name, tensor in tensors.items()}
+
+
+def _type(mix: Mix, tensor: str, layers: int, grouped: int, experts: int) -> str:
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+?)(_exps|_shexp)?\.weight", tensor)
+    if found is None:
+        return mix.base
+    layer, part = int(found[1]), found[2]
+    eighth = layers // 8
+    holds = {
+        "": True,
+        "grouped": grouped >= 4,
+        "second": layer < 2,
+        "fourth": layer < 4,
+        "half": layer < layers // 16,
+        "first": layer < eighth,
+        "more": layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2,
+    }
+    if experts == 8 and part in ("attn_k", "attn_v"):
+        return "q8_0"
+    if experts == 8 and part == "attn_output" and mix.raised:
+        return "q5_k"
+    types = {"attn_v": mix.value, "attn_output": mix.output, "ffn_down": mix.down}.get(part, ())
+    kind = next((kind for condition, kind in types if holds[condition]), mix.base)
+    if layers == 80 and grouped > 1 and part == "attn_v" and kind in ("q3_k", "q4_k"):
+        return "q5_k"
+    return kind
+
+
+def _grouped(config: PreTrainedConfig) -> int:
+    """Heads for each of keys and values."""
+    heads = int(config.num_attention_heads)
+    return heads // int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _experts(config: PreTrainedConfig) -> int:
+    """How many a layer has."""
+    return next((int(found) for name in ("num_local_experts", "num_experts") if (found := getattr(config, name, None))), 0)
