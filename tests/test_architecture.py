@@ -55,6 +55,7 @@ STAGES = [
     ("rounding", 4),
     ("tuning", 5),
     ("writing", 6),
+    ("size", 7),
     ("evaluation", 7),
     ("timing", 8),
     ("plan", 9),

@@ -19,7 +19,7 @@ from roundel.linalg.hadamard import BLOCK
 from roundel.settings import EFFORTS, Settings
 from roundel.sweeps.labels import LABEL_KINDS
 
-__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "with_block_type"]
+__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "size_in_bytes", "with_block_type"]
 
 TUNINGS = ("none", "end-to-end", "blocks")
 ENOUGH_TOKENS = 8192
@@ -38,6 +38,9 @@ STEP_TOKENS = 4096
 
 FACTOR_TYPES = ("float32", "bfloat16")
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
+MOST_BITS = 16.0
+"""Of a weight that is worth quantizing."""
+
 WRITTEN = (*FORMATS, "gguf", "dense")
 
 HOLD_ENDS = ("gguf", "mlx", "dense")
@@ -59,10 +62,12 @@ class Recipe(Settings):
             raise SchemeError(f"rotate {self.rotate!r}: expected one of {', '.join(ROTATIONS)}")
         if self.format not in ("auto", *WRITTEN):
             raise SchemeError(f"format {self.format!r}: expected one of {', '.join(('auto', *WRITTEN))}, or gguf:TYPE such as gguf:q4_k")
+        if self.target_size is not None:
+            size_in_bytes(self.target_size)
         if self.schemes and self.bits is None:
             raise SchemeError("schemes to choose from need bits, the average that they may take: --bits 3.25")
-        if self.bits is not None and not 1 <= self.bits <= 16:
-            raise SchemeError(f"bits is {self.bits}: expected 1 to 16 bits per weight, scales included")
+        if self.bits is not None and not 1 <= self.bits <= MOST_BITS:
+            raise SchemeError(f"bits is {self.bits}: expected 1 to {MOST_BITS:g} bits per weight, scales included")
         for scheme in self.used_schemes:
             check_format(self.written_format(), parse_scheme(scheme), self.rotation_of(parse_scheme(scheme)))
         if self.written_format() in FORMATS:
@@ -131,6 +136,10 @@ class Recipe(Settings):
         effort = given.get("effort", Settings.effort)
         if effort not in EFFORTS:
             raise SchemeError(f"effort {effort!r}: expected one of {', '.join(EFFORTS)}")
+        if given.get("target_size") is not None:
+            if given.get("bits") is not None or given.get("mix") is not None:
+                raise SchemeError("--target-size says how many bits there are: it goes without --bits and --mix")
+            given = {**given, "bits": MOST_BITS}  # until the size of the rest is known (`stages.size`)
         return cls(**{**EFFORTS[effort], **given})
 
     def corrects(self, tokens: int) -> bool:
@@ -208,6 +217,8 @@ class Recipe(Settings):
         """
         if self.schemes:
             return self.schemes
+        if self.format in ("auto", "gguf") and self.scheme in NARROW:
+            return (*NARROW, "q8_0")
         found = re.fullmatch(r"([a-z]+)(\d)(-.*)?", self.scheme)
         others = [f"{found[1]}{bits}{found[3] or ''}" for bits in range(1, 9)] if found else []
         known = [scheme for scheme in others if _known(scheme) and self._fits(scheme)]
@@ -271,6 +282,18 @@ def _holds(form: str, grid: Grid, rotation: str | None) -> bool:
     except SchemeError:
         return False
     return True
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a file's size, such as `1.5G` or `800M`, in thousands as files are listed.
+
+    Raises:
+        SchemeError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise SchemeError(f"target size {text!r}: expected a size such as 1.5G or 800M")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}[found[2]])
 
 
 def _known(scheme: str) -> bool:

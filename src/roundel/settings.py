@@ -18,6 +18,7 @@ class Settings:
     effort: str = "normal"
     scheme: str = "int4-g128"
     bits: float | None = None
+    target_size: str | None = None
     schemes: tuple[str, ...] = ()
     mix: str | None = None
     embedding: str = "auto"

@@ -44,6 +44,7 @@ REPORT = {
             "effort",
             "embedding",
             "mix",
+            "target_size",
             "head",
             "prefix_aware",
             "prefix_sequences",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
+from safetensors.torch import load_file
 
 from llama.files import save_model
 from roundel.artifacts.checkpoints import load_written, read
@@ -140,3 +141,23 @@ def test_a_mix_and_what_stands_for_types_that_do_not_fit(quantize, tmp_path) -> 
     assert (found["token_embd.weight"], found["output.weight"]) == ("Q4_K", "Q6_K")
     assert result.details["scheme"] == "q4_k_m"
     assert result.details["coverage"]["share"] == 1
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_a_target_size_is_hit_from_below(form, quantize, tmp_path) -> None:
+    source = save_model(tmp_path / "source", "llama-tied", num_hidden_layers=3)
+    scheme = "q4_k" if form == "gguf" else "int4-g64"
+    given = {"scheme": scheme, "format": form, "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 0, "curvature": "kfac"}
+    result = quantize(source, tmp_path / "out", **given, target_size="500k" if form == "gguf" else "0.9M")
+    target = 500_000 if form == "gguf" else 900_000
+    if form == "gguf":
+        size = (result.path / "model.gguf").stat().st_size
+    else:
+        size = sum(tensor.nbytes for tensor in load_file(result.path / "model.safetensors").values())
+    assert 0.97 * target < size <= target
+    allocated = result.details["allocation"]
+    assert allocated["predicted_kl"] <= allocated["uniform"]["predicted_kl"]
+    with pytest.raises(SchemeError, match="MB already; ask for more"):
+        quantize(source, tmp_path / "small", **given, target_size="10k")
+    with pytest.raises(SchemeError, match="goes without --bits"):
+        Recipe.of(**given, target_size="1M", bits=4.0)

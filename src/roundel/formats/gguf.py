@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ from roundel.formats.imatrix import architecture, tensor_names
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "usual_end", "write"]
+__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "size", "usual_end", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -174,6 +175,56 @@ def write(
         ModelError: as `check_model`.
         SchemeError: as `check` and `check_linears`.
     """
+    writer, plan = _prepared(path, model=model, tensors=tensors, read=read, rounded=rounded, name=name, config=config, dense=dense)
+    try:
+        _write_head(writer)
+        for entry in plan:
+            writer.write_tensor_data(entry.make())
+            advance(1)
+    finally:
+        writer.close()
+
+
+def size(
+    *,
+    model: Path,
+    tensors: Iterable[str],
+    read: Callable[[str], Tensor],
+    rounded: Mapping[str, RoundedWeight],
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    dense: Dense = "f16",
+) -> int:
+    """Bytes of the file that `write` would make of the same; of rounded weights only schemes and shapes are looked at."""
+    with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
+        path = Path(scratch) / "head"
+        writer, plan = _prepared(path, model=model, tensors=tensors, read=read, rounded=rounded, name=name, config=config, dense=dense)
+        try:
+            _write_head(writer)
+        finally:
+            writer.close()
+        parts = [path.stat().st_size, *(entry.bytes for entry in plan)]
+        return sum(-(-part // writer.data_alignment) * writer.data_alignment for part in parts)
+
+
+def _write_head(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _prepared(
+    path: Path,
+    *,
+    model: Path,
+    tensors: Iterable[str],
+    read: Callable[[str], Tensor],
+    rounded: Mapping[str, RoundedWeight],
+    name: str,
+    config: Mapping[str, Any] | None,
+    dense: Dense,
+) -> tuple[gguf.GGUFWriter, list[_Entry]]:
+    """A writer that knows all but the tensors' data, and these."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8")) if config is None else config
     settings = language_config(config)
     plan = _plan(settings, tensors, read, rounded, dense)
@@ -183,7 +234,6 @@ def write(
     for entry in plan:
         if entry.rounded:
             weights[entry.kind.name.lower()] += math.prod(entry.shape)
-
     writer = gguf.GGUFWriter(path, architecture(settings.model_type))
     writer.add_type("model")
     writer.add_name(name)
@@ -194,15 +244,7 @@ def write(
     add_tokenizer(writer, tokenizer, vocabulary_of(backend_of(tokenizer).to_str(), rows), settings, model)
     for entry in plan:
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.bytes, raw_dtype=entry.kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in plan:
-            writer.write_tensor_data(entry.make())
-            advance(1)
-    finally:
-        writer.close()
+    return writer, plan
 
 
 def read(path: Path, *, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Tensor]:

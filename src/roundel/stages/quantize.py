@@ -30,6 +30,7 @@ from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import round_model, rounding_digest
 from roundel.stages.sequences import AUTO, enough_sequences
+from roundel.stages.size import with_bits_for_size
 from roundel.stages.space import say_space
 from roundel.stages.text import default_batch, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
@@ -92,6 +93,7 @@ def quantize(
             source = load_source(str(model), recipe, device, dtype, work=place, warn=notes.warn)
             warn_of_source(source, notes)
             recipe = with_readable_format(recipe, source, notes)
+            recipe = with_bits_for_size(recipe, source)
             if stored is not None:
                 check_model(stored, source)
         if searched:

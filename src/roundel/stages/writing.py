@@ -11,12 +11,16 @@ from torch import Tensor
 
 from roundel.artifacts.checkpoints import Frame, write
 from roundel.artifacts.source import Source
+from roundel.formats import gguf
+from roundel.grids import parse_scheme
 from roundel.models.linears import matrix_modules
 from roundel.recipes import Recipe
+from roundel.stages.linears import stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
+from roundel.types import RoundedWeight
 
-__all__ = ["write_model"]
+__all__ = ["size_without", "write_model"]
 
 
 def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded, notes: Notes) -> int:
@@ -25,6 +29,45 @@ def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded,
         frame = _frame(source, {name: row["dtype"] for name, row in {**rounded.layers, **rounded.ends.rows}.items()}, rounded.others)
         weights = ChainMap(dict(rounded.ends.weights), rounded.weights)  # type: ignore[arg-type]
         return write(staging, frame, weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
+
+
+def size_without(recipe: Recipe, source: Source, ends: Mapping[str, str]) -> int:
+    """Bytes of the directory's tensors, or of the GGUF file, without the weights of its linears.
+
+    Args:
+        recipe: Which format.
+        source: The original.
+        ends: Schemes of embedding and head, where they are rounded.
+    """
+    shapes = {name: tuple(source.model.get_parameter(f"{name}.weight").shape) for name in [*source.linears, *ends]}
+    frame = _frame(source, dict.fromkeys(shapes, "float32"), {})
+    if recipe.written_format() == "gguf":
+        schemes = {name: recipe.fitting("q8_0", shape[1]) for name, shape in shapes.items()} | dict(ends)
+        empty = torch.empty(0, dtype=torch.int8)
+        rounded = {
+            name: RoundedWeight(scheme=scheme, codes=empty, scales={}, shape=(shapes[name][0], shapes[name][1]))
+            for name, scheme in schemes.items()
+        }
+        own = sum(parse_scheme(schemes[name]).stored_bits(rounded[name].shape, torch.float16) // 8 for name in source.linears)
+        whole = gguf.size(
+            model=frame.directory,
+            tensors=frame.sizes,
+            read=frame.reader,
+            rounded=rounded,
+            name=Path(source.name).name,
+            config=frame.config,
+        )
+        return whole - own + PADDING * len(source.linears)
+    packed = set(frame.weights.values())
+    dense = sum(size for tensor, size in frame.sizes.items() if tensor not in packed)
+    return dense + sum(
+        stored_bits(recipe, parse_scheme(scheme), torch.empty(shapes[name], dtype=torch.float16, device="meta")) // 8
+        for name, scheme in ends.items()
+    )
+
+
+PADDING = 32
+"""Bytes that a tensor of a GGUF is filled up to."""
 
 
 def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:

@@ -91,6 +91,10 @@ def quantize(
             help="Average bits per weight, scales included: each linear gets that of several schemes with which this loses least."
         ),
     ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="In the place of --bits: how large all tensors may be, such as 1.5G; in GGUF, the file."),
+    ] = None,
     schemes: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="With --bits: the schemes to choose from; default: --scheme with 1 to 8 bits.")
     ] = None,
