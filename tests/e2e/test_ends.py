@@ -16,6 +16,7 @@ from roundel.models import Checkpoint, load_model
 from roundel.models.ends import ends_of
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
+from roundel.stages import quantize as quantize_stage
 from roundel.sweeps import HiddenStore, Layers
 from roundel.sweeps.gradients import ENDS, gradient_visits
 from roundel.types import TokenBatch
@@ -161,3 +162,10 @@ def test_a_target_size_is_hit_from_below(form, quantize, tmp_path) -> None:
         quantize(source, tmp_path / "small", **given, target_size="10k")
     with pytest.raises(SchemeError, match="goes without --bits"):
         Recipe.of(**given, target_size="1M", bits=4.0)
+
+
+def test_too_few_bits_are_refused_before_the_work(quantize, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(quantize_stage, "read_text", lambda *_args, **_settings: pytest.fail("text was read"))
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=1)
+    with pytest.raises(SchemeError, match=r"2\.500 bits a weight are fewer than the smallest schemes take, 2\.625"):
+        quantize(source, tmp_path / "out", scheme="q4_k", format="gguf", bits=2.5)

@@ -8,6 +8,7 @@ Cost: some seconds. Not done: memory of a GPU by itself; bytes of a GGUF's own e
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -25,9 +26,10 @@ from roundel.models.coverage import coverage_of
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.progress import duration as spoken
-from roundel.recipes import Recipe, with_block_type
+from roundel.recipes import MOST_BITS, Recipe, size_in_bytes, with_block_type
 from roundel.settings import EFFORTS
 from roundel.stages.curvature import PORTION, STATES
+from roundel.stages.ends import schemes_of_ends
 from roundel.stages.linears import schemes_of, stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
@@ -86,6 +88,10 @@ def plan(
     if coverage.warning:
         notes.warn(coverage.warning)
     recipe = with_readable_format(recipe, source, notes)
+    if recipe.target_size is not None:  # about: what beside weights is in a file is not counted
+        sizes, weights = _sizes(source, recipe), sum(linear.weight.numel() for linear in source.linears.values())
+        left = 8 * (size_in_bytes(recipe.target_size) - sizes["bytes"]["output"]) / weights + sizes["bits_per_weight"]
+        recipe = dataclasses.replace(recipe, bits=min(max(left, 1.0), MOST_BITS))
     place = pick_device(device)
     kind, budget = pick_dtype(dtype, place, notes.warn), memory_budget(memory)
     timing = timing_of(source, names, recipe, place, kind)
@@ -151,12 +157,17 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
         kinds = Counter((linear.weight.shape, schemes[name]) for name, linear in source.linears.items())
         for (shape, scheme), count in kinds.items():
             bits += count * stored_bits(recipe, parse_scheme(scheme), torch.empty(shape, dtype=torch.bfloat16, device="meta"))
-    replaced = {checkpoint.weight_of(name) or "" for name in source.linears}
+    ends = {name: scheme for name, (_, scheme) in schemes_of_ends(recipe, source).items()}
+    in_ends = 0
+    for name, scheme in ends.items():
+        shape = source.model.get_parameter(f"{name}.weight").shape
+        in_ends += stored_bits(recipe, parse_scheme(scheme), torch.empty(shape, dtype=torch.bfloat16, device="meta")) // 8
+    replaced = {checkpoint.weight_of(name) or "" for name in [*source.linears, *ends]}
     replaced |= {whole for name in replaced if (whole := checkpoint.part_of(name)) is not None}
     others = sum(size for name, size in checkpoint.sizes.items() if name not in replaced)
     return {
         "bits_per_weight": bits / max(1, weights),
-        "bytes": {"output": int(bits / 8) + others, "source": sum(checkpoint.sizes.values())},
+        "bytes": {"output": int(bits / 8) + in_ends + others, "source": sum(checkpoint.sizes.values())},
     }
 
 

@@ -7,11 +7,16 @@ linears' weights, is the average that `--bits` allocates.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+
+import torch
 
 from roundel.artifacts.source import Source
 from roundel.errors import SchemeError
+from roundel.grids import parse_scheme
 from roundel.recipes import MOST_BITS, Recipe, size_in_bytes
 from roundel.stages.ends import schemes_of_ends
+from roundel.stages.linears import stored_bits
 from roundel.stages.writing import size_without
 
 __all__ = ["with_bits_for_size"]
@@ -22,12 +27,15 @@ TURNS = 4
 
 
 def with_bits_for_size(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe, with the bits that its target size leaves, if it has one.
+    """The recipe, with the bits that its target size leaves, if it has one; checked before the work.
 
     Raises:
-        SchemeError: it is smaller than all that is not quantized.
+        SchemeError: that, or the bits that are asked for, are fewer than the smallest schemes take.
     """
+    if recipe.bits is None:
+        return recipe
     if recipe.target_size is None:
+        _check(recipe, source)
         return recipe
     target = size_in_bytes(recipe.target_size)
     weights = sum(linear.weight.numel() for linear in source.linears.values())
@@ -44,4 +52,22 @@ def with_bits_for_size(recipe: Recipe, source: Source) -> Recipe:
                 "or for fewer bits of embedding and head (--embedding, --head)"
             )
         found = dataclasses.replace(recipe, bits=min(bits, MOST_BITS))
+    _check(found, source)
     return found
+
+
+def _check(recipe: Recipe, source: Source) -> None:
+    """Refuses fewer bits than the smallest schemes take, before the work."""
+    assert recipe.bits is not None
+    shapes = Counter(linear.weight.shape for linear in source.linears.values())
+    least = 0
+    for shape, count in shapes.items():
+        W = torch.empty(shape, dtype=torch.float16, device="meta")
+        schemes = {recipe.fitting(scheme, shape[1]) for scheme in recipe.candidate_schemes()}
+        least += count * min(stored_bits(recipe, parse_scheme(scheme), W) for scheme in schemes)
+    weights = sum(shape.numel() * count for shape, count in shapes.items())
+    if least > recipe.bits * weights + 1:
+        wanted = f"{recipe.bits:.3f} bits a weight" + (f", which --target-size {recipe.target_size} leaves," if recipe.target_size else "")
+        raise SchemeError(
+            f"{wanted} are fewer than the smallest schemes take, {least / weights:.3f}: ask for more, or give smaller schemes (--schemes)"
+        )

@@ -14,7 +14,7 @@ from roundel.commands.line.quantize import quantize
 
 __all__ = ["plan"]
 
-OTHERS = ("output", "factors", "work", "batch_size", "target_size")
+OTHERS = ("output", "factors", "work", "batch_size")
 """Options of `quantize` that say nothing about how much it takes."""
 
 
