@@ -394,7 +394,7 @@ def engines() -> str:
         cells = [
             [
                 row["model"],
-                row["scheme"] + (" *" if any("in place of" in line for line in row["kernels"]) else ""),
+                row["scheme"] + (" *" if row["format"] != "dense" and any("in place of" in line for line in row["kernels"]) else ""),
                 f"`{row['format']}`",
                 f"{row['difference']['logprob_max']:.2g}",
                 f"{row['difference']['kl']:.1e}" + ("" if row["passed"] else ", too much"),
