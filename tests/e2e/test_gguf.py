@@ -31,7 +31,8 @@ def mixed(start: int = 0) -> Any:
 
     def choose(_name: str, linear: nn.Linear) -> str | None:
         kind = next(kinds)
-        return kind if kind is None or linear.in_features % 256 == 0 or not kind.endswith(("_k", "_xs")) else "iq4_nl"
+        columns = 1 if kind is None else gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]][0]
+        return kind if linear.in_features % columns == 0 else "iq4_nl"
 
     for _ in range(start):
         next(kinds)
@@ -191,6 +192,7 @@ def test_the_file_says_what_it_is(written: dict[str, Any], sources: dict[str, Pa
         "iq4_nl": 25,
         "mxfp4": 38,
     }
+    expected |= {"iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq3_s": 26, "iq2_s": 28}
     assert expected.keys() == PACKERS.keys()
     for kind, number in expected.items():
         made = write(sources["qwen3"], tmp_path / kind, lambda name, _, kind=kind: kind if name == "model.layers.0.mlp.up_proj" else None)

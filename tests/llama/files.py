@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from e2e import tiny
 from roundel.formats import gguf
-from roundel.grids import ScalarGrid, parse_scheme
+from roundel.grids import parse_scheme
 from roundel.models.checkpoint import Checkpoint
 from roundel.models.experts import split_experts
+from roundel.rounding import nearest as nearest_codes
 from roundel.types import RoundedWeight
 
 ROWS = 401
@@ -162,10 +163,9 @@ def usual_scales(scheme: str, width: int) -> dict[str, Tensor]:
 def nearest(W: Tensor, scheme: str, *, fitted: int | None = None) -> tuple[RoundedWeight, Tensor]:
     """The rounded weight and what it decodes to; scales are `usual_scales`, or fitted to so many rows, over and over."""
     grid, shape = parse_scheme(scheme), (W.shape[0], W.shape[1])
-    assert isinstance(grid, ScalarGrid)
     few = usual_scales(scheme, shape[1]) if fitted is None else grid.fit_scales(W[:fitted], torch.ones(shape[1]), torch.float16)
     scales = {name: each[torch.arange(shape[0]) % len(each)] for name, each in few.items()}
-    codes = grid.encode(W, *grid.affine(scales, shape, torch.float32))
+    codes = nearest_codes(W, grid, scales)
     return RoundedWeight(scheme=grid.name, codes=codes, scales=scales, shape=shape), grid.dequantize(codes, scales, shape, torch.float32)
 
 

@@ -8,7 +8,9 @@ from gguf import GGMLQuantizationType
 
 from laws.problems import draw
 from roundel.formats.gguf_blocks import PACKERS
-from roundel.grids import ScalarGrid, parse_scheme
+from roundel.grids import ScalarGrid, TileGrid, parse_scheme
+from roundel.grids.codebooks import KINDS
+from roundel.rounding import nearest
 
 D_OUT, D_IN = 3, 512
 TYPES = {name: GGMLQuantizationType[name.upper()] for name in PACKERS}
@@ -43,15 +45,25 @@ def arbitrary_scales(name: str) -> dict[str, torch.Tensor]:
         case "q3_k" | "q6_k" | "iq4_xs":
             low, high = (-128, 127) if name == "q6_k" else (-32, 31)
             return {"d": half["d"], "sc": integers(low, high, D_IN // (32 if name == "iq4_xs" else 16), torch.int8)}
+        case _ if name in KINDS:
+            return {"d": half["d"], "sc": integers(0, 15, D_IN // KINDS[name].group, torch.uint8)}
         case _:
             columns, most = (D_IN // 16, 15) if name == "q2_k" else (D_IN // 32, 63)
             return {**half, "sc": integers(0, most, columns, torch.uint8), "m": integers(1, most, columns, torch.uint8)}
 
 
+def arbitrary_codes(name: str) -> torch.Tensor:
+    """Any codes that the format can store."""
+    grid = parse_scheme(name)
+    if isinstance(grid, TileGrid):
+        values = grid.rms * draw(D_OUT * D_IN // grid.tile(D_OUT, D_IN)[1], grid.tile(D_OUT, D_IN)[1], seed=3)
+        return grid.encode_tiles(values).unflatten(0, (D_OUT, -1))
+    return integers(*scalar(name).code_range, D_IN, torch.int8)
+
+
 @every_type
 def test_gguf_reads_from_our_bytes_what_the_grid_decodes(name: str) -> None:
-    grid, scales = scalar(name), arbitrary_scales(name)
-    codes = integers(*grid.code_range, D_IN, torch.int8)
+    grid, scales, codes = parse_scheme(name), arbitrary_scales(name), arbitrary_codes(name)
     raw = PACKERS[name](codes, scales)
     assert raw.shape == (D_OUT, gguf.quant_shape_to_byte_shape((D_OUT, D_IN), TYPES[name])[1])
     assert torch.equal(read(raw, name), grid.dequantize(codes, scales, (D_OUT, D_IN), torch.float32))
@@ -59,19 +71,17 @@ def test_gguf_reads_from_our_bytes_what_the_grid_decodes(name: str) -> None:
 
 @every_type
 def test_fitted_scales_pack_without_loss(name: str) -> None:
-    grid, W = scalar(name), draw(D_OUT, D_IN, seed=5, dtype=torch.float32)
+    grid, W = parse_scheme(name), draw(D_OUT, D_IN, seed=5, dtype=torch.float32)
     scales = grid.fit_scales(W, torch.ones(D_IN), torch.bfloat16)
-    codes = grid.encode(W, *grid.affine(scales, (D_OUT, D_IN), torch.float32))
+    codes = nearest(W, grid, scales)
     assert torch.equal(read(PACKERS[name](codes, scales), name), grid.dequantize(codes, scales, (D_OUT, D_IN), torch.float32))
 
 
 @every_type
 def test_the_bytes_are_as_many_as_the_grid_says(name: str) -> None:
-    grid = scalar(name)
-    codes = torch.zeros(D_OUT, D_IN, dtype=torch.int8)
-    packed = PACKERS[name](codes, arbitrary_scales(name))
+    packed = PACKERS[name](arbitrary_codes(name), arbitrary_scales(name))
     assert packed.dtype == torch.uint8
-    assert packed.numel() * 8 == grid.stored_bits((D_OUT, D_IN), torch.float32)
+    assert packed.numel() * 8 == parse_scheme(name).stored_bits((D_OUT, D_IN), torch.float32)
 
 
 @pytest.mark.parametrize(("name", "gain"), [("q4_0", 0.9), ("q5_0", 0.95), ("q8_0", 1.0), ("mxfp4", 0.95)])

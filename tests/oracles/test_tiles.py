@@ -11,7 +11,7 @@ from torch import Tensor
 from laws.problems import covariance, draw, loss, random_problem, scales_for, with_factors
 from roundel.grids import Grid, ScalarGrid, Scales, TileGrid, parse_scheme
 from roundel.linalg.ldl import block_lower, ldl
-from roundel.rounding import feedback, refit_scales, round_weight, round_weights, tiles
+from roundel.rounding import feedback, nearest, refit_scales, round_weight, round_weights, tiles
 from roundel.rounding.scale import Refits
 from roundel.rounding.state import State, roughly_curved
 from roundel.rounding.tiles import in_step
@@ -316,6 +316,8 @@ REFITTED = {
     "q4_k": (3, 512),
     "q5_k": (2, 256),
     "q6_k": (2, 256),
+    "iq2_s": (2, 256),
+    "iq3_xxs": (2, 512),
     "lattice2": (5, 21),
     "trellis2-s4": (17, 20),
 }
@@ -381,6 +383,8 @@ def test_refitted_scales_are_the_least_squares_of_all_at_once(scheme: str, monke
         ("trellis2-s8", (32, 48)),
         ("trellis2-s8", (20, 30)),
         ("q4_k", (6, 256)),
+        ("iq2_xs", (6, 256)),
+        ("iq3_s", (6, 512)),
         ("int4-g8-asym", (24, 64)),
         ("int4-g8-affine", (24, 64)),
         ("nvfp4", (24, 64)),
@@ -411,6 +415,24 @@ def test_a_weight_of_zeros_is_coded_as_nothing(grid: TileGrid) -> None:
     problem = replace(random_problem(6, 24, seed=2, dtype=torch.float32), W=torch.zeros(6, 24))
     result = round_weight(problem, grid, sweeps=2, scale_dtype=torch.float32)
     assert grid.dequantize(result.codes, result.scales, (6, 24), torch.float32).abs().max() < 1e-30
+
+
+def test_tiles_with_steps_of_their_own_gain_from_every_stage() -> None:
+    """Feedback and sweeps of tiles in units of scales for groups: as if each tile's step were the grid's, which no other grid has."""
+    grid, shape, totals = parse_scheme("iq3_xxs"), (12, 256), torch.zeros(3, dtype=torch.float64)
+    assert isinstance(grid, TileGrid)
+    for seed in range(3):
+        problem = random_problem(*shape, seed=seed)
+        problem = replace(problem, W=problem.W * torch.logspace(-1, 1, 8, dtype=torch.float64).repeat_interleave(32))
+        scales = scales_for(problem, grid)
+        assert len(grid.steps(scales, shape, torch.float64).unique()) > 8
+        fed = feedback_tiles(problem, grid, scales)
+        results = [nearest(problem.W, grid, scales), fed, sweep_tiles(problem, grid, scales, fed)]
+        losses = torch.tensor([loss_of(problem, grid, codes, scales) for codes in results])
+        totals += losses / losses[0]
+    rounded, two_sided, swept = totals.tolist()
+    assert swept < 0.97 * two_sided
+    assert two_sided < 0.8 * rounded
 
 
 @pytest.mark.parametrize("grid", [BOOK, TALL, LATTICE, TRELLIS, parse_scheme("int3-g4")], ids=lambda grid: grid.name)

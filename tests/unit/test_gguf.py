@@ -18,6 +18,7 @@ from roundel.formats.gguf_blocks import PACKERS
 from roundel.formats.gguf_settings import language_config
 from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
+from roundel.rounding import nearest
 
 
 @pytest.mark.parametrize("name", PACKERS)
@@ -114,7 +115,7 @@ def test_packed_rows_can_be_moved(name: str) -> None:
     """A row's bytes do not depend on other rows."""
     grid, W = parse_scheme(name), draw(6, 256, seed=1, dtype=torch.float32)
     scales = grid.fit_scales(W, torch.ones(256), torch.float16)
-    codes = torch.randint(0, 4, (6, 256), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes = nearest(W, grid, scales)
     order = _pairs_side_by_side(6, 1)
     moved = PACKERS[name](codes[order], {key: each[order] for key, each in scales.items()})
     assert torch.equal(PACKERS[name](codes, scales)[order], moved)

@@ -74,6 +74,11 @@ _FILE_TYPES = {
     "q4_k": LlamaFileType.MOSTLY_Q4_K_S,
     "q5_k": LlamaFileType.MOSTLY_Q5_K_S,
     "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "iq2_xxs": LlamaFileType.MOSTLY_IQ2_XXS,
+    "iq2_xs": LlamaFileType.MOSTLY_IQ2_XS,
+    "iq2_s": LlamaFileType.MOSTLY_IQ2_S,
+    "iq3_xxs": LlamaFileType.MOSTLY_IQ3_XXS,
+    "iq3_s": LlamaFileType.MOSTLY_IQ3_S,
 }
 """What a file is called in which most quantized weights are of a type."""
 

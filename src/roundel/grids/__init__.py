@@ -6,13 +6,13 @@ A new family is one file with a `Grid` and a `parse` function, and one entry in 
 import functools
 
 from roundel.errors import SchemeError
-from roundel.grids import affine, asymmetric, blocks, lattice, minifloat, trellis, uniform
+from roundel.grids import affine, asymmetric, blocks, codebooks, lattice, minifloat, trellis, uniform
 from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.grids.uniform import Uniform
 
 __all__ = ["Grid", "ScalarGrid", "Scales", "TileGrid", "Uniform", "parse_scheme"]
 
-_FAMILIES = (uniform.parse, asymmetric.parse, affine.parse, minifloat.parse, blocks.parse, lattice.parse, trellis.parse)
+_FAMILIES = (uniform.parse, asymmetric.parse, affine.parse, minifloat.parse, blocks.parse, codebooks.parse, lattice.parse, trellis.parse)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 Two kinds. A `ScalarGrid` rounds each weight by itself: values are `levels[code] * step + offset`, and families differ in their levels and
 in how steps and offsets are stored (one scale for a group, a zero point, two levels of scales in a block). A `TileGrid` rounds tiles of
-many weights at once (lattices, trellises), in units of one scale for the matrix.
+many weights at once (lattices, trellises, llama.cpp's codebooks), in units of one scale for the matrix, or of a step for each tile.
 
 A grid never sees curvature, beyond how much each column, or each entry of a tile, weighs. What it stores it names: `scales` are tensors by
 name, each `(rows, columns)` with `rows` dividing `d_out` and `columns` dividing `d_in`, one entry for each block of the weight so divided.
@@ -168,13 +168,19 @@ class IntegerGrid(ScalarGrid):
 
 
 class TileGrid(Grid):
-    """Tiles of many weights at once, in units of one scale for the matrix, a float32 number of `SIGNIFICAND` significant bits.
+    """Tiles of many weights at once, each in units of a step.
+
+    The step is one `scale` for the matrix, a float32 number of `SIGNIFICAND` significant bits, unless a family stores others: then it
+    overrides what is about scales, and names in `free` the one that may be refitted.
 
     `codes` is `(tile rows, tile columns, symbols)`; a tile's entries are in row-major order. Where tiles do not divide a weight, its last
     rows and columns are filled up with zeros that weigh nothing.
     """
 
     rotates = True
+
+    free: str = "scale"
+    """The scale that steps, and so the weight, are proportional to."""
 
     @abstractmethod
     def tile(self, d_out: int, d_in: int) -> tuple[int, int]:
@@ -207,6 +213,11 @@ class TileGrid(Grid):
         # Codes need not hold a zero: a weight of zeros gets a scale that makes them vanish.
         scale = max(size / (self.rms * HEADROOM), torch.finfo(torch.float32).tiny)
         return {"scale": _significand(torch.full((1, 1), scale, dtype=torch.float64, device=W.device)).clamp(max=LARGEST).float()}
+
+    def steps(self, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "down across"]:
+        """The step of each tile."""
+        rows, columns = self.tile(*shape)
+        return scales["scale"].to(dtype).expand(-(-shape[0] // rows), -(-shape[1] // columns))
 
     def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
         return self.parts(codes, scales, shape, dtype)["scale"] * scales["scale"].to(dtype)

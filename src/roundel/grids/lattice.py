@@ -30,7 +30,7 @@ from torch import Tensor
 
 from roundel.grids.base import TileGrid
 
-__all__ = ["Lattice", "parse"]
+__all__ = ["CHUNK", "Lattice", "cheapest_flip", "parse"]
 
 SIZE = 8
 SHIFT = 0.25
@@ -132,7 +132,7 @@ def _nearest(values: Float[Tensor, "tiles 8"], weights: Float[Tensor, "tiles 8"]
         moments = torch.cat([weighed, linear], dim=1)
         right, wrong = tables[own], tables[1 - own]
         best, at = (moments @ right[2]).min(1)
-        mended, mended_at = torch.add(moments @ wrong[2], _cheapest_flip(linear, wrong[1]), alpha=4).min(1)
+        mended, mended_at = torch.add(moments @ wrong[2], cheapest_flip(linear, wrong[1]), alpha=4).min(1)
         mend = mended < best
         cost[rows] = torch.where(mend, mended, best) + (linear * size).sum(1)
         number[rows] = torch.where(mend, wrong[0][mended_at], right[0][at])
@@ -144,12 +144,12 @@ def _nearest(values: Float[Tensor, "tiles 8"], weights: Float[Tensor, "tiles 8"]
     return torch.where(cost[: len(values)] <= cost[len(values) :], plus, minus + (1 << 7))
 
 
-def _cheapest_flip(linear: Float[Tensor, "tiles 8"], patterns: Float[Tensor, "patterns 8"]) -> Float[Tensor, "tiles patterns"]:
+def cheapest_flip(linear: Float[Tensor, "tiles size"], patterns: Float[Tensor, "patterns size"]) -> Float[Tensor, "tiles patterns"]:
     """`min_i linear_i pattern_i`, one entry after the other in the same memory, which stays in the cache."""
     columns = patterns.T.contiguous()
     least = linear[:, :1] * columns[0]
     other = torch.empty_like(least)
-    for entry in range(1, SIZE):
+    for entry in range(1, len(columns)):
         torch.mul(linear[:, entry : entry + 1], columns[entry], out=other)
         torch.minimum(least, other, out=least)
     return least

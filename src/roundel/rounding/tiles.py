@@ -114,7 +114,7 @@ def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> 
     """Codes `(tile rows, tile columns, symbols)` by two-sided feedback, tiles from the bottom right."""
     tiling = _Tiling.of(grid, problem.shape)
     rows, columns, down, across = tiling.rows, tiling.columns, tiling.down, tiling.across
-    scale = scales["scale"].to(problem.W.dtype).squeeze()
+    steps = grid.steps(scales, problem.shape, problem.W.dtype)[:, :, None, None]
     W = tiling.padded(problem.W)
     inside = tiling.split(tiling.padded(torch.ones_like(problem.W)))
     L_out, L_in = (
@@ -134,11 +134,11 @@ def feedback_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales) -> 
         j = wave - i
         target = W_tiles[i, j] + F_tiles[i, j] + R_tiles[i, j]
         weights = weigh_out[i].unsqueeze(2) * weigh_in[j].unsqueeze(1) * inside[i, j]
-        found = yield Wanted(values=(target / scale).flatten(1), weights=_normalised(weights.flatten(1)))
+        found = yield Wanted(values=(target / steps[i, j]).flatten(1), weights=_normalised(weights.flatten(1)))
         if codes is None:
             codes = torch.zeros(down, across, found.shape[1], dtype=found.dtype, device=found.device)
         codes[i, j] = found
-        E = (W_tiles[i, j] - scale * grid.decode_tiles(found).to(W.dtype).unflatten(1, (rows, columns))) * inside[i, j]
+        E = (W_tiles[i, j] - steps[i, j] * grid.decode_tiles(found).to(W.dtype).unflatten(1, (rows, columns))) * inside[i, j]
         Y = E + F_tiles[i, j]
         by_row[i] += E @ below_in[j]
         by_column[:, j] += (below_out[i].transpose(1, 2) @ Y).transpose(0, 1)
@@ -150,7 +150,7 @@ def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes:
     """One sweep over all tiles; returns new codes whose proxy loss is not higher."""
     tiling = _Tiling.of(grid, problem.shape)
     rows, columns, down, across = tiling.rows, tiling.columns, tiling.down, tiling.across
-    scale = scales["scale"].to(problem.W.dtype).squeeze()
+    steps = grid.steps(scales, problem.shape, problem.W.dtype)[:, :, None, None]
     W = tiling.padded(problem.W)
     inside = tiling.split(tiling.padded(torch.ones_like(problem.W)))
     H_out, H_in = _extended(problem.H_out, len(W)), _extended(problem.H_in, W.shape[1])
@@ -159,7 +159,7 @@ def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes:
     inverse_out, inverse_in = torch.linalg.inv(own_out.double()).to(W.dtype), torch.linalg.inv(own_in.double()).to(W.dtype)
     weigh_out, weigh_in = own_out.diagonal(dim1=1, dim2=2), own_in.diagonal(dim1=1, dim2=2)
     codes = codes.clone()
-    W_hat = scale * tiling.padded(grid.from_tiles(grid.decode_tiles(codes.flatten(0, 1)).to(W.dtype), problem.shape))
+    W_hat = tiling.padded(grid.dequantize(codes, scales, problem.shape, W.dtype))
     hat_tiles = tiling.split(W_hat)
     R = (W - W_hat) @ H_in  # (d_out, d_in)
     R_rows, R_columns = R.unflatten(0, (down, rows)), R.unflatten(1, (across, columns))
@@ -172,8 +172,8 @@ def sweep_tiles(problem: RoundingProblem, grid: TileGrid, scales: Scales, codes:
         P = out_rows[i] @ R_columns[:, j].transpose(0, 1)
         best = hat_tiles[i, j] + inverse_out[i] @ P @ inverse_in[j]
         weights = weigh_out[i].unsqueeze(2) * weigh_in[j].unsqueeze(1) * inside[i, j]
-        found = yield Wanted(values=(best / scale).flatten(1), weights=_normalised(weights.flatten(1)))
-        values = scale * grid.decode_tiles(found).to(W.dtype).unflatten(1, (rows, columns)) * inside[i, j]
+        found = yield Wanted(values=(best / steps[i, j]).flatten(1), weights=_normalised(weights.flatten(1)))
+        values = steps[i, j] * grid.decode_tiles(found).to(W.dtype).unflatten(1, (rows, columns)) * inside[i, j]
         change = values - hat_tiles[i, j]
         curved = own_out[i] @ change @ own_in[j]
         accepted = _accept(change, P, curved, H_out, H_in, i, j, rows, columns)

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
+from roundel.grids.base import spread
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.tuning.sharded import local, whole
@@ -128,7 +129,7 @@ class TrainedScalars(Trained):
 
 
 class TrainedTiles(Trained):
-    """Vectors in place of the rotation's signs, or the scale."""
+    """Vectors in place of the rotation's signs, or factors of the scale."""
 
     def __init__(self, linear: nn.Linear, weight: RoundedWeight, grid: TileGrid) -> None:
         super().__init__(linear, weight)
@@ -139,7 +140,7 @@ class TrainedTiles(Trained):
             fixed = fixed / out[:, None] / into
             self.vectors = nn.ParameterList([nn.Parameter(out), nn.Parameter(into)])
         else:
-            self.vectors = nn.ParameterList([nn.Parameter(torch.ones(1, 1, device=device))])
+            self.vectors = nn.ParameterList([nn.Parameter(torch.ones_like(weight.scales[grid.free], dtype=torch.float32, device=device))])
         self.fixed = nn.Parameter(fixed, requires_grad=False)
 
     @property
@@ -152,16 +153,17 @@ class TrainedTiles(Trained):
 
     def W_hat(self) -> Float[Tensor, "d_out d_in"]:
         if len(self.scales) == 1:
-            return self.fixed * self.scales[0]
+            return self.fixed * spread(self.scales[0], self.start.shape)
         out, into = self.scales
         return out[:, None] * self.fixed * into
 
     @torch.no_grad()
     def stored(self) -> RoundedWeight:
-        scale, rotation = self.start.scales["scale"], self.start.rotation
+        scale, rotation = self.start.scales[self.grid.free], self.start.rotation
         vectors = [whole(local(vector), vector).detach().cpu() for vector in self.scales]
         if not isinstance(rotation, Rotation):
-            return replace(self.start, scales={"scale": self.grid.stored("scale", scale * vectors[0], scale)}, trace=())
+            stored = self.grid.stored(self.grid.free, scale.float() * vectors[0], scale)
+            return replace(self.start, scales={**self.start.scales, self.grid.free: stored}, trace=())
         mantissa, exponent = math.frexp(scale.item())
         out, into = vectors
         turned = replace(rotation, signs_out=(out * mantissa).half(), signs_in=into.half())
