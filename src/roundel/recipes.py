@@ -91,6 +91,9 @@ class Recipe(Settings):
             check_format(self.written_format(), grid, None)
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
+        for scheme in self.used_schemes if self.tune != "none" else ():
+            if not _holds("native", parse_scheme(scheme), None):  # what tuning keeps
+                raise SchemeError(f"--tune {self.tune}: {scheme} cannot be tuned; use --tune none or another scheme")
         splits_rows = parse_curvature(self.curvature).row_groups > 1
         for scheme in self.used_schemes:
             if splits_rows and self.rotation_of(parse_scheme(scheme)):

@@ -10,6 +10,7 @@ from roundel.errors import SchemeError
 from roundel.grids import parse_scheme
 from roundel.grids.base import spread
 from roundel.grids.codebooks import KINDS, CodebookBlock
+from roundel.recipes import Recipe
 from roundel.rounding import nearest
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -126,3 +127,9 @@ def test_widths_that_do_not_divide_are_refused() -> None:
         grid_of("iq3_xxs").check(4, 96)
     with pytest.raises(SchemeError, match="try int3-channel"):
         grid_of("iq3_xxs").check(4, 90)
+
+
+def test_tuning_is_refused_at_once() -> None:
+    with pytest.raises(SchemeError, match="--tune blocks: iq3_xxs cannot be tuned; use --tune none"):
+        Recipe(scheme="iq3_xxs", format="gguf", tune="blocks")
+    assert Recipe(scheme="iq3_xxs").written_format() == "gguf"

@@ -28,7 +28,7 @@ from roundel.models import locate
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="no llama.cpp in this environment: make test-llama")
 
 TYPES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0")
-OTHER_TYPES = ("q5_k", "q6_k", "iq4_nl", "iq4_xs", "q5_0", "mxfp4")
+OTHER_TYPES = ("q5_k", "q6_k", "iq4_nl", "iq4_xs", "q5_0", "mxfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
 EIGHT_BITS, FLOAT = 0.03, 0.001
 """Largest differences of logits, as parts of the largest, where activations are and are not rounded."""
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ many candidates around `max / most` are judged without a pass over the weights. 
 chosen among neighbours by what they round the weights to, and polished in turns with `d` and `dmin` in closed form.
 Cost: 50 (blocks) to 100 (superblocks) passes over the weights: 4096 x 4096 takes 2 s (q8_0) to 20 s (q2_k, q4_k) on one core.
 
-Not done: the other types (codebooks of 4 or 8 weights, ternary digits); negative `dmin`, which the format would allow.
+Not done: ternary digits (codebooks of 4 or 8 weights: `codebooks.py`); negative `dmin`, which the format would allow.
 """
 
 from __future__ import annotations
