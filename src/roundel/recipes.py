@@ -13,7 +13,7 @@ from typing import Any, Literal
 from roundel.curvature import parse_curvature
 from roundel.errors import SchemeError
 from roundel.formats import FORMATS, gguf
-from roundel.formats.gguf_mixes import MIXES, NARROW
+from roundel.formats.gguf_mixes import CANDIDATES, MIXES, NARROW
 from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
 from roundel.settings import EFFORTS, Settings
@@ -221,7 +221,7 @@ class Recipe(Settings):
         if self.schemes:
             return self.schemes
         if self.format in ("auto", "gguf") and self.scheme in NARROW:
-            return (*NARROW, "q8_0")
+            return CANDIDATES
         found = re.fullmatch(r"([a-z]+)(\d)(-.*)?", self.scheme)
         others = [f"{found[1]}{bits}{found[3] or ''}" for bits in range(1, 9)] if found else []
         known = [scheme for scheme in others if _known(scheme) and self._fits(scheme)]

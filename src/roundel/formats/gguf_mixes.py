@@ -22,10 +22,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-__all__ = ["MIXES", "NARROW", "Mix", "mix_types"]
+__all__ = ["CANDIDATES", "MIXES", "NARROW", "Mix", "mix_types"]
 
-NARROW = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_0", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+NARROW = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_0", "q6_k": "q8_0"} | dict.fromkeys(
+    ("iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"), "iq4_nl"
+)
 """The type with blocks of 32 that llama.cpp takes in the place of one with 256; but for `q5_k`, whose place `q5_1` takes there."""
+
+CANDIDATES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+"""Types that bits are allocated over where nothing else is said: those that are fitted fast."""
 
 Types = tuple[tuple[str, str], ...]
 """Conditions and types, of which the first whose condition holds is taken; the last has none."""
