@@ -155,8 +155,8 @@ def example_module(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def entry(name: str) -> str:
-    """The line that the page tells to write into the file `name`."""
-    (line,) = re.findall(rf"The entry, in `src/{re.escape(name)}`:\n\n```python\n(.*?)\n```", text_of(EXTENDING))
+    """What the page tells to write into the file `name`."""
+    (line,) = re.findall(rf"The entry, in `src/{re.escape(name)}`:\n\n```python\n(.*?)\n```", text_of(EXTENDING), re.DOTALL)
     return line
 
 

@@ -385,7 +385,7 @@ def test_file_too_large_for_the_disk(fails) -> None:
     message = fails(code=4)
     assert "0001-00.safetensors failed" in message  # the first group's curvature
     assert "arge" in message
-    message = fails("--curvature", "identity", "--include", "*.k_proj", code=4)  # whose curvature and codes fit
+    message = fails("--curvature", "identity", "--include", "*.o_proj", code=4)  # whose curvature and codes fit
     assert "model.safetensors failed" in message
     assert "arge" in message
 

@@ -472,13 +472,17 @@ def digests(weight: RoundedWeight) -> list[str]:
     return [hashlib.sha256(part.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] for part in parts]
 
 
+LATER = {"q5_0", "iq4_xs"}
+"""Schemes that came after the file."""
+
+
 def test_version_1_is_read_as_it_always_was() -> None:
     """No committed byte may change: files of version 1 are with users."""
     stored = load_file(GOLDEN.with_suffix(".safetensors"))
     record = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
     layouts = parse_config(record["quantization_config"])
     assert layouts.keys() == record["sha256"].keys()
-    assert {layout.scheme for layout in layouts.values()} == {*SCHEMES, "int4-g32"}
+    assert {layout.scheme for layout in layouts.values()} == {*SCHEMES, "int4-g32"} - LATER
     for name, layout in layouts.items():
         tensors = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.rpartition(".")[0] == name}
         weight = FORMAT.unpack(tensors, layout.grid, layout.shape)

@@ -69,5 +69,5 @@ def _check(recipe: Recipe, source: Source) -> None:
     if least > recipe.bits * weights + 1:
         wanted = f"{recipe.bits:.3f} bits a weight" + (f", which --target-size {recipe.target_size} leaves," if recipe.target_size else "")
         raise SchemeError(
-            f"{wanted} are fewer than the smallest schemes take, {least / weights:.3f}: ask for more, or give smaller schemes (--schemes)"
+            f"{wanted} are fewer than the smallest schemes take, {least / weights:.3f}: ask for more bits or smaller schemes (--schemes)"
         )
