@@ -48,14 +48,14 @@ class EndMoments:
 
     embedding: Float[Tensor, "d d"]
     """`A`."""
-    head: Float[Tensor, "d d"]
-    """`B`; zeros without a head."""
+    head: Float[Tensor, "h h"]
+    """`B`; one zero without a head."""
     share: Float[Tensor, " vocabulary"]
     """`n`, as if every token had been seen once more."""
 
     def factors(self, *, embeds: bool, heads: bool) -> Iterator[tuple[slice, KroneckerFactors]]:
         """Of a matrix that is one of the ends or both: rows, and theirs."""
-        H = (self.embedding if embeds else 0) + (self.head if heads else torch.zeros_like(self.embedding))
+        H = torch.stack([*[self.embedding] * embeds, *[self.head] * heads]).sum(0)
         size = H.diagonal().mean().item()
         H, start = H / size, 0
         for share in self.share.split(ROWS):
@@ -75,8 +75,9 @@ def end_moments(visit: Visit, layers: Layers, tokens: TokenBatch, rows: Sequence
     assert last is not None
     runs, device = processes.runs(rows), layers.device
     embedding: nn.Embedding = layers.model.get_input_embeddings()  # type: ignore[operator]
-    has_head = isinstance(layers.model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
-    width, head_width = embedding.embedding_dim, last.shape[-1]
+    head = layers.model.get_output_embeddings()  # type: ignore[operator]
+    has_head = isinstance(head, nn.Linear)
+    width, head_width = embedding.embedding_dim, head.in_features if has_head else 1
 
     def part(number: int) -> list[Tensor]:
         A, B, rest = torch.zeros(width, width, device=device), torch.zeros(head_width, head_width, device=device), torch.zeros(5)

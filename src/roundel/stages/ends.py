@@ -104,8 +104,9 @@ def measure_ends(visit: Visit, recipe: Recipe, source: Source, split: Split, wor
     rows = range(len(split.calibration))
     found = end_moments(visit, source.layers, split.used, rows, seed=recipe.seed)
     if processes.first():
-        work.ends.mkdir(parents=True, exist_ok=True)
-        with storage(work.ends), staged_file(work.ends / FILE) as temporary:
+        with storage(work.ends):
+            work.ends.mkdir(parents=True, exist_ok=True)
+        with staged_file(work.ends / FILE) as temporary:
             save_file({"embedding": found.embedding, "head": found.head, "share": found.share}, temporary)
     processes.wait()
 

@@ -95,7 +95,7 @@ def round_model(
             natural = recipe.natural_steps(*split.calibration.ids.shape, weights=sum(linear.weight.numel() for linear in linears.values()))
             prefix = Prefix(
                 tokens=chosen,
-                outside=ends.values(),
+                outside=ends.values,
                 quickly=max(parse_scheme(scheme).bits for scheme in schemes.values()) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
                 steps=None

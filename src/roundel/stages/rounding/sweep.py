@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ class Prefix:
     tokens: TokenBatch
     """Calibration sequences that go along both paths."""
     strengths: Strengths
-    outside: Mapping[str, Tensor] = field(default_factory=dict)
-    """Other parameters as they are rounded, by name: the embedding."""
+    outside: Callable[[], Mapping[str, Tensor]] = dict
+    """Makes other parameters as they are rounded, by name: the embedding, which may be large and is needed once."""
     steps: Steps | None = None
     """What the natural-gradient steps need besides; None: there are none."""
     quickly: bool = False
@@ -252,7 +252,8 @@ class _Paths:
         self._x, self._xq = self._new("original-000"), self._new("rounded-000")
         for rows in batches(self._rows, self._batch_size):
             self._x.write(rows, self._layers.embed(self._ids(rows)))
-            with self._layers.replaced(self._prefix.outside):
+        with self._layers.replaced(self._prefix.outside()):
+            for rows in batches(self._rows, self._batch_size):
                 self._xq.write(rows, self._layers.embed(self._ids(rows)))
         self._x.finish()
         self._xq.finish()
