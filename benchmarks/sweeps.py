@@ -41,7 +41,7 @@ from roundel.rounding.nearest import nearest
 from roundel.rounding.prefix import Strengths
 from roundel.stages.curvature import measure_curvature
 from roundel.stages.ends import Ends
-from roundel.stages.evaluation import evaluate_written
+from roundel.stages.evaluation import evaluate_values
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
 from roundel.stages.rounding import round_model
@@ -148,7 +148,7 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
             "forward and backward": lambda: backward(source, split.calibration, batch),
             "collection": collect,
             "rounding sweep": sweep,
-            "evaluation": lambda: evaluate_written(written, source, split, notes, batch_size=batch, work=work),
+            "evaluation": lambda: evaluate_values(written, source, split, notes, batch_size=batch, work=work),
         }
         for turn in range(args.rounds + 1):  # the first warms up
             for name, call in calls.items():

@@ -34,6 +34,7 @@ RANKS = [
     ("registration", 7),
     ("artifacts", 7),
     ("tuning", 8),
+    ("given", 8),
     ("stages", 9),
     ("commands", 10),
     ("__main__", 12),
@@ -61,7 +62,9 @@ STAGES = [
     ("plan", 9),
     ("report", 8),
     ("finish", 9),
+    ("judge", 8),
     ("quantize", 10),
+    ("refine", 10),
     ("tune", 10),
     ("export", 10),
 ]

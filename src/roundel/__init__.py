@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from roundel.stages.collecting import collect_factors
     from roundel.stages.export import export, export_imatrix
     from roundel.stages.quantize import quantize
+    from roundel.stages.refine import refine
     from roundel.stages.report import Quantized
     from roundel.stages.tune import tune
 
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "export_imatrix",
     "quantize",
+    "refine",
     "tune",
     "upload",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "export": "roundel.stages.export",
     "export_imatrix": "roundel.stages.export",
     "quantize": "roundel.stages.quantize",
+    "refine": "roundel.stages.refine",
     "tune": "roundel.stages.tune",
     "upload": "roundel.commands.upload",
 }

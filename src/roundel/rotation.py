@@ -24,14 +24,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float16, Int8
+from jaxtyping import Float, Float16, Int8, Integer
 from torch import Tensor
 
 from roundel.errors import SchemeError
 from roundel.linalg.hadamard import BLOCK, block_hadamard, hadamard
 from roundel.types import KroneckerFactors
 
-__all__ = ["KINDS", "Rotation"]
+__all__ = ["KINDS", "Permutation", "Rotation"]
 
 KINDS = ("hadamard", "hadamard128")
 
@@ -105,3 +105,24 @@ class Rotation:
         """`H_n S H S H_n^T`, symmetric to the last bit."""
         rotated = self._forward(self._forward(H, signs).T, signs)
         return (rotated + rotated.T) / 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Permutation:
+    """Columns in another order: those that share a scale side by side, where a model of others has them apart (GPTQ's activation order)."""
+
+    columns: Integer[Tensor, " d_in"]
+    """Of each column in that order, the weight's."""
+
+    def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """The weight in that order; also an error of it."""
+        return W[:, self.columns].contiguous()
+
+    def restore_weight(self, rotated: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """The inverse."""
+        return rotated[:, torch.argsort(self.columns)].contiguous()
+
+    def rotate_factors(self, factors: KroneckerFactors) -> KroneckerFactors:
+        """The curvature of the weight in that order."""
+        H_in = factors.H_in[self.columns][:, self.columns].contiguous()
+        return KroneckerFactors(H_out=factors.H_out, H_in=H_in, scale=factors.scale)

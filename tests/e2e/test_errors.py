@@ -425,7 +425,7 @@ def test_signals_while_the_output_is_half_written(number, code, command, model, 
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    monkeypatch.setattr("roundel.stages.finish.evaluate_written", interrupt)
+    monkeypatch.setattr("roundel.stages.finish.evaluate_values", interrupt)
     outcome = command("quantize", model(), "-o", tmp_path / "out", "--calibration", text, *SHORT, "--quiet")
     assert len(seen) == 1
     assert outcome.code == code

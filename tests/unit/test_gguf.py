@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,9 +15,10 @@ from tokenizers import normalizers as norms
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.gguf import _pairs_side_by_side, check
-from roundel.formats.gguf_blocks import PACKERS
+from roundel.formats.gguf import check
+from roundel.formats.gguf_blocks import PACKERS, unpack
 from roundel.formats.gguf_settings import language_config
+from roundel.formats.gguf_tensors import _pairs_side_by_side
 from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
 from roundel.rounding import nearest
@@ -108,6 +111,22 @@ def test_rotary_pairs_become_neighbours(heads: int, head_dim: int) -> None:
         for pair in range(head_dim // 2):
             for side in range(2):
                 assert order[head * head_dim + 2 * pair + side] == head * head_dim + pair + side * head_dim // 2
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_any_bytes_of_a_block_type_are_read(name: str) -> None:
+    """Also those that this package would not write: scales of zero, codes that it leaves out."""
+    columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 4 * size), dtype=np.uint8))
+    codes, scales = unpack(name, rows)
+    with np.errstate(all="ignore"):
+        theirs = torch.from_numpy(gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name.upper()]))
+    ours = parse_scheme(name).dequantize(codes, scales, (6, 4 * columns), torch.float32)
+    finite = torch.isfinite(theirs)  # a random float16 may be none
+    assert finite.any()
+    assert torch.equal(ours[finite], theirs[finite])
+    if name != "mxfp4":  # which has two zeros
+        assert torch.equal(PACKERS[name](codes, scales), rows)
 
 
 @pytest.mark.parametrize("name", PACKERS)

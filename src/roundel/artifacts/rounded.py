@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from roundel import processes
 from roundel.errors import SchemeError, StorageError
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
-from roundel.rotation import Rotation
+from roundel.rotation import Permutation, Rotation
 from roundel.store import staged_file, storage
 from roundel.types import RoundedWeight
 
 __all__ = ["RoundedFiles", "shared"]
+
+COLUMNS = "columns"
+"""A part for the order of columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,8 @@ def shared(
 
 
 def _parts(weight: RoundedWeight) -> dict[str, Tensor]:
+    if isinstance(weight.rotation, Permutation):
+        return {**_parts(replace(weight, rotation=None)), COLUMNS: weight.rotation.columns}
     try:
         return FORMATS["native"].pack(weight)
     except SchemeError:
@@ -119,6 +124,9 @@ def _parts(weight: RoundedWeight) -> dict[str, Tensor]:
 
 
 def _weight(parts: Mapping[str, Tensor], scheme: str, shape: tuple[int, int]) -> RoundedWeight:
+    if COLUMNS in parts:
+        own = _weight({name: part for name, part in parts.items() if name != COLUMNS}, scheme, shape)
+        return replace(own, rotation=Permutation(columns=parts[COLUMNS]))
     if "plain.codes" not in parts:
         return FORMATS["native"].unpack(parts, parse_scheme(scheme), shape)
     scales = {key.removeprefix("plain.scale."): scale for key, scale in parts.items() if key.startswith("plain.scale.")}

@@ -7,7 +7,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Source:
     """Tokens in a sequence: as asked for, at most the model's positions."""
     weights: FileWeights | None = None
     """Brings the decoder layers, where they are not in memory."""
+    given: Mapping[str, RoundedWeight] = field(default_factory=dict)
+    """What linears are quantized to already, where that is to be made better."""
+    given_schemes: Mapping[str, str] = field(default_factory=dict)
+    """Their schemes."""
 
     @cached_property
     def layers(self) -> Layers:

@@ -22,6 +22,7 @@ from roundel.commands.line.factors import collect, imatrix, inspect, merge
 from roundel.commands.line.measure import bench, compare, evaluate, serve_check
 from roundel.commands.line.plan import plan
 from roundel.commands.line.quantize import export, quantize, tune
+from roundel.commands.line.refine import refine
 from roundel.commands.line.upload import upload
 from roundel.errors import RoundelError, SchemeError
 
@@ -33,7 +34,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (quantize, plan, tune, export, collect, merge, imatrix, inspect, evaluate, compare, bench, serve_check, upload, demo):
+for command in (
+    quantize,
+    refine,
+    plan,
+    tune,
+    export,
+    collect,
+    merge,
+    imatrix,
+    inspect,
+    evaluate,
+    compare,
+    bench,
+    serve_check,
+    upload,
+    demo,
+):
     app.command()(command)
 
 

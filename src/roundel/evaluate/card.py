@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-__all__ = ["model_card", "number", "with_error"]
+__all__ = ["model_card", "number", "refined_card", "with_error"]
 
 
 def number(value: float | None) -> str:
@@ -125,4 +125,42 @@ occur in the calibration text.
 | SHA-256 of the calibration tokens | `{report["calibration"]["sha256"]}` |
 {left}
 Every layer's numbers are in `roundel.json`.
+"""
+
+
+def refined_card(report: dict[str, Any]) -> str:
+    """README.md of a model of others that was refined, from the contents of refined.json."""
+    refined, model, recipe = report["refined"], report["model"], report["recipe"]
+    head = ModelCardData(
+        base_model=model.get("repository"),
+        base_model_relation=model.get("repository") and "quantized",
+        pipeline_tag="text-generation",
+        tags=["roundel", "refined"],
+        **model.get("terms", {}),
+    ).to_yaml()
+    rows = "".join(
+        f"| {name} | {with_error(own['before']['kl']['mean'], own['before']['kl']['stderr'])} | "
+        f"{with_error(own['after']['kl']['mean'], own['after']['kl']['stderr'])} | "
+        f"{100 * own['before']['top1_agreement']:.1f} %, {100 * own['after']['top1_agreement']:.1f} % |\n"
+        for name, own in refined["texts"].items()
+    )
+    what = (
+        f"Codes and scales of {refined['linears_changed']} of {refined['linears']} quantized linears are other ones"
+        if refined["better"]
+        else "Nothing was found that loses less: all files are as they were"
+    )
+    return f"""---
+{head}
+---
+# {Path(refined["from"]).name}, refined
+
+`{refined["from"]}` was refined by [Roundel](https://pypi.org/project/roundel/) {report["roundel"]} with
+`{model.get("repository") or model["name"]}` as its original. {what}; format, names and size ({refined["bytes"]} bytes) are the same.
+
+| text | KL(original, quantized) before, nats per token | after | top-1 agreement before, after |
+|---|---|---|---|
+{rows}
+Calibrated on `{recipe["calibration"]}` ({report["calibration"]["tokens"]} tokens); `held out` is text of
+`{report["evaluation"]["source"]}`.
+Every layer's numbers are in `refined.json`.
 """

@@ -18,7 +18,7 @@ from roundel.errors import ModelError, SchemeError
 from roundel.grids import Grid, parse_scheme
 from roundel.types import RoundedWeight
 
-__all__ = ["CheckpointFormat", "expect", "half_scales", "only_grid"]
+__all__ = ["FREE", "CheckpointFormat", "expect", "half_scales", "only_grid"]
 
 FREE = (torch.float16, torch.bfloat16, torch.float32)
 """Types that scales of free type may have."""

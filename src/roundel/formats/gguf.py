@@ -39,7 +39,6 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -47,9 +46,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from roundel.errors import ModelError, SchemeError
 from roundel.formats.gguf_blocks import PACKERS
 from roundel.formats.gguf_mixes import mix_types
-from roundel.formats.gguf_settings import FAMILIES, Family, add_settings, head_dim_of, language_config, ropes_of
+from roundel.formats.gguf_settings import FAMILIES, add_settings, head_dim_of, language_config, ropes_of
+from roundel.formats.gguf_tensors import (
+    EXPERT,
+    LEFT_OUT,
+    Counterparts,
+    decoded,
+    names_of,
+    order_of_rows,
+    stored_values,
+    tensors_of,
+    without_rows,
+)
 from roundel.formats.gguf_tokenizer import add_tokenizer, backend_of, open_tokenizer, vocabulary_of
-from roundel.formats.imatrix import architecture, tensor_names
+from roundel.formats.imatrix import architecture
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
@@ -112,7 +122,7 @@ def usual_end(role: str, scheme: str) -> str:
 def mixed(mix: str, config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, str]:
     """The type of each linear in one of llama.cpp's mixes."""
     settings = language_config(config)
-    return mix_types(mix, _names(architecture(settings.model_type), linears), settings)
+    return mix_types(mix, names_of(architecture(settings.model_type), linears), settings)
 
 
 def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
@@ -122,7 +132,7 @@ def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) 
         ModelError: with the reason, or the list of what is supported.
     """
     settings = language_config(config)
-    _names(architecture(settings.model_type), {each.rpartition(".")[0] for each in tensors if not _LEFT_OUT.search(each)})
+    names_of(architecture(settings.model_type), {each.rpartition(".")[0] for each in tensors if not LEFT_OUT.search(each)})
     check_tokenizer(model)
 
 
@@ -269,31 +279,12 @@ def read(path: Path, *, config: Mapping[str, Any], tensors: Iterable[str]) -> di
     Raises:
         ModelError: a tensor is missing, or the file is damaged.
     """
-    settings = language_config(config)
-    family = FAMILIES[settings.model_type]
-    tied = "lm_head.weight" if settings.tie_word_embeddings else None
-    stored = [each for each in tensors if not _LEFT_OUT.search(each) and each != tied]
-    names = _names(architecture(settings.model_type), {each.rpartition(".")[0] for each in stored})
-    try:
-        found = {each.name: each for each in gguf.GGUFReader(path).tensors}
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    counterparts, found = Counterparts(config, tensors), tensors_of(path)
     result = {}
-    for source in stored:
-        module, _, last = source.rpartition(".")
-        target = names[module].removesuffix("weight") + last
+    for source, target in counterparts.names.items():
         if target not in found:
             raise ModelError(f"{path} lacks {target}")
-        data = found[target].data
-        if expert := EXPERT.search(source):
-            data = data[int(expert[1])]
-        values = torch.from_numpy(np.array(gguf.dequantize(data, found[target].tensor_type), dtype=np.float32))
-        if target.endswith("norm.weight"):
-            values = values - family.norm_offset
-        if target.endswith(_ONE_ROW) and values.ndim == 1:
-            values = values[None]
-        order = _order(settings, family, len(values), target)
-        result[source] = torch.empty_like(values).index_copy_(0, order, values)
+        result[source] = counterparts.restored(target, decoded(found[target], source))
     return result
 
 
@@ -313,24 +304,13 @@ class _Entry:
         return math.prod(self.shape) // block * size
 
 
-_LEFT_OUT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
-"""Tensors that the language model needs not: of pictures, of tokens further ahead (llama.cpp's converter leaves out those of these names,
-too), or computed from its settings."""
-
-_ONE_ROW = "ffn_gate_inp_shexp.weight"
-"""A matrix of one row that llama.cpp has as a vector."""
-
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
-"""Where a name has the number of an expert."""
-
-
 def _plan(
     config: PreTrainedConfig, tensors: Iterable[str], read: Callable[[str], Tensor], rounded: Mapping[str, RoundedWeight], dense: Dense
 ) -> list[_Entry]:
     """All tensors in the order in which a model uses them."""
     family, arch = FAMILIES[config.model_type], architecture(config.model_type)
-    stored = [each for each in tensors if not _LEFT_OUT.search(each)]
-    names = _names(arch, {each.rpartition(".")[0] for each in stored} | set(rounded))
+    stored = [each for each in tensors if not LEFT_OUT.search(each)]
+    names = names_of(arch, {each.rpartition(".")[0] for each in stored} | set(rounded))
     quantized = _stacked({module: names[module] for module in rounded})
     entries = []
     for target, modules in quantized.items():
@@ -344,7 +324,7 @@ def _plan(
             rows = []
             for weight in map(rounded.__getitem__, modules):
                 own = PACKERS[weight.scheme](weight.codes, weight.scales)
-                rows.append(own[_order(config, family, len(own), target)].cpu().numpy())
+                rows.append(own[order_of_rows(config, family, len(own), target)].cpu().numpy())
             return np.stack(rows) if EXPERT.search(modules[0]) else rows[0]
 
         shape: tuple[int, ...] = (len(modules), *first.shape) if EXPERT.search(modules[0]) else first.shape
@@ -356,14 +336,14 @@ def _plan(
     for target, sources in _stacked(targets).items():
         if target in quantized or (tied and target == "output.weight"):
             continue
-        values = _without_rows(target, read(sources[0]))
+        values = without_rows(target, read(sources[0]))
         kind = GGMLQuantizationType.F32 if "_inp" in target else _dense_kind(values, dense)
 
         def plain(target: str = target, sources: list[str] = sources, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
-            own = [_without_rows(target, read(source)) for source in sources]
+            own = [without_rows(target, read(source)) for source in sources]
             values = torch.stack(own) if EXPERT.search(sources[0]) else own[0]
-            values = values[_order(config, family, len(values), target)]
-            return _stored(values.float() + family.norm_offset if target.endswith("norm.weight") else values, kind)
+            values = values[order_of_rows(config, family, len(values), target)]
+            return stored_values(values.float() + family.norm_offset if target.endswith("norm.weight") else values, kind)
 
         shape = (len(sources), *values.shape) if EXPERT.search(sources[0]) else tuple(values.shape)
         entries.append(_Entry(name=target, kind=kind, shape=shape, make=plain))
@@ -384,40 +364,9 @@ def _stacked(names: Mapping[str, str]) -> dict[str, list[str]]:
     return {target: sorted(own, key=lambda name: int((EXPERT.search(name) or [0, 0])[1])) for target, own in found.items()}
 
 
-def _names(arch: str, modules: Iterable[str]) -> dict[str, str]:
-    """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`"""
-    own = {module: EXPERT.sub(".experts.", module) for module in sorted(modules)}
-    modules = sorted(set(own.values()))
-    found = tensor_names(arch, modules)
-    longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found])
-    found |= {module.removeprefix("model."): name for module, name in longer.items()}
-    unknown = [module for module in modules if module not in found]
-    if unknown:
-        raise ModelError(
-            f"{unknown[0]}: llama.cpp has no tensor of that name in its {arch} models, and leaving it out would change the model"
-        )
-    return {module: found[name] for module, name in own.items()}
-
-
 def _position(name: str) -> tuple[int, str]:
     block = re.match(r"blk\.(\d+)\.", name)
     return (int(block[1]) if block else 1_000_000 if name.startswith("output") else -1, name)
-
-
-def _order(config: PreTrainedConfig, family: Family, rows: int, name: str) -> Int[Tensor, " rows"]:
-    """Where the rows of a tensor come from."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if family.permuted else {}
-    part = name.split(".")[-2]
-    return _pairs_side_by_side(rows, heads[part]) if part in heads else torch.arange(rows)
-
-
-def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
-    """Where the rows of q or k come from."""
-    return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def _without_rows(target: str, values: Tensor) -> Tensor:
-    return values[0] if target.endswith(_ONE_ROW) else values
 
 
 def _dense_kind(values: Tensor, dense: Dense) -> GGMLQuantizationType:
@@ -426,16 +375,6 @@ def _dense_kind(values: Tensor, dense: Dense) -> GGMLQuantizationType:
     kind = GGMLQuantizationType["F16" if dense == "q8_0" and values.shape[-1] % 32 else dense.upper()]
     overflows = kind is GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max
     return GGMLQuantizationType.F32 if overflows else kind
-
-
-def _stored(values: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    match kind:
-        case GGMLQuantizationType.F16:
-            return values.to(torch.float16).cpu().numpy()
-        case GGMLQuantizationType.BF16:
-            return values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
-        case _:
-            return gguf.quantize(values.float().cpu().numpy(), kind)
 
 
 def _frequency_factors(config: PreTrainedConfig) -> Tensor | None:

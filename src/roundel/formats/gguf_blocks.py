@@ -1,7 +1,7 @@
-"""Bytes of llama.cpp's block types: from codes and scales of `roundel.grids.blocks`, `.codebooks` and `mxfp4` to rows for a GGUF file.
+"""Bytes of llama.cpp's block types: codes and scales of `roundel.grids.blocks`, `.codebooks` and `mxfp4` as rows of a GGUF file, and back.
 
-Every function takes int8 codes `(d_out, d_in)`, or of codebooks int16 `(d_out, tiles, symbols)`, and the grid's scales, and returns uint8
-`(d_out, bytes of a row)`, little-endian.
+Every `pack_` takes int8 codes `(d_out, d_in)`, or of codebooks int16 `(d_out, tiles, symbols)`, and the grid's scales, and returns uint8
+`(d_out, bytes of a row)`, little-endian; `unpack` takes those.
 In what follows `q` are codes counted from the lowest, and `fields(n, b)` means: of each `n * 8 / b` elements, byte `l` holds elements
 `l, l + n, l + 2 n, ...`, `b` bits each, the first in the lowest bits.
 
@@ -54,6 +54,7 @@ __all__ = [
     "pack_q5_k",
     "pack_q6_k",
     "pack_q8_0",
+    "unpack",
 ]
 
 Codes = Int8[Tensor, "d_out d_in"]
@@ -170,6 +171,175 @@ PACKERS: dict[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
     "iq3_s": pack_iq3_s,
 }
 """By the grid's name."""
+
+
+def unpack(kind: str, rows: Rows) -> tuple[Codes | Symbols, dict[str, Tensor]]:
+    """Codes and scales of the rows of a block type, by its grid's name: the inverse of `PACKERS[kind]`."""
+    return _UNPACKERS[kind](rows)
+
+
+class _Bytes:
+    """Blocks of a type, read field after field."""
+
+    def __init__(self, rows: Rows, size: int) -> None:
+        self.rows = len(rows)
+        self._blocks, self._at = rows.contiguous().reshape(-1, size), 0
+
+    def bytes(self, count: int) -> Bytes:
+        """The next ones of each block."""
+        self._at += count
+        return self._blocks[:, self._at - count : self._at]
+
+    def half(self) -> Float16[Tensor, "d_out columns"]:
+        """A float16 number of each block."""
+        values: Tensor = self.bytes(2).contiguous().view(torch.float16).reshape(self.rows, -1)
+        return values
+
+    def fields(self, count: int, run: int, bits: int) -> Bytes:
+        """`count` elements of each block in the layout `fields(run, bits)`."""
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=self._blocks.device).unsqueeze(-1)
+        values: Tensor = self.bytes(count * bits // 8).unflatten(1, (-1, 1, run)) >> shifts & (1 << bits) - 1
+        return values.flatten(1)
+
+    def of_rows(self, values: Bytes, offset: int = 0) -> Tensor:
+        """Numbers of blocks as rows of the weight: unsigned, or int8 less an offset."""
+        whole = values.reshape(self.rows, -1)
+        return whole if not offset else (whole.to(torch.int16) - offset).to(torch.int8)
+
+
+def _unpack_block(kind: str, size: int, offset: int) -> Callable[[Rows], tuple[Codes, dict[str, Tensor]]]:
+    def unpacked(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+        own = _Bytes(rows, size)
+        scales = {"d": own.half()}
+        if kind == "q8_0":
+            return own.of_rows(own.bytes(32)).view(torch.int8), scales
+        high = own.fields(32, 1, 1) << 4 if kind == "q5_0" else 0
+        return own.of_rows(own.fields(32, 16, 4) | high, offset), scales
+
+    return unpacked
+
+
+def _unpack_mxfp4(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+    own = _Bytes(rows, 17)
+    scale, nibbles = own.of_rows(own.bytes(1)), own.of_rows(own.fields(32, 16, 4)).to(torch.int8)
+    return torch.where(nibbles > 7, 8 - nibbles, nibbles), {"scale": scale}
+
+
+def _unpack_iq4_xs(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+    own = _Bytes(rows, 136)
+    d, high = own.half(), own.fields(8, 1, 2)
+    scales = {"d": d, "sc": own.of_rows(own.fields(8, 1, 4) | high << 4, 32)}
+    return own.of_rows(own.fields(256, 16, 4), 8).to(torch.int8), scales
+
+
+def _unpack_q2_k(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+    own = _Bytes(rows, 84)
+    steps = own.of_rows(own.bytes(16))
+    q = own.fields(256, 32, 2)
+    scales = {"d": own.half(), "dmin": own.half(), "sc": steps & 15, "m": steps >> 4}
+    return own.of_rows(q).to(torch.int8), scales
+
+
+def _unpack_q3_k(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+    own = _Bytes(rows, 110)
+    high, low = own.fields(256, 32, 1), own.fields(256, 32, 2)
+    steps = own.fields(16, 8, 4)
+    steps |= own.fields(16, 4, 2) << 4
+    scales = {"sc": own.of_rows(steps, 32), "d": own.half()}
+    return own.of_rows(low | high << 2, 4).to(torch.int8), scales
+
+
+def _unpack_q45_k(bits: int) -> Callable[[Rows], tuple[Codes, dict[str, Tensor]]]:
+    def unpacked(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+        own = _Bytes(rows, 144 if bits == 4 else 176)
+        scales = {"d": own.half(), "dmin": own.half()}
+        first_sc, first_m, both = own.bytes(4), own.bytes(4), own.bytes(4)
+        for name, first, rest in (("sc", first_sc, both & 15), ("m", first_m, both >> 4)):
+            scales[name] = own.of_rows(torch.cat([first & 63, rest | first >> 6 << 4], dim=1))
+        high = own.fields(256, 32, 1) << 4 if bits == 5 else 0
+        return own.of_rows(own.fields(256, 32, 4) | high).to(torch.int8), scales
+
+    return unpacked
+
+
+def _unpack_q6_k(rows: Rows) -> tuple[Codes, dict[str, Tensor]]:
+    own = _Bytes(rows, 210)
+    low, high = own.fields(256, 64, 4), own.fields(256, 32, 2)
+    steps = own.of_rows(own.bytes(16)).view(torch.int8)
+    scales = {"sc": steps, "d": own.half()}
+    return own.of_rows(low | high << 4, 32).to(torch.int8), scales
+
+
+def _symbols(own: _Bytes, *symbols: Tensor) -> Symbols:
+    return torch.stack([each.to(torch.int16).reshape(own.rows, -1) for each in symbols], dim=2)
+
+
+def _even(signs: Tensor) -> Tensor:
+    """Seven signs with the eighth, which makes their number even."""
+    odd = sum((signs >> place & 1 for place in range(7)), torch.zeros_like(signs)) & 1
+    return signs | odd << 7
+
+
+def _of_words(own: _Bytes, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs and `sc`, `(blocks, 8, 4)` and `(d_out, groups)`, of words `(blocks, 8, 4)` of four bytes."""
+    word = (words.long() << 8 * torch.arange(4, device=words.device)).sum(2)
+    signs = _even(word[:, :, None] >> 7 * torch.arange(4, device=words.device) & 127)
+    return signs, own.of_rows((word >> 28).to(torch.uint8))
+
+
+def _unpack_iq2_xxs(rows: Rows) -> tuple[Symbols, dict[str, Tensor]]:
+    own = _Bytes(rows, 66)
+    d, parts = own.half(), own.bytes(64).unflatten(1, (8, 8))
+    signs, sc = _of_words(own, parts[:, :, 4:])
+    return _symbols(own, parts[:, :, :4], signs), {"d": d, "sc": sc}
+
+
+def _unpack_iq2_xs(rows: Rows) -> tuple[Symbols, dict[str, Tensor]]:
+    own = _Bytes(rows, 74)
+    d, both = own.half(), own.bytes(64).contiguous().view(torch.int16).int() & 0xFFFF
+    return _symbols(own, both & 511, _even(both >> 9)), {"d": d, "sc": own.of_rows(own.fields(16, 1, 4))}
+
+
+def _unpack_iq2_s(rows: Rows) -> tuple[Symbols, dict[str, Tensor]]:
+    own = _Bytes(rows, 82)
+    d, low, signs = own.half(), own.bytes(32), own.bytes(32)
+    numbers = low.to(torch.int16) | own.fields(32, 1, 2).to(torch.int16) << 8
+    return _symbols(own, numbers, signs), {"d": d, "sc": own.of_rows(own.fields(16, 1, 4))}
+
+
+def _unpack_iq3_xxs(rows: Rows) -> tuple[Symbols, dict[str, Tensor]]:
+    own = _Bytes(rows, 98)
+    d, numbers = own.half(), own.bytes(64).unflatten(1, (-1, 2))
+    signs, sc = _of_words(own, own.bytes(32).unflatten(1, (8, 4)))
+    return _symbols(own, numbers[:, :, 0], numbers[:, :, 1], signs), {"d": d, "sc": sc}
+
+
+def _unpack_iq3_s(rows: Rows) -> tuple[Symbols, dict[str, Tensor]]:
+    own = _Bytes(rows, 110)
+    d, low = own.half(), own.bytes(64)
+    numbers = low.to(torch.int16) | own.fields(64, 1, 1).to(torch.int16) << 8
+    signs = own.fields(64, 1, 4)
+    return _symbols(own, numbers, signs), {"d": d, "sc": own.of_rows(own.fields(8, 1, 4))}
+
+
+_UNPACKERS: dict[str, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]] = {
+    **{
+        kind: _unpack_block(kind, *layout)
+        for kind, layout in {"q4_0": (18, 8), "iq4_nl": (18, 8), "q5_0": (22, 16), "q8_0": (34, 0)}.items()
+    },
+    "mxfp4": _unpack_mxfp4,
+    "iq4_xs": _unpack_iq4_xs,
+    "q2_k": _unpack_q2_k,
+    "q3_k": _unpack_q3_k,
+    "q4_k": _unpack_q45_k(4),
+    "q5_k": _unpack_q45_k(5),
+    "q6_k": _unpack_q6_k,
+    "iq2_xxs": _unpack_iq2_xxs,
+    "iq2_xs": _unpack_iq2_xs,
+    "iq2_s": _unpack_iq2_s,
+    "iq3_xxs": _unpack_iq3_xxs,
+    "iq3_s": _unpack_iq3_s,
+}
 
 
 def _blocks(signed: Int8[Tensor, "d_out columns"], size: int, offset: int) -> Bytes:

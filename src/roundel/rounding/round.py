@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from roundel.rounding.state import State, roughly_curved
 from roundel.rounding.tiles import Coding, feedback_tiles, in_step, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
 
-__all__ = ["dequantized", "round_weight", "round_weights", "stacked"]
+__all__ = ["Start", "dequantized", "round_weight", "round_weights", "stacked"]
 
 LEAST_GAIN = 1e-3
 """Sweeps end when one lowers the loss by less than this part of it."""
@@ -28,27 +29,63 @@ def round_weight(problem: RoundingProblem, grid: Grid, *, sweeps: int, scale_dty
     return round_weights([problem], grid, sweeps=sweeps, scale_dtypes=[scale_dtype])[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a weight is rounded to already."""
+
+    codes: Tensor
+    scales: Scales
+    searches: bool = True
+    """Whether scales may be searched anew."""
+    refits: bool = True
+    """Whether they may change at all."""
+
+
 def round_weights(
-    problems: Sequence[RoundingProblem], grid: Grid, *, sweeps: int, scale_dtypes: Sequence[torch.dtype]
+    problems: Sequence[RoundingProblem],
+    grid: Grid,
+    *,
+    sweeps: int,
+    scale_dtypes: Sequence[torch.dtype],
+    starts: Sequence[Start | None] = (),
 ) -> list[RoundedWeight]:
     """Rounds several weights, each as if alone; grids of tiles code one wave of all of them at once.
 
     Scales are searched with the diagonal of `H_in` as weights, then two-sided feedback gives the first codes, then each of at most
     `sweeps` rounds refits the scales and revisits every code. The loss after each is recorded in `trace` and never rises.
+    Where there are `starts` the same is also tried from these, and what loses less is taken.
     """
-    loops = [_rounding(problem, grid, sweeps, dtype) for problem, dtype in zip(problems, scale_dtypes, strict=True)]
-    if isinstance(grid, TileGrid):
-        return in_step(loops, grid)
-    return [_ended(loop) for loop in loops]
+    starts = starts or [None] * len(problems)
+    loops = [_rounding(problem, grid, sweeps, dtype, start) for problem, dtype, start in zip(problems, scale_dtypes, starts, strict=True)]
+    again = [index for index, start in enumerate(starts) if start is not None]
+    loops += [_going_on(problems[index], grid, sweeps, start) for index in again if (start := starts[index]) is not None]
+    found = in_step(loops, grid) if isinstance(grid, TileGrid) else [_ended(loop) for loop in loops]
+    results = found[: len(problems)]
+    for index, other in zip(again, found[len(problems) :], strict=True):
+        if other.trace[-1] <= results[index].trace[-1]:
+            results[index] = other
+    return results
 
 
-def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype) -> Coding[RoundedWeight]:
-    scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype)
+def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype, start: Start | None) -> Coding[RoundedWeight]:
+    kept = None if start is None or start.searches else start.scales
+    scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype) if kept is None else kept
     codes = yield from _feedback(problem, grid, scales)
-    state, refits = State.of(problem, grid, scales, codes), Refits(problem, grid, roughly_curved(problem))
+    return (yield from _swept(problem, grid, sweeps, State.of(problem, grid, scales, codes), refits=start is None or start.refits))
+
+
+def _going_on(problem: RoundingProblem, grid: Grid, sweeps: int, start: Start) -> Coding[RoundedWeight]:
+    """From codes and scales that are there."""
+    state = State.of(problem, grid, start.scales, start.codes)
+    return (yield from _swept(problem, grid, sweeps, state, refits=start.refits))
+
+
+def _swept(problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, refits: bool) -> Coding[RoundedWeight]:
+    """Sweeps from a state on."""
+    fit = Refits(problem, grid, roughly_curved(problem)).refit if refits else _unchanged
     trace = [state.loss]
     for _ in range(sweeps):
-        swept = yield from _sweep(problem, grid, refits.refit(state))
+        swept = yield from _sweep(problem, grid, fit(state))
         loss = swept.loss
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
@@ -57,6 +94,10 @@ def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: to
         if loss > (1 - LEAST_GAIN) * trace[-2]:
             break
     return RoundedWeight(scheme=grid.name, codes=state.codes, scales=dict(state.scales), shape=problem.shape, trace=tuple(trace))
+
+
+def _unchanged(state: State) -> State:
+    return state
 
 
 def _ended(loop: Coding[RoundedWeight]) -> RoundedWeight:

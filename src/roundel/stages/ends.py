@@ -10,7 +10,7 @@ Cost: as a linear of that size with one-sided feedback, `curvature.ends.ROWS` ro
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,10 +47,12 @@ class Ends:
     """By module."""
     rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Of the report."""
+    fixed: Callable[[], Mapping[str, Tensor]] = dict
+    """Makes other parameters outside of the layers that are not the original's, by name."""
 
     def values(self) -> dict[str, Tensor]:
         """What the model's parameters become, by name."""
-        return {f"{name}.weight": dequantized(weight) for name, weight in self.weights.items()}
+        return dict(self.fixed()) | {f"{name}.weight": dequantized(weight) for name, weight in self.weights.items()}
 
 
 def schemes_of_ends(recipe: Recipe, source: Source) -> dict[str, tuple[End, str]]:

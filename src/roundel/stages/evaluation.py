@@ -9,12 +9,15 @@ the store decides.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
 from roundel import processes
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
-from roundel.artifacts.written import Written
 from roundel.calibration import Split
 from roundel.curvature import predicted_kl
 from roundel.curvature.collect import Prediction
@@ -25,7 +28,7 @@ from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.sweeps.gradients import batches, steps
 
-__all__ = ["evaluate_written", "predict"]
+__all__ = ["Values", "evaluate_values", "predict"]
 
 PREDICTED = 16
 """Sequences that the KL is predicted on."""
@@ -48,9 +51,19 @@ def predict(recipe: Recipe, source: Source, split: Split, rounded: Rounded, note
         )
 
 
+class Values(Protocol):
+    """Parameters of a model that is measured, where they may differ from the original's."""
+
+    def outside(self) -> Mapping[str, Tensor]:
+        """Of those outside of the decoder layers, by name."""
+
+    def of_group(self, index: int) -> Mapping[str, Tensor]:
+        """Of those of a group of layers."""
+
+
 @torch.no_grad()
-def evaluate_written(written: Written, source: Source, split: Split, notes: Notes, *, batch_size: int, work: Work) -> Divergence:
-    """The KL on held-out text of what a directory holds."""
+def evaluate_values(written: Values, source: Source, split: Split, notes: Notes, *, batch_size: int, work: Work) -> Divergence:
+    """The KL on held-out text of a model with these values: those in a directory (`artifacts.written`), or in memory."""
     layers, tokens, store = source.layers, split.heldout, work.passing("evaluation")
     rows, (count, length) = processes.own_rows(range(len(tokens))), tokens.ids.shape
     with notes.timed("evaluation"), notes.progress.stage("evaluation", (len(layers) + 1) * len(rows)) as advance:

@@ -10,7 +10,7 @@ from roundel.artifacts.work import Work
 from roundel.artifacts.written import Written
 from roundel.calibration import Fingerprint, Split
 from roundel.recipes import Recipe
-from roundel.stages.evaluation import evaluate_written, predict
+from roundel.stages.evaluation import evaluate_values, predict
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized, report_details, write_report
 from roundel.stages.rounding import Rounded
@@ -36,7 +36,7 @@ def finish(
     with staged_directory(target) as staging:
         size = processes.from_first(lambda: write_model(staging, recipe, source, rounded, notes))
         written = Written(staging, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
-        divergence = evaluate_written(written, source, split, notes, batch_size=batch_size, work=work)
+        divergence = evaluate_values(written, source, split, notes, batch_size=batch_size, work=work)
         prediction = predict(recipe, source, split, rounded, notes, batch_size=batch_size, work=work)
         details = processes.from_first(
             lambda: report_details(

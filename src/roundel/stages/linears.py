@@ -21,11 +21,12 @@ from torch import Tensor
 from roundel.artifacts.source import Source
 from roundel.errors import SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
+from roundel.formats.base import FREE
 from roundel.grids import Grid, TileGrid
 from roundel.recipes import Recipe
-from roundel.rotation import Rotation
+from roundel.rotation import Permutation, Rotation
 from roundel.rounding import make_problem, round_weights
-from roundel.rounding.round import dequantized, stacked
+from roundel.rounding.round import Start, dequantized, stacked
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
 
 __all__ = ["Linear", "by_decoder_layer", "round_linears", "schemes_of", "stored_bits"]
@@ -48,6 +49,8 @@ class Linear:
     damping: float
     target: Tensor | None = None
     """What it is rounded to, if not to what is stored."""
+    start: RoundedWeight | None = None
+    """What it is quantized to already: the same scheme and rotation are kept."""
 
     @classmethod
     def of(cls, source: Source, name: str, **given: Any) -> Linear:
@@ -65,8 +68,9 @@ class _Part:
     W: Tensor
     """As stored: errors are relative to it, even where the problem has another target."""
     factors: KroneckerFactors
-    rotation: Rotation | None
+    rotation: Rotation | Permutation | None
     problem: RoundingProblem
+    start: Start | None = None
 
 
 def round_linears(
@@ -86,8 +90,9 @@ def round_linears(
         with in_layer(linear.name):
             parts.append(_parts(recipe, grid, linear, device))
     flat = [part for own in parts for part in own]
-    dtypes = [_scale_dtype(recipe, linear.stored) for linear, own in zip(linears, parts, strict=True) for _ in own]
-    found = iter(round_weights([part.problem for part in flat], grid, sweeps=recipe.sweeps, scale_dtypes=dtypes))
+    dtypes = [_scale_dtype(recipe, linear) for linear, own in zip(linears, parts, strict=True) for _ in own]
+    starts = [part.start for part in flat]
+    found = iter(round_weights([part.problem for part in flat], grid, sweeps=recipe.sweeps, scale_dtypes=dtypes, starts=starts))
     results = []
     for linear, own in zip(linears, parts, strict=True):
         with in_layer(linear.name):
@@ -102,22 +107,36 @@ def round_linears(
 
 
 def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> list[_Part]:
-    kind = recipe.rotation_of(grid)
+    kind = recipe.rotation_of(grid) if linear.start is None else None
+    given = None if linear.start is None else linear.start.rotation
     groups = linear.factors.row_groups()
-    if kind and len(groups) > 1:
+    if (kind or linear.start) and len(groups) > 1:
         raise SchemeError("groups of rows with curvature of their own cannot be rotated together; use --rotate none or another curvature")
     parts = []
     for rows, group in groups:
         factors = KroneckerFactors(H_out=group.H_out.to(device), H_in=group.H_in.to(device), scale=group.scale)
-        W, basis, rotation = linear.stored[rows].to(device).float(), factors, None
+        W, basis = linear.stored[rows].to(device).float(), factors
+        rotation = given if isinstance(given, Rotation | Permutation) else None
         if kind:
             digest = hashlib.sha256(f"{recipe.seed} {linear.name}".encode()).digest()
             rotation = Rotation.draw(W.shape[0], W.shape[1], kind=kind, seed=int.from_bytes(digest[:6], "big"))
+        if rotation is not None:
             basis = rotation.rotate_factors(factors)
         target = W if linear.target is None else linear.target[rows].to(device)
         problem = make_problem(rotation.rotate_weight(target) if rotation else target, basis, damping=linear.damping)
-        parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem))
+        parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem, start=_start(linear.start, device)))
     return parts
+
+
+def _start(given: RoundedWeight | None, device: torch.device) -> Start | None:
+    """Scales of tensors that an engine may have in common (`nvfp4`), or inside of vectors (EXL3), stay."""
+    if given is None:
+        return None
+    in_vectors = bool(getattr(given.rotation, "has_vectors", False))
+    scales = {name: scale.to(device) for name, scale in given.scales.items()}
+    return Start(
+        codes=given.codes.to(device), scales=scales, searches=not in_vectors and "tensor_scale" not in scales, refits=not in_vectors
+    )
 
 
 def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
@@ -146,7 +165,9 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
 
 
 def schemes_of(recipe: Recipe, source: Source) -> dict[str, str]:
-    """Of each linear, where none is chosen by what it costs: the recipe's, or its mix's, or what fits in its place."""
+    """Of each linear, where none is chosen by what it costs: what it has, the recipe's, or its mix's, or what fits in its place."""
+    if source.given_schemes:
+        return dict(source.given_schemes)
     widths = {name: linear.in_features for name, linear in source.linears.items()}
     chosen = dict.fromkeys(widths, recipe.scheme) if recipe.mix is None else gguf.mixed(recipe.mix, source.config, widths)
     return {name: recipe.fitting(scheme, widths[name]) for name, scheme in chosen.items()}
@@ -161,11 +182,19 @@ def stored_bits(recipe: Recipe, grid: Grid, stored: Tensor) -> int:
     """Bits of all that the linear's weight takes in the recipe's format; in dense ones of codes, scales and a rotation's signs."""
     shape, form, rotation = (stored.shape[0], stored.shape[1]), recipe.written_format(), recipe.rotation_of(grid)
     if form in FORMATS:
-        return 8 * FORMATS[form].packed_bytes(shape, grid, _scale_dtype(recipe, stored), rotation)
-    return grid.stored_bits(shape, _scale_dtype(recipe, stored)) + (sum(shape) if rotation else 0)
+        return 8 * FORMATS[form].packed_bytes(shape, grid, _type_of(recipe, stored), rotation)
+    return grid.stored_bits(shape, _type_of(recipe, stored)) + (sum(shape) if rotation else 0)
 
 
-def _scale_dtype(recipe: Recipe, weight: Tensor) -> torch.dtype:
+def _scale_dtype(recipe: Recipe, linear: Linear) -> torch.dtype:
+    """The type of scales that are free to have any."""
+    if linear.start is None:
+        return _type_of(recipe, linear.stored)
+    scale = linear.start.scales.get("scale")
+    return torch.float16 if scale is None or scale.dtype not in FREE else scale.dtype
+
+
+def _type_of(recipe: Recipe, weight: Tensor) -> torch.dtype:
     """Scales are stored in the format's type, if it has one, else in the weight's own, but never in more than 16 bits.
 
     float32 weights get float16 scales, three bits finer than bfloat16, where they stay clear of float16's narrow range.

@@ -38,7 +38,7 @@ from roundel.progress import Silent
 from roundel.recipes import STEP_TOKENS, Recipe
 from roundel.stages.curvature import measure_curvature
 from roundel.stages.ends import Ends
-from roundel.stages.evaluation import PREDICTED, evaluate_written
+from roundel.stages.evaluation import PREDICTED, evaluate_values
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import round_model
 from roundel.stages.text import default_batch
@@ -302,7 +302,7 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     target.mkdir()
     write_model(target, recipe, source, rounded, notes)
     written = Written(target, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
-    evaluate_written(written, source, split, notes, batch_size=batch, work=work)
+    evaluate_values(written, source, split, notes, batch_size=batch, work=work)
     return notes.seconds
 
 

@@ -226,6 +226,7 @@ def tune(
         output=output,
         model=model,
         work=work,
+        memory=memory,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

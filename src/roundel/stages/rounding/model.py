@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +55,22 @@ class Rounded:
 
 
 def round_model(
-    recipe: Recipe, source: Source, split: Split, measured: Measured, ends: Ends, notes: Notes, *, batch_size: int, work: Work
+    recipe: Recipe,
+    source: Source,
+    split: Split,
+    measured: Measured,
+    ends: Ends,
+    notes: Notes,
+    *,
+    batch_size: int,
+    work: Work,
+    judge: Callable[[int, Mapping[str, RoundedWeight], Mapping[str, RoundedWeight]], tuple[float, float]] | None = None,
 ) -> Rounded:
-    """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept."""
+    """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept.
+
+    Where linears are quantized already (`Source.given`) `judge` gives the KL before and after a group, by its number, what has been decided
+    before it and what it would become; it is taken if that is less.
+    """
     files = RoundedFiles(path=work.rounded)
     with notes.timed("rounding"):
         allocation, schemes = None, schemes_of(recipe, source)
@@ -88,6 +101,15 @@ def round_model(
                     notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
                 rows[name] = row
             return _fitted(recipe, {name: found[name] for name in names})
+
+        def judged(index: int, found: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
+            if judge is None:
+                return found
+            before, after = judge(index, files, found)
+            taken = after < before
+            for name in found:
+                rows[name] |= {"taken": taken, "judged_kl": {"before": before, "after": after}}
+            return found if taken else {name: source.given[name] for name in found}
 
         prefix = None
         if corrects:
@@ -124,6 +146,7 @@ def round_model(
                 store=work.store("rounding"),
                 advance=advance,
                 finished=finished.__contains__,
+                judged=judged,
             )
             for index, weights in sweep:
                 if processes.first():
@@ -150,6 +173,7 @@ def _asked(recipe: Recipe, source: Source, name: str, curvature: LinearCurvature
         source,
         name,
         target=target,
+        start=source.given.get(name),
         factors=curvature.factors if moments is None else moments.met(curvature.factors),
         damping=min(10.0, recipe.damping * curvature.damping),
     )

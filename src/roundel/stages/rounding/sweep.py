@@ -94,6 +94,7 @@ def rounding_sweep(
     store: HiddenStore,
     advance: Callable[[int], None] = lambda _n: None,
     finished: Callable[[int], bool] = lambda _index: False,
+    judged: Callable[[int, dict[str, RoundedWeight]], dict[str, RoundedWeight]] = lambda _index, rounded: rounded,
 ) -> Iterator[tuple[int, dict[str, RoundedWeight]]]:
     """Rounds group after group; the model has its own weights again when a group is handed over.
 
@@ -106,6 +107,7 @@ def rounding_sweep(
         store: Where hidden states go.
         advance: Called with the number of linears that are done.
         finished: Whether an earlier process has rounded a group.
+        judged: What is taken in the place of what a group would become.
     """
     left = [index for index in range(len(layers)) if layers.inside(index, linears) and not finished(index)]
     advance(sum(len(layers.inside(index, linears)) for index in range(len(layers)) if index not in left))
@@ -118,10 +120,10 @@ def rounding_sweep(
                 paths.prepare(index)
             with layers.loaded(index):
                 if paths is None:
-                    rounded = round_together(index, list(own), _none, None) if index in left else {}
+                    rounded = judged(index, round_together(index, list(own), _none, None)) if index in left else {}
                     advance(len(rounded))
                 else:
-                    rounded = paths.through(index, own, round_together, advance)
+                    rounded = paths.through(index, own, round_together, judged, advance)
             if rounded:
                 yield index, rounded
             if paths is not None:
@@ -286,7 +288,12 @@ class _Paths:
 
     @torch.no_grad()
     def through(
-        self, index: int, linears: Mapping[str, nn.Linear], round_together: RoundTogether, advance: Callable[[int], None]
+        self,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        round_together: RoundTogether,
+        judged: Callable[[int, dict[str, RoundedWeight]], dict[str, RoundedWeight]],
+        advance: Callable[[int], None],
     ) -> dict[str, RoundedWeight]:
         """Rounds a group and takes both paths to its end."""
         layers, device = self._layers, self._layers.device
@@ -320,6 +327,10 @@ class _Paths:
                     linears[name].weight.copy_(dequantized(weight))
                 rounded |= found
                 advance(len(readers.names))
+            if rounded and (taken := judged(index, rounded)) is not rounded:
+                rounded = taken
+                for name, weight in rounded.items():
+                    linears[name].weight.copy_(dequantized(weight))
             afterq = self._new(f"rounded-{index + 1:03d}")
             for rows in batches(self._rows, self._batch_size):
                 afterq.write(rows, self._run(index, self._ids(rows), self._xq.read(rows).to(device)))

@@ -1,0 +1,149 @@
+"""GGUF files of llama.cpp's quantizer, or of any other: one file, or several that are one model.
+
+Every tensor has a type of its own; those of `roundel.grids.blocks` and `.codebooks`, and mxfp4, are known. Blocks whose scale is zero get
+the least one and codes of zero, which is the same to some 1e-7, so that rounding can go on from them.
+
+Not done: types without a grid here (q4_1, q5_1, iq1, tq, nvfp4), architectures that `formats.gguf` does not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFReader, ReaderTensor
+from torch import Tensor
+
+from roundel.artifacts.source import Source
+from roundel.errors import ModelError
+from roundel.formats.gguf_blocks import PACKERS, unpack
+from roundel.formats.gguf_tensors import EXPERT, Counterparts, data_of, decoded, tensors_of
+from roundel.given.base import Given, Patch, Slot
+from roundel.grids import ScalarGrid, parse_scheme
+from roundel.grids.base import spread
+from roundel.types import RoundedWeight
+
+__all__ = ["gguf_files", "open_gguf"]
+
+DENSE = ("F32", "F16", "BF16", "F64")
+LEAST = 2.0**-24
+"""Of float16."""
+
+CHECKED = 4
+"""Rows of each tensor that are compared with what the package `gguf` reads."""
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """Those of a model: the path itself, or those of a directory, projectors of images aside."""
+    if path.is_file():
+        return [path] if path.suffix == ".gguf" else []
+    return sorted(file for file in path.glob("*.gguf") if not file.name.startswith("mmproj"))
+
+
+def open_gguf(path: Path, source: Source) -> Given:
+    """The quantized linears of a model, by its original.
+
+    Raises:
+        ModelError: it is another model's, none of its weights is in a type that is known, or it is damaged.
+    """
+    names = source.checkpoint.names.parts
+    wholes = {whole for whole, _ in names.values()}
+    counterparts = Counterparts(source.config, [*(name for name in source.checkpoint.files if name not in wholes), *names])
+    tensors: dict[str, tuple[Path, ReaderTensor]] = {}
+    for file in gguf_files(path):
+        for name, tensor in tensors_of(file).items():
+            if name in tensors:
+                raise ModelError(f"{name} is in {tensors[name][0].name} and in {file.name}: give the file of one model")
+            tensors[name] = (file, tensor)
+    kind = GGUFReader(next(iter(tensors.values()))[0]).get_field("general.architecture") if tensors else None
+    if kind is None or kind.contents() != counterparts.architecture:
+        named = "none" if kind is None else kind.contents()
+        raise ModelError(f"{path} is of the architecture {named}, and its original would be {counterparts.architecture}: another model")
+    slots: dict[str, Slot] = {}
+    left: dict[str, str] = {}
+    for module, linear in source.linears.items():
+        stored = source.checkpoint.weight_of(module)
+        assert stored is not None
+        target = counterparts.names[stored]
+        if target not in tensors:
+            raise ModelError(f"{path} lacks {target}: it is another model, or damaged")
+        file, tensor = tensors[target]
+        shape = (linear.out_features, linear.in_features)
+        whole = tuple(int(side) for side in tensor.shape[::-1])
+        if whole[-2:] != shape:
+            raise ModelError(f"{target} is {whole} in {path}, and the original's {module} is {shape}: another model")
+        if (own := tensor.tensor_type.name) in DENSE:
+            continue
+        if own.lower() not in PACKERS:
+            left[module] = f"the type {own} has no grid here"
+            continue
+        slots[module] = _slot(file, tensor, own.lower(), shape, stored, counterparts.order(target, shape[0]))
+    if not slots:
+        raise ModelError(f"{path}: nothing in it can be refined: {next(iter(left.values()), 'its linears are not quantized')}")
+
+    def value_of(name: str) -> Tensor | None:
+        target = counterparts.names.get(name)
+        if target not in tensors or target is None:
+            return None
+        return counterparts.restored(target, decoded(tensors[target][1], name))
+
+    def is_dense(name: str) -> bool:
+        return tensors[counterparts.names[name]][1].tensor_type.name in DENSE
+
+    def others(new: Mapping[str, Tensor]) -> list[Patch]:
+        found = []
+        for name, value in new.items():
+            file, tensor = tensors[counterparts.names[name]]
+            data = counterparts.stored(tensor.name, value, tensor.tensor_type).tobytes()
+            if len(data) != tensor.n_bytes:
+                raise ModelError(f"{tensor.name} has {tensor.n_bytes} bytes in {file}, and {len(data)} would take its place")
+            found.append(Patch(file, int(tensor.data_offset), data))
+        return found
+
+    return Given(path=path, form="gguf", slots=slots, left=left, value_of=value_of, is_dense=is_dense, others=others)
+
+
+def _slot(file: Path, tensor: ReaderTensor, scheme: str, shape: tuple[int, int], stored: str, order: Tensor) -> Slot:
+    back, data = torch.argsort(order), data_of(tensor, stored)
+    size = data.nbytes
+    offset = int(tensor.data_offset) + size * (int(expert[1]) if (expert := EXPERT.search(stored)) else 0)
+
+    def rows(some: slice = slice(None)) -> Tensor:
+        return torch.from_numpy(np.array(data[some]).view(np.uint8).reshape(-1, size // shape[0]))
+
+    codes, scales = unpack(scheme, rows(slice(CHECKED)))
+    own = parse_scheme(scheme).dequantize(codes, scales, (len(codes), shape[1]), torch.float32)
+    if not torch.equal(own, decoded(tensor, stored, slice(CHECKED))) or not all(
+        torch.isfinite(scale).all() for scale in unpack(scheme, rows())[1].values()
+    ):
+        raise ModelError(f"{tensor.name} of {file} is not what its type says, or holds NaN or infinite scales; the file is damaged")
+
+    def read() -> RoundedWeight:
+        codes, scales = unpack(scheme, rows()[back])
+        return _usable(RoundedWeight(scheme=scheme, codes=codes, scales=scales, shape=shape))
+
+    def patches(weight: RoundedWeight) -> list[Patch]:
+        packed = PACKERS[scheme](weight.codes, weight.scales)[order].contiguous().numpy().tobytes()
+        assert len(packed) == size
+        return [Patch(file, offset, packed)]
+
+    return Slot(scheme=scheme, shape=shape, read=read, patches=patches)
+
+
+def _usable(weight: RoundedWeight) -> RoundedWeight:
+    """The same values, with steps that are not zero: codes of zero in their place, if there is one, or the least step."""
+    grid, scales, codes = parse_scheme(weight.scheme), dict(weight.scales), weight.codes
+    signed = isinstance(grid, ScalarGrid) and grid.levels is None
+    if "sc" in scales and signed:
+        none = scales["sc"] == 0
+        codes = torch.where(spread(none, weight.shape), 0, codes)
+        scales["sc"] = scales["sc"].masked_fill(none, 1)
+    if "d" in scales:
+        none = scales["d"] == 0
+        if signed:
+            codes = torch.where(spread(none, weight.shape), 0, codes)
+        scales["d"] = scales["d"].masked_fill(none, LEAST)
+    return replace(weight, codes=codes, scales=scales)

@@ -1,0 +1,118 @@
+"""Whether new codes of a group of layers are taken: if the KL of the whole model falls, on text that nothing else has seen.
+
+Everything before the group is as it was decided, everything after it as it was given. Text goes from the group to the end under both, and
+the KL with what it had before the group is compared; a group's gain is then the next one's start.
+
+Cost: of `JUDGED` sequences a forward pass through what follows, for each group: half of the square of the depth, some 16 passes of 16
+sequences for 32 layers. Memory: two groups, and hidden states as the store decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roundel.artifacts.source import Source
+from roundel.evaluate import Comparison
+from roundel.rounding.round import dequantized
+from roundel.sweeps import HiddenStates, HiddenStore
+from roundel.sweeps.gradients import batches
+from roundel.types import RoundedWeight, TokenBatch
+
+__all__ = ["JUDGED", "Judge"]
+
+JUDGED = 16
+"""Sequences."""
+
+
+class Judge:
+    """Of one model that is made better group by group."""
+
+    def __init__(
+        self, source: Source, outside: Callable[[], Mapping[str, Tensor]], tokens: TokenBatch, *, batch_size: int, store: HiddenStore
+    ) -> None:
+        """Takes text through the original.
+
+        Args:
+            source: The original, with what it was quantized to.
+            outside: Makes other parameters as they are in the quantized model, by name.
+            tokens: The text.
+            batch_size: Sequences in a pass.
+            store: For hidden states.
+        """
+        self._source, self._layers, self._outside, self._tokens = source, source.layers, outside, tokens
+        self._batch_size, self._store, self._made = batch_size, store, 0
+        self._at, self._kl = 0, None if len(tokens) else 0.0
+        self._reference = self._embedded({})
+        with torch.no_grad():
+            for index in range(len(self._layers)):
+                with self._layers.loaded(index):
+                    self._reference = self._run(index, self._reference, {})
+        self._hidden = self._embedded(outside())
+
+    def __call__(self, index: int, decided: Mapping[str, RoundedWeight], found: Mapping[str, RoundedWeight]) -> tuple[float, float]:
+        """The KL before and after a group, which is loaded, becomes what was found; `decided`: all linears of the groups before it."""
+        with torch.no_grad():
+            while self._at < index:
+                with self._layers.loaded(self._at):
+                    self._hidden = self._run(self._at, self._hidden, self._weights(self._at, decided))
+                self._at += 1
+            before = self._through(index, self._source.given) if self._kl is None else self._kl
+            after = self._through(index, found)
+        self._kl = min(before, after)
+        return before, after
+
+    def _through(self, index: int, own: Mapping[str, RoundedWeight]) -> float:
+        """The KL with these weights in a group that is loaded."""
+        state = self._run(index, self._hidden, self._weights(index, own), keep=True)
+        for later in range(index + 1, len(self._layers)):
+            with self._layers.loaded(later):
+                state = self._run(later, state, self._weights(later, self._source.given))
+        layers, found, outer = self._layers, Comparison(), self._outside()
+        for row in range(len(self._tokens)):
+            h, hq, ids = self._reference.read([row]).to(layers.device), state.read([row]).to(layers.device), self._ids([row])
+
+            def theirs(part: slice, ids: Tensor = ids, h: Tensor = h) -> Tensor:
+                return layers.logits(ids[:, part], h[:, part])[0]
+
+            def ours(part: slice, ids: Tensor = ids, hq: Tensor = hq) -> Tensor:
+                with layers.replaced(outer):
+                    return layers.logits(ids[:, part], hq[:, part])[0]
+
+            found.add(self._tokens.ids[row], ours, theirs, layers.slices(self._tokens.ids.shape[1]))
+        self._store.drop(state)
+        return found.result().kl_mean
+
+    def _weights(self, index: int, own: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
+        names = self._layers.inside(index, self._source.linears)
+        return {f"{name}.weight": dequantized(own[name]) for name in names if name in own}
+
+    def _embedded(self, values: Mapping[str, Tensor]) -> HiddenStates:
+        state = None
+        with self._layers.replaced(values):
+            for rows in batches(range(len(self._tokens)), self._batch_size):
+                hidden = self._layers.embed(self._ids(rows))
+                state = state or self._new((len(self._tokens), *hidden.shape[1:]), hidden.dtype)
+                state.write(rows, hidden)
+        assert state is not None
+        return state
+
+    def _run(self, index: int, before: HiddenStates, values: Mapping[str, Tensor], *, keep: bool = False) -> HiddenStates:
+        """The states after a group with other weights; those before it are dropped unless they are to be kept."""
+        after = self._new(before.shape, before.dtype)
+        with self._layers.replaced(values):
+            for rows in batches(range(len(self._tokens)), self._batch_size):
+                after.write(rows, self._layers.run(index, self._ids(rows), before.read(rows).to(self._layers.device)))
+        if not keep:
+            self._store.drop(before)
+        return after
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
+        self._made += 1
+        return self._store.new(f"judged-{self._made:06d}", shape, dtype)
+
+    def _ids(self, rows: Any) -> Tensor:
+        return self._tokens.ids[list(rows)].to(self._layers.device)
