@@ -1,4 +1,4 @@
-"""Several processes of one job without torchrun's own start: forked from a server that has imported everything."""
+"""Processes of the command, one or several of one job without torchrun's own start: forked from a server that has imported everything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,13 @@ class Rank(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def start(*arguments: object) -> BaseProcess:
+    """`roundel ARGUMENTS` in a process of its own, to be waited for or killed."""
+    process = SERVER.Process(target=_command, args=([str(part) for part in arguments],))
+    process.start()
+    return process
 
 
 def run(count: int, *arguments: object, exact: bool = False, step_tokens: int | None = None) -> list[Rank]:
@@ -56,17 +64,22 @@ def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, e
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
-
-    from roundel.commands.app import main
     from roundel.linalg import fast
 
-    torch.set_num_threads(1)
     if step_tokens is not None:
         from roundel.stages.rounding import natural
 
         natural.STEP_TOKENS = step_tokens
     if exact:
         fast._has_units = lambda: False  # type: ignore[assignment]
+    _command(arguments)
+
+
+def _command(arguments: list[str]) -> None:
+    import torch
+
+    from roundel.commands.app import main
+
+    torch.set_num_threads(1)
     sys.argv = ["roundel", *arguments]
     main()

@@ -6,12 +6,11 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import roundel
-from e2e import tiny
+from e2e import ranks, tiny
 from roundel.artifacts import curvatures, rounded
 from roundel.artifacts.curvatures import Curvatures
 from roundel.artifacts.rounded import RoundedFiles
@@ -39,14 +38,14 @@ GIVEN: dict[str, Any] = {
     "scheme": "int3-g16",
     "curvature": "kfac",
     "prefix_aware": True,
-    "prefix_sequences": 12,
+    "prefix_sequences": 6,
     "natural_places": 1,
-    "sequences": 12,
+    "sequences": 6,
     "seq_len": 16,
     "eval_sequences": 2,
     "sweeps": 1,
 }
-AUTO: dict[str, Any] = {"curvature": "auto", "sequences": 64, "include": ("*.mlp.*",)}
+AUTO: dict[str, Any] = {"curvature": "auto:holdout=2", "sequences": 16, "include": ("*.mlp.*",)}
 """Enough sequences that some are held out to choose by."""
 
 
@@ -112,108 +111,125 @@ def same(first: roundel.Quantized, second: roundel.Quantized) -> bool:
     return weights(first) == weights(second) and rows[0] == rows[1] and details[0] == details[1]
 
 
-@pytest.fixture
-def killed(monkeypatch) -> Callable[[type, str, int], Any]:
-    """`killed(class, method, k)`: within the context the k-th call of the method is not made any more."""
+class Kill:
+    """Within the context no call of the method is made any more after so many."""
 
-    class Kill:
-        def __init__(self, owner: type, method: str, after: int) -> None:
-            self.owner, self.method, self.after, self.patch = owner, method, after, pytest.MonkeyPatch()
-            self.calls = 0
+    def __init__(self, owner: type, method: str, after: int) -> None:
+        self.owner, self.method, self.after, self.patch = owner, method, after, pytest.MonkeyPatch()
+        self.calls = 0
 
-        def __enter__(self) -> Kill:
-            real = getattr(self.owner, self.method)
+    def __enter__(self) -> Kill:
+        real = getattr(self.owner, self.method)
 
-            def counted(*args: Any, **settings: Any) -> Any:
-                self.calls += 1
-                if self.calls > self.after:
-                    raise KilledError
-                return real(*args, **settings)
+        def counted(*args: Any, **settings: Any) -> Any:
+            self.calls += 1
+            if self.calls > self.after:
+                raise KilledError
+            return real(*args, **settings)
 
-            self.patch.setattr(self.owner, self.method, counted)
-            return self
+        self.patch.setattr(self.owner, self.method, counted)
+        return self
 
-        def __exit__(self, *_error: object) -> None:
-            self.patch.undo()
-
-    return Kill
+    def __exit__(self, *_error: object) -> None:
+        self.patch.undo()
 
 
-def test_a_work_directory_changes_nothing(deep, whole, quantize, tmp_path) -> None:
-    kept = quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
-    assert same(kept, whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
-    again = quantize(deep, tmp_path / "again", **GIVEN, work=tmp_path / "work")
-    assert same(again, whole)
+@pytest.fixture(scope="module")
+def begun(deep, quantize, tmp_path_factory) -> Path:
+    """The work directory of a job that was killed after its first group of codes; to be copied."""
+    place = tmp_path_factory.mktemp("begun")
+    with Kill(RoundedFiles, "save", 1), pytest.raises(KilledError):
+        quantize(deep, place / "out", **GIVEN, work=place / "work")
+    assert [path.name for path in place.iterdir()] == ["work"]
+    return place / "work"
 
 
 POINTS = [(HiddenStates, "write"), (HiddenStates, "finish"), (Curvatures, "save"), (RoundedFiles, "save")]
 
 
-@pytest.mark.parametrize(("owner", "method"), POINTS, ids=lambda value: getattr(value, "__name__", value))
-def test_killed_at_random_points_it_ends_with_the_same_bytes(owner, method, killed, deep, whole, quantize, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def kept(deep, quantize, tmp_path_factory) -> tuple[Path, roundel.Quantized, dict[tuple[type, str], int]]:
+    """A work directory, what was made with it, and how often each of `POINTS` was passed; not to be changed."""
+    place = tmp_path_factory.mktemp("kept")
+    with ExitStack() as stack:
+        counting = {point: stack.enter_context(Kill(*point, after=1 << 30)) for point in POINTS}
+        made = quantize(deep, place / "out", **GIVEN, work=place / "work")
+    return place / "work", made, {point: kill.calls for point, kill in counting.items()}
+
+
+def test_a_work_directory_changes_nothing(deep, kept, whole, quantize, tmp_path) -> None:
+    work, made, _ = kept
+    assert same(made, whole)
+    assert {path.name for path in work.parent.iterdir()} == {"out", "work"}
+    again = quantize(deep, tmp_path / "again", **GIVEN, work=work)
+    assert same(again, whole)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[0].__name__}-{point[1]}")
+def test_killed_at_random_points_it_ends_with_the_same_bytes(point, kept, deep, whole, quantize, tmp_path) -> None:
     """Each run is killed after some more of what the last one still had to do."""
+    owner, method = point
     generator = random.Random(f"{owner.__name__}.{method}")
-    with killed(owner, method, 1 << 30) as counting:
-        quantize(deep, tmp_path / "counted", **GIVEN, work=tmp_path / "other")
-    total, runs = counting.calls, 0
+    total, runs = kept[2][point], 0
     assert total >= LAYERS
     resumed = None
     while resumed is None:
         runs += 1
-        after = generator.randrange(max(1, total // 2)) if runs <= 4 else 1 << 30
-        with killed(owner, method, after):
+        after = generator.randrange(max(1, total // 2)) if runs <= 3 else 1 << 30
+        with Kill(owner, method, after):
             try:
                 resumed = quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
             except KilledError:
                 assert not (tmp_path / "out").exists()
     assert runs > 1
     assert same(resumed, whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"counted", "other", "out", "work"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
 
 
-def test_what_is_finished_is_not_done_again(killed, deep, whole, quantize, tmp_path) -> None:
+def test_what_is_finished_is_not_done_again(deep, whole, quantize, tmp_path) -> None:
     work = tmp_path / "work"
-    with killed(Curvatures, "save", 2), pytest.raises(KilledError):
+    with Kill(Curvatures, "save", 2), pytest.raises(KilledError):
         quantize(deep, tmp_path / "out", **GIVEN, work=work)
     assert [path.name for path in sorted((work / "curvature").glob("????.safetensors"))] == ["0001.safetensors", "0002.safetensors"]
-    with killed(RoundedFiles, "save", 2), killed(Curvatures, "save", 1), pytest.raises(KilledError):  # the other one and no more
+    with Kill(RoundedFiles, "save", 2), Kill(Curvatures, "save", 1), pytest.raises(KilledError):  # the other one and no more
         quantize(deep, tmp_path / "out", **GIVEN, work=work)
     assert [path.name for path in sorted((work / "rounded").glob("0*"))] == ["0000.safetensors", "0001.safetensors"]
-    with killed(RoundedFiles, "save", 1), killed(Curvatures, "save", 0):
+    with Kill(RoundedFiles, "save", 1), Kill(Curvatures, "save", 0):
         assert same(quantize(deep, tmp_path / "out", **GIVEN, work=work), whole)
 
 
 @pytest.mark.parametrize(
-    "settings", [AUTO, {"bits": 4.5}, {"scheme": "lattice2"}, {"scheme": "nvfp4"}, {"natural_places": 0}, {"prefix_aware": False}], ids=str
+    "settings",
+    [AUTO, {"bits": 4.5}, {"scheme": "lattice2", "include": ("*.v_proj",)}, {"scheme": "nvfp4", "prefix_aware": False}],
+    ids=str,
 )
-def test_other_recipes_go_on_too(settings, killed, deep, quantize, tmp_path) -> None:
+def test_other_recipes_go_on_too(settings, deep, quantize, tmp_path) -> None:
     given = {**GIVEN, **settings}
     expected = quantize(deep, tmp_path / "whole", **given)
     for owner in (Curvatures, RoundedFiles):
-        with killed(owner, "save", 2), pytest.raises(KilledError):
+        with Kill(owner, "save", 2), pytest.raises(KilledError):
             quantize(deep, tmp_path / "out", **given, work=tmp_path / "work")
     assert same(quantize(deep, tmp_path / "out", **given, work=tmp_path / "work"), expected)
 
 
-def test_killed_in_the_natural_steps_or_after_them(killed, deep, whole, quantize, tmp_path) -> None:
+def test_killed_in_the_natural_steps_or_after_them(deep, whole, quantize, tmp_path) -> None:
     """Which are not taken again once they are."""
     assert [row["before_layer"] for row in whole.details["natural_steps"]] == ["model.layers.2"]
-    with killed(natural.NaturalSteps, "_step", 2), pytest.raises(KilledError):
+    with Kill(natural.NaturalSteps, "_step", 2), pytest.raises(KilledError):
         quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
-    with killed(RoundedFiles, "save", 0), pytest.raises(KilledError):  # the last layer, which they are taken before
+    with Kill(RoundedFiles, "save", 0), pytest.raises(KilledError):  # the last layer, which they are taken before
         quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
-    with killed(natural.NaturalSteps, "_step", 0):
+    with Kill(natural.NaturalSteps, "_step", 0):
         assert same(quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work"), whole)
 
 
-def test_from_factors_it_goes_on_too(killed, deep, text, quantize, tmp_path) -> None:
+def test_from_factors_it_goes_on_too(deep, text, quantize, tmp_path) -> None:
     collected = {name: GIVEN[name] for name in ("curvature", "sequences", "seq_len", "eval_sequences")}
     roundel.collect_factors(deep, output=tmp_path / "factors", calibration=str(text), **collected)
     given = {**GIVEN, "factors": tmp_path / "factors"}
     expected = quantize(deep, tmp_path / "whole", **given)
     for owner in (Curvatures, RoundedFiles):
-        with killed(owner, "save", 1), pytest.raises(KilledError):
+        with Kill(owner, "save", 1), pytest.raises(KilledError):
             quantize(deep, tmp_path / "out", **given, work=tmp_path / "work")
     assert same(quantize(deep, tmp_path / "out", **given, work=tmp_path / "work"), expected)
 
@@ -223,7 +239,7 @@ def line(model: Path, text: Path, place: Path) -> list[str]:
         (f"--{name.replace('_', '-')}", str(value)) for name, value in {**GIVEN, "natural_places": 0}.items() if name != "prefix_aware"
     ]
     given = [*itertools.chain(*options), "--prefix-aware", "--calibration", str(text), "--batch-size", "1", "--quiet"]
-    return [sys.executable, "-m", "roundel", "quantize", str(model), "-o", str(place / "out"), "--work", str(place / "work"), *given]
+    return ["quantize", str(model), "-o", str(place / "out"), "--work", str(place / "work"), *given]
 
 
 def test_real_kills_on_the_command_line(deep, text, quantize, tmp_path) -> None:
@@ -234,36 +250,27 @@ def test_real_kills_on_the_command_line(deep, text, quantize, tmp_path) -> None:
         return len(list((tmp_path / "work" / stage).glob("0*.safetensors")))
 
     for stage, least in (("curvature", 2), ("rounded", 1)):
-        process = subprocess.Popen(line(deep, text, tmp_path))
-        while process.poll() is None and files(stage) < least:
+        process = ranks.start(*line(deep, text, tmp_path))
+        while process.is_alive() and files(stage) < least:
             time.sleep(0.002)
         time.sleep(0.05 * generator.random())
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert files(stage) >= least
         assert not (tmp_path / "out").exists()
-    subprocess.run(line(deep, text, tmp_path), check=True)
+    assert ranks.run(1, *line(deep, text, tmp_path))[0].code == 0
     assert weights(tmp_path / "out") == weights(expected)
 
 
 # Whose directory it is
 
 
-HELD = """
-import sys
-from pathlib import Path
-from roundel.artifacts.work import open_work
-with open_work(Path(sys.argv[1]), beside=Path("out"), memory=None):
-    pass
-"""
-
-
-def test_a_second_process_is_refused(deep, quantize, tmp_path) -> None:
+def test_a_second_process_is_refused(deep, text, quantize, tmp_path) -> None:
     with open_work(tmp_path / "work", beside=tmp_path / "out", memory=None):
-        held = [sys.executable, "-c", HELD, str(tmp_path / "work")]
-        other = subprocess.run(held, capture_output=True, text=True, check=False)
-        assert "StorageError" in other.stderr
-        assert f"another process is at work in {tmp_path / 'work'}" in other.stderr
+        (other,) = ranks.run(1, *line(deep, text, tmp_path))
+        assert other.code == StorageError.exit_code
+        assert f"another process is at work in {tmp_path / 'work'}" in other.err
         with pytest.raises(StorageError, match=f"another process is at work in {tmp_path / 'work'}"):
             quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
     assert not (tmp_path / "out").exists()
@@ -274,7 +281,7 @@ def test_a_second_process_is_refused(deep, quantize, tmp_path) -> None:
 CHANGES: list[dict[str, Any]] = [
     {"scheme": "int4-g16"},
     {"seed": 1},
-    {"sequences": 13},
+    {"sequences": 7},
     {"prefix_aware": False},
     {"prefix_strength": 0.6},
     {"natural_places": 0},
@@ -283,10 +290,9 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def test_another_job_is_refused(killed, deep, model, whole, quantize, tmp_path) -> None:
+def test_another_job_is_refused(begun, deep, model, whole, quantize, tmp_path) -> None:
     work = tmp_path / "work"
-    with killed(RoundedFiles, "save", 1), pytest.raises(KilledError):
-        quantize(deep, tmp_path / "out", **GIVEN, work=work)
+    shutil.copytree(begun, work)
     for changed in CHANGES:
         with pytest.raises(StorageError, match="holds the work of another job") as caught:
             quantize(deep, tmp_path / "out", **{**GIVEN, **changed}, work=work)
@@ -301,9 +307,8 @@ def test_another_job_is_refused(killed, deep, model, whole, quantize, tmp_path) 
 
 
 @pytest.mark.parametrize("file", ["job.json", "curvature/0000.safetensors", "rounded/0000.safetensors"])
-def test_a_damaged_directory_says_which_file_to_remove(file, killed, deep, quantize, tmp_path) -> None:
-    with killed(RoundedFiles, "save", 1), pytest.raises(KilledError):
-        quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work")
+def test_a_damaged_directory_says_which_file_to_remove(file, begun, deep, quantize, tmp_path) -> None:
+    shutil.copytree(begun, tmp_path / "work")
     path = tmp_path / "work" / file
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(StorageError, match=r"remove .* and start again") as caught:
@@ -336,17 +341,16 @@ DISKS = {
 }
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["passing", "kept"])
-@pytest.mark.parametrize("where", DISKS)
-def test_a_full_disk_is_one_error_and_leaves_no_output(where: str, kept: bool, deep, whole, quantize, tmp_path) -> None:
+@pytest.mark.parametrize(("where", "stays"), list(zip(DISKS, itertools.cycle([True, False]))))
+def test_a_full_disk_is_one_error_and_leaves_no_output(where: str, stays: bool, deep, whole, quantize, tmp_path) -> None:
     owner, name, calls = DISKS[where]
-    place = {"work": tmp_path / "work"} if kept else {"memory": "1K"}
+    place = {"work": tmp_path / "work"} if stays else {"memory": "1K"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, after(calls, getattr(owner, name)))
         with pytest.raises(StorageError, match="no space is left on the disk"):
             quantize(deep, tmp_path / "out", **GIVEN, **place)
-    assert {path.name for path in tmp_path.iterdir()} == ({"work"} if kept else set())
-    if kept:  # with more room it goes on
+    assert {path.name for path in tmp_path.iterdir()} == ({"work"} if stays else set())
+    if stays:  # with more room it goes on
         assert same(quantize(deep, tmp_path / "out", **GIVEN, **place), whole)
 
 
@@ -367,24 +371,38 @@ def loads(monkeypatch) -> Iterator[list[str]]:
     return seen
 
 
-@pytest.mark.parametrize("settings", [{}, AUTO, {"bits": 4.5}, {"scheme": "trellis2-s6"}, {"prefix_aware": False}], ids=str)
-def test_without_memory_it_is_the_same(settings, deep, quantize, tmp_path, loads) -> None:
+PASSING, KEPT = {"memory": "100K"}, {"memory": 1000, "work": "work"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({}, [PASSING, KEPT]),
+        (AUTO, [PASSING]),
+        ({"bits": 4.5}, [KEPT]),
+        ({"scheme": "trellis2-s6", "include": ("*.?_proj",)}, [PASSING]),
+        ({"prefix_aware": False}, [KEPT]),
+    ],
+    ids=str,
+)
+def test_without_memory_it_is_the_same(settings, places, deep, whole, quantize, tmp_path, loads, monkeypatch) -> None:
     """Everything goes to files and the model is loaded layer by layer; nothing is left beside the output."""
+    monkeypatch.chdir(tmp_path)
     given = {**GIVEN, **settings}
-    with_memory = quantize(deep, tmp_path / "with", **given)
+    with_memory = quantize(deep, tmp_path / "with", **given) if settings else whole
     assert loads == []
-    for place in ({}, {"work": tmp_path / "work"}):
-        output = tmp_path / ("kept" if place else "passing")
-        result = quantize(deep, output, **given, **place, memory="100K" if not place else 1000)
+    for place in places:
+        result = quantize(deep, tmp_path / str(place["memory"]), **given, **place)
         assert same(result, with_memory)
         assert set(loads) == {f"model.layers.{index}" for index in range(LAYERS)}
         loads.clear()
-    assert {path.name for path in tmp_path.iterdir()} == {"with", "passing", "kept", "work"}
+    left = {str(place["memory"]) for place in places} | {place["work"] for place in places if "work" in place}
+    assert {path.name for path in tmp_path.iterdir()} == left | ({"with"} if settings else set())
 
 
-def test_without_memory_it_goes_on_too(killed, deep, whole, quantize, tmp_path) -> None:
+def test_without_memory_it_goes_on_too(deep, whole, quantize, tmp_path) -> None:
     for owner in (Curvatures, RoundedFiles):
-        with killed(owner, "save", 2), pytest.raises(KilledError):
+        with Kill(owner, "save", 2), pytest.raises(KilledError):
             quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work", memory="1K")
     assert same(quantize(deep, tmp_path / "out", **GIVEN, work=tmp_path / "work"), whole)
 
@@ -410,17 +428,17 @@ def test_what_needs_the_whole_model_says_so(command, deep, text, tmp_path) -> No
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, KilledError])
-def test_whatever_ends_it_nothing_is_left_beside_the_output(error, deep, quantize, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "error"), [("measure_curvature", MemoryError), ("round_model", KilledError), ("finish", KeyboardInterrupt)]
+)
+def test_whatever_ends_it_nothing_is_left_beside_the_output(place, error, deep, quantize, tmp_path, monkeypatch) -> None:
     def ends(*_args: object, **_settings: object) -> None:
         raise error
 
-    for place in ("measure_curvature", "round_model", "finish"):
-        with monkeypatch.context() as patch:
-            patch.setattr(quantize_stage, place, ends)
-            with pytest.raises(error):
-                quantize(deep, tmp_path / "out", **GIVEN, memory="1K")
-        assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(quantize_stage, place, ends)
+    with pytest.raises(error):
+        quantize(deep, tmp_path / "out", **GIVEN, memory="1K")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
