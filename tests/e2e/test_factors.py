@@ -6,8 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,16 +132,17 @@ def test_a_real_kill_at_random_points(collect, text, tmp_path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**tiny.MODERN, "num_hidden_layers": 8})).save_pretrained(model)
     tiny.make_tokenizer(starts=False).save_pretrained(model)
-    line = [sys.executable, "-m", "roundel", "collect", model, "-o", target, "--calibration", text, *options(ENOUGH)]
+    line = ["collect", model, "-o", target, "--calibration", text, *options(ENOUGH)]
     line += ["--batch-size", 1, "--resume", "--quiet"]
     generator = random.Random(7)
     for wanted in (0, generator.randrange(1, 3), generator.randrange(3, 6)):
-        process = subprocess.Popen([str(part) for part in line])
-        while process.poll() is None and _done(target) < wanted:
+        process = ranks.start(*line)
+        while process.is_alive() and _done(target) < wanted:
             time.sleep(0.002)
         time.sleep(generator.random() * 0.05)
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert _done(target) >= wanted
         if wanted:
             assert not FactorsDirectory.open(target).complete

@@ -131,12 +131,12 @@ def test_the_total_is_that_of_the_block_diagonal_fisher() -> None:
 @pytest.mark.parametrize("name", [V_PROJ, DOWN_PROJ])
 def test_the_cosine_is_that_of_the_exact_fisher(name: str) -> None:
     """One text, many draws of its labels, in small batches: with a sequence's own square it would be far off."""
-    model, tokens, draws = tiny_llama(), random_tokens(1, 5, seed=3), 1600
+    model, tokens, draws = tiny_llama(), random_tokens(1, 5, seed=3), 800
     linear = linears(model)[name]
     F = dense_fisher(model, [linear.weight], tokens.ids[0])
     factors = {
         "random": factors_of(linear, 0),
-        "collected": collected(model, {name: linear}, repeated(tokens, 300), "mean", seed=9, batch_size=100)[name],
+        "collected": collected(model, {name: linear}, repeated(tokens, 150), "mean", seed=9, batch_size=150)[name],
     }
     rows = diagnose(
         Layers(model),

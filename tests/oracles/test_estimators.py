@@ -74,7 +74,7 @@ def test_power_approaches_the_leading_singular_pair_of_the_exact_fisher() -> Non
     linear = linears(model)[V_PROJ]
     u, v, gap = leading_pair(dense_fisher(model, [linear.weight], tokens.ids[0]), *linear.weight.shape)
     assert gap < 0.8
-    factors = collected(model, {V_PROJ: linear}, repeated(tokens, 500), "power:rounds=10", seed=0, batch_size=500)[V_PROJ]
+    factors = collected(model, {V_PROJ: linear}, repeated(tokens, 250), "power:rounds=8", seed=0, batch_size=250)[V_PROJ]
     assert cosine(factors.H_out, u) > 0.99
     assert cosine(factors.H_in, v) > 0.99
 
@@ -160,8 +160,7 @@ def test_each_update_of_triangular_is_the_exact_minimiser_given_the_other_side(s
         assert J(G, A0, B) < J(G, A0, B + away_in)
 
 
-@pytest.mark.parametrize(("d_out", "d_in", "sequences"), [(12, 16, 40), (24, 8, 60), (10, 10, 200)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("d_out", "d_in", "sequences", "seed"), [(12, 16, 40, 0), (12, 16, 40, 1), (24, 8, 60, 2), (10, 10, 200, 3)])
 def test_triangular_lowers_the_loss_on_the_gradients_that_it_was_fitted_on(d_out: int, d_in: int, sequences: int, seed: int) -> None:
     x, g = gradient_stream(d_out, d_in, sequences=sequences, seed=100 * seed)
     G = torch.einsum("sto,sti->soi", g.double(), x.double())

@@ -68,7 +68,7 @@ def test_a_group_that_no_gradient_reaches_has_scale_zero() -> None:
 
 def test_it_approaches_the_exact_fishers_blocks_where_tokens_do_not_interact() -> None:
     """In the last layer's down_proj a token's output reaches that token's logits alone, so there are no cross-token terms."""
-    model, tokens, name, draws = tiny_llama(), random_tokens(1, 5, seed=3), "model.layers.1.mlp.down_proj", 1500
+    model, tokens, name, draws = tiny_llama(), random_tokens(1, 5, seed=3), "model.layers.1.mlp.down_proj", 750
     linear = linears(model)[name]
     d_out, d_in = linear.weight.shape
     exact = dense_fisher(model, [linear.weight], tokens.ids[0]).reshape(d_out, d_in, d_out, d_in) / 5
@@ -76,4 +76,4 @@ def test_it_approaches_the_exact_fishers_blocks_where_tokens_do_not_interact() -
     blocks = torch.einsum("oioj->oij", exact)
     for rows, group in factors.row_groups():
         block = blocks[rows].mean(0)
-        assert torch.linalg.norm(group.scale * group.H_in - block) < 0.1 * torch.linalg.norm(block)
+        assert torch.linalg.norm(group.scale * group.H_in - block) < 0.14 * torch.linalg.norm(block)

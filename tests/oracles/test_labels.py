@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from laws.problems import draw
 from oracles.tiny import backward, collected, dense_fisher, label_gradient, linears, random_tokens, repeated, tiny_llama
 from roundel.curvature import predicted_kl
+from roundel.curvature.collect import Prediction
 from roundel.errors import SchemeError
 from roundel.recipes import Recipe
 from roundel.sweeps import Layers, safe_batch_size
@@ -42,13 +43,13 @@ def draws_of(p: Tensor, labels: str, draws: int) -> Tensor:
 @pytest.mark.parametrize("labels", ["sampled", "probe"])
 @pytest.mark.parametrize("peaked", [1, 3])
 def test_second_moment_is_the_hessian_of_the_kl_in_the_logits(labels: str, peaked: int) -> None:
-    draws, p = 20000, (peaked * draw(3, 9, seed=peaked)).softmax(-1)
+    draws, p = 4000, (peaked * draw(3, 9, seed=peaked)).softmax(-1)
     exact = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p))  # positions are independent
     u = draws_of(p.float(), labels, draws)
     error = (u.T @ u / draws - exact).square().sum()
     expected = (u.square().sum(1).square().mean() - exact.square().sum()) / draws  # its mean, by the draws' own spread
     assert error < 2 * expected
-    assert error.sqrt() < 0.04 * torch.linalg.norm(exact)
+    assert error.sqrt() < 0.09 * torch.linalg.norm(exact)
     assert (u.mean(0).abs() < 4.5 * exact.diagonal().div(draws).sqrt() + 1e-7).all()
 
 
@@ -152,19 +153,20 @@ def test_collecting_in_safe_batches_changes_no_bit(labels: str) -> None:
 
 
 def test_predictions_are_of_the_true_fisher_whatever_the_labels() -> None:
-    model, tokens, draws = tiny_llama(), random_tokens(1, 5, seed=3), 3000
+    model, tokens, draws = tiny_llama(), random_tokens(1, 5, seed=3), 800
     chosen = {LAYERS[1]: linears(model)[LAYERS[1]]}
     exact = dense_fisher(model, [chosen[LAYERS[1]].weight], tokens.ids[0])
     E = 0.01 * draw(*chosen[LAYERS[1]].weight.shape, seed=0, dtype=torch.float32)
-    sampled, probe, data = (
-        predicted_kl(Layers(model), chosen, lambda _name: E, repeated(tokens, draws), seed=0, batch_size=1000, labels=kind)
-        for kind in LABEL_KINDS
-    )
-    assert data == sampled
+
+    def prediction_of(labels: str, draws: int) -> Prediction:
+        return predicted_kl(Layers(model), chosen, lambda _name: E, repeated(tokens, draws), seed=0, batch_size=400, labels=labels)
+
+    assert prediction_of("data", 20) == prediction_of("sampled", 20)
+    sampled, probe = (prediction_of(kind, draws) for kind in ("sampled", "probe"))
     assert probe.total != sampled.total
     expected = 0.5 * (E.flatten().double() @ exact @ E.flatten().double()).item() / 5
     for prediction in (sampled, probe):
-        assert abs(prediction.total - expected) < 4 * prediction.total_stderr < 0.15 * expected
+        assert abs(prediction.total - expected) < 4 * prediction.total_stderr < 0.3 * expected
 
 
 @pytest.mark.parametrize("labels", LABEL_KINDS)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from oracles.tiny import linears, random_tokens, tiny_llama
+from oracles import tiny
+from oracles.tiny import random_tokens, tiny_llama
 from roundel.curvature import Sketch, collect
 from roundel.curvature.collect import Measured, collect_together, factors_of, runs_of
 from roundel.curvature.sketches import ESTIMATORS, parse_curvature
@@ -31,6 +33,11 @@ SPECS = [*(SMALL.get(name, name) for name in ESTIMATORS), EARLY]
 SEQUENCES, LENGTH, HELD_OUT = 19, 6, 9
 TOKENS = random_tokens(SEQUENCES, LENGTH)
 LAYERS = 2
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Two of each layer: of its attention and of its MLP."""
+    return {name: linear for name, linear in tiny.linears(model).items() if name.endswith(("k_proj", "down_proj"))}
 
 
 def run(tokens: TokenBatch = TOKENS, *, specs: list[str] = SPECS, batch_size: int = 1, **settings: Any) -> dict[str, Measured]:
