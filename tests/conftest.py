@@ -33,11 +33,8 @@ CHECKED = (
     "models.structure",
     "integration.linear",
 )
-install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")
-for _module in CHECKED:  # now, with checks, whichever tests come first
-    _imported = import_module(f"roundel.{_module}")
-    for _inner in pkgutil.iter_modules(getattr(_imported, "__path__", [])):
-        import_module(f"roundel.{_module}.{_inner.name}")
+
+LONG = ("test_triton.py", "test_work.py", "test_processes.py", "test_prefix_aware.py", "test_auto.py", "test_architectures.py")
 
 F = TypeVar("F", bound=Callable[..., object])
 _checked = jaxtyping.jaxtyped
@@ -45,6 +42,17 @@ _checked = jaxtyping.jaxtyped
 
 def _unchecked(**_given: object) -> Callable[[F], F]:
     return lambda function: function
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports what is checked, whichever tests come first; not in the process of xdist that runs no test."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    install_import_hook([f"roundel.{module}" for module in CHECKED], "beartype.beartype")
+    for module in CHECKED:
+        imported = import_module(f"roundel.{module}")
+        for inner in pkgutil.iter_modules(getattr(imported, "__path__", [])):
+            import_module(f"roundel.{module}.{inner.name}")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,4 +65,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long and are one unit for xdist come first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: "triton" not in item.path.name)
+    items.sort(key=lambda item: item.path.name not in LONG)

@@ -33,8 +33,12 @@ class Outcome(NamedTuple):
 @pytest.fixture(autouse=True)
 def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn in shared fixtures and where they are looked at: those of a report take as long as rounding a tiny model."""
-    if request.path.name not in ("test_inspect.py", "test_reports.py"):
-        monkeypatch.setattr(plots, "_png", lambda _figure: b"not drawn")
+    if request.path.name in ("test_inspect.py", "test_reports.py"):
+        return
+    monkeypatch.setattr(plots, "_png", lambda _figure: b"not drawn")
+    if request.path.name not in ("test_compare.py", "test_schemes.py", "test_tune.py"):
+        for kind in ("curves", "heat_map", "intervals"):
+            monkeypatch.setattr(plots, kind, lambda *_series, **_labels: b"not drawn")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import tempfile
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,38 +23,42 @@ class Rank(NamedTuple):
     err: str
 
 
-def start(*arguments: object) -> BaseProcess:
-    """`roundel ARGUMENTS` in a process of its own, to be waited for or killed."""
-    process = SERVER.Process(target=_command, args=([str(part) for part in arguments],))
-    process.start()
-    return process
-
-
-def run(count: int, *arguments: object, exact: bool = False, step_tokens: int | None = None) -> list[Rank]:
-    """`roundel ARGUMENTS` in so many processes.
+class Job:
+    """`roundel ARGUMENTS` in so many processes, under way.
 
     `exact`: without products in bfloat16; `step_tokens`: of a natural-gradient step.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as scratch:
-        processes = [
-            SERVER.Process(target=_one, args=(rank, count, port, [str(part) for part in arguments], scratch, exact, step_tokens))
-            for rank in range(count)
+
+    def __init__(self, count: int, *arguments: object, exact: bool = False, step_tokens: int | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._scratch = tempfile.TemporaryDirectory()
+        given = [str(part) for part in arguments]
+        self.processes = [
+            SERVER.Process(target=_one, args=(rank, count, port, given, self._scratch.name, exact, step_tokens)) for rank in range(count)
         ]
-        for process in processes:
+        for process in self.processes:
             process.start()
-        for process in processes:
+
+    def wait(self) -> list[Rank]:
+        """For all of them."""
+        for process in self.processes:
             process.join(LONGEST)
             if process.is_alive():
                 process.kill()
                 process.join()
         found = []
-        for rank, process in enumerate(processes):
-            out, err = (Path(scratch, f"{kind}-{rank}").read_text(encoding="utf-8") for kind in ("out", "err"))
+        for rank, process in enumerate(self.processes):
+            out, err = (Path(self._scratch.name, f"{kind}-{rank}").read_text(encoding="utf-8") for kind in ("out", "err"))
             found.append(Rank(process.exitcode or 0, out, err))
+        self._scratch.cleanup()
         return found
+
+
+def run(count: int, *arguments: object, exact: bool = False, step_tokens: int | None = None) -> list[Rank]:
+    """A job from its beginning to its end."""
+    return Job(count, *arguments, exact=exact, step_tokens=step_tokens).wait()
 
 
 def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, exact: bool, step_tokens: int | None) -> None:
@@ -64,22 +67,17 @@ def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, e
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from roundel.commands.app import main
     from roundel.linalg import fast
 
+    torch.set_num_threads(1)
     if step_tokens is not None:
         from roundel.stages.rounding import natural
 
         natural.STEP_TOKENS = step_tokens
     if exact:
         fast._has_units = lambda: False  # type: ignore[assignment]
-    _command(arguments)
-
-
-def _command(arguments: list[str]) -> None:
-    import torch
-
-    from roundel.commands.app import main
-
-    torch.set_num_threads(1)
     sys.argv = ["roundel", *arguments]
     main()

@@ -20,7 +20,6 @@ SAME = {
     "same-seed": {},
     "batch-1": {"batch_size": 1},
     "batch-3": {"batch_size": 3},
-    "batch-8": {"batch_size": 8},
 }
 
 

@@ -136,13 +136,13 @@ def test_a_real_kill_at_random_points(collect, text, tmp_path) -> None:
     line += ["--batch-size", 1, "--resume", "--quiet"]
     generator = random.Random(7)
     for wanted in (0, generator.randrange(1, 3), generator.randrange(3, 6)):
-        process = ranks.start(*line)
+        job = ranks.Job(1, *line)
+        (process,) = job.processes
         while process.is_alive() and _done(target) < wanted:
             time.sleep(0.002)
         time.sleep(generator.random() * 0.05)
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert job.wait()[0].code == -signal.SIGKILL
         assert _done(target) >= wanted
         if wanted:
             assert not FactorsDirectory.open(target).complete

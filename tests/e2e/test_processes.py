@@ -18,6 +18,7 @@ import torch
 from e2e import ranks, tiny
 from e2e.test_experts import original
 from roundel import processes
+from roundel.errors import ProcessesError
 from roundel.stages.rounding import natural
 
 GIVEN: dict[str, Any] = {"sequences": 24, "prefix_sequences": 24, "seq_len": 16, "eval_sequences": 5, "sweeps": 1}
@@ -72,7 +73,7 @@ def test_the_same_codes_and_numbers(kind: str, source, text, command, tmp_path) 
     line = ["quantize", source(name), "--calibration", text, "--quiet", *options({**GIVEN, **settings})]
     assert command(*line, "-o", tmp_path / "1").code == 0
     report = json.loads((tmp_path / "1" / "roundel.json").read_text())
-    count = 4 if kind == "natural" else 2
+    count = 3 if kind == "natural" else 2
     found = ranks.run(count, *line, "-o", tmp_path / "several", step_tokens=64)
     assert [rank.code for rank in found] == [0] * count, found
     own = json.loads((tmp_path / "several" / "roundel.json").read_text())
@@ -106,10 +107,10 @@ def test_tuning_end_to_end_in_shards(tmp_path) -> None:
     assert two["evaluation"]["kl"]["mean"] == pytest.approx(one["evaluation"]["kl"]["mean"], rel=0.02)
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "lattice2"])
-def test_what_stays_whole_in_every_process(scheme, model, text, tmp_path) -> None:
+@pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), ("lattice2", "*.[kv]_proj")])
+def test_what_stays_whole_in_every_process(scheme, include, model, text, tmp_path) -> None:
     """Biases, norms and the embedding beside sharded codes or vectors."""
-    settings = {**GIVEN, "scheme": scheme, "curvature": "kfac", "tune": "end-to-end", "tune_steps": 4, "tune_tokens": 64}
+    settings = {**GIVEN, "scheme": scheme, "include": include, "curvature": "kfac", "tune": "end-to-end", "tune_steps": 4, "tune_tokens": 64}
     line = ["quantize", model("qwen2"), "--calibration", text, "--quiet", *options(settings)]
     histories = []
     for count in (1, 2):
@@ -160,23 +161,39 @@ def test_one_error(model, text, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("victim", "after"), [(1, "curvature/*.safetensors"), (0, "rounded/*.safetensors")])
-def test_a_killed_process_ends_the_job_with_one_error_and_another_number_goes_on(victim, after, model, text, command, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "after", "torchrun"), [(1, "curvature/*.safetensors", False), (0, "rounded/*.safetensors", True)], ids=["second", "torchrun"]
+)
+def test_a_killed_process_ends_the_job_with_one_error_and_another_number_goes_on(
+    victim, after, torchrun, model, text, command, tmp_path
+) -> None:
     settings = {**GIVEN, "scheme": "int3-g16", "curvature": "pilot", "prefix_aware": True, "natural_places": 0, "eval_sequences": 2}
     line = ["quantize", str(model()), "--calibration", str(text), "--quiet", *options(settings)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "roundel", *line]
-    launch += ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    job = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "work").glob(after)) and job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(_process_of(job.pid, victim), signal.SIGKILL)
-    _, err = job.communicate(timeout=120)
-    assert job.returncode != 0
+    kept = [*line, "-o", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+
+    def there(alive: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "work").glob(after)) and alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    if torchrun:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "roundel", *kept]
+        agent = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        there(lambda: agent.poll() is None)
+        os.kill(_process_of(agent.pid, victim), signal.SIGKILL)
+        _, err = agent.communicate(timeout=120)
+        assert agent.returncode != 0
+    else:
+        job = ranks.Job(2, *kept)
+        there(job.processes[victim].is_alive)
+        job.processes[victim].kill()
+        others = [rank for rank in job.wait() if rank.code != -signal.SIGKILL]
+        assert [rank.code for rank in others] == [ProcessesError.exit_code]
+        err = others[0].err
     assert len([part for part in err.splitlines() if part.startswith("error: ")]) == 1, err
     assert "roundel/commands" not in err, err
     assert not (tmp_path / "out").exists()
-    found = ranks.run(3 if victim else 2, *line, "-o", tmp_path / "out", "--work", tmp_path / "work")
+    found = ranks.run(3 if victim else 2, *kept)
     assert not any(rank.code for rank in found), found
     assert command(*line, "-o", tmp_path / "whole").code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

@@ -250,13 +250,13 @@ def test_real_kills_on_the_command_line(deep, text, quantize, tmp_path) -> None:
         return len(list((tmp_path / "work" / stage).glob("0*.safetensors")))
 
     for stage, least in (("curvature", 2), ("rounded", 1)):
-        process = ranks.start(*line(deep, text, tmp_path))
+        job = ranks.Job(1, *line(deep, text, tmp_path))
+        (process,) = job.processes
         while process.is_alive() and files(stage) < least:
             time.sleep(0.002)
         time.sleep(0.05 * generator.random())
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert job.wait()[0].code == -signal.SIGKILL
         assert files(stage) >= least
         assert not (tmp_path / "out").exists()
     assert ranks.run(1, *line(deep, text, tmp_path))[0].code == 0
