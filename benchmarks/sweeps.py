@@ -44,7 +44,7 @@ from roundel.stages.ends import Ends
 from roundel.stages.evaluation import evaluate_values
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
-from roundel.stages.rounding import round_model
+from roundel.stages.rounding import choose_schemes, round_model
 from roundel.stages.rounding.sweep import Prefix, rounding_sweep
 from roundel.stages.text import default_batch
 from roundel.stages.writing import write_model
@@ -138,7 +138,8 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
         found: list[Any] = []
         notes = Notes(Silent())
         collect()
-        rounded = round_model(recipe, source, split, found[-1], Ends(), notes, batch_size=batch, work=work)
+        chosen = choose_schemes(recipe, source, found[-1])
+        rounded = round_model(recipe, source, split, found[-1], chosen, Ends(), notes, batch_size=batch, work=work)
         target = scratch / f"out-{path.name}"
         target.mkdir()
         write_model(target, recipe, source, rounded, notes)

@@ -45,7 +45,7 @@ STAGES = [
     ("notes", 0),
     ("linears", 0),
     ("drafts", 1),
-    ("ends", 1),
+    ("ends", 2),
     ("readers", 1),
     ("opening", 1),
     ("text", 2),

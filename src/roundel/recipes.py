@@ -46,6 +46,9 @@ WRITTEN = (*FORMATS, "gguf", "dense")
 HOLD_ENDS = ("gguf", "mlx", "dense")
 """Formats whose engines read a quantized embedding and output head."""
 
+Role = Literal["embedding", "head"]
+ROLES: tuple[Role, ...] = ("embedding", "head")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
@@ -200,17 +203,29 @@ class Recipe(Settings):
         narrow = self.written_format() == "gguf" and d_in % 256 and d_in % 32 == 0
         return NARROW.get(scheme, scheme) if narrow else scheme
 
-    def usual_end(self, role: Literal["embedding", "head"], d_out: int, d_in: int) -> str | None:
-        """What the tools of the format make of an embedding or an output head of this shape: a scheme, or None for 16 bits."""
+    def usual_ends(self, role: Role, d_out: int, d_in: int) -> tuple[str, ...]:
+        """What may stand for an embedding or an output head of this shape where nothing is said; nothing for 16 bits.
+
+        That is what the format's tools make of it; with a target size, all that they make of either end beside any scheme of the linears.
+        """
+        if self.target_size is not None:
+            found = [self.usual_end(one, scheme, d_out, d_in) for scheme in self.used_schemes for one in ROLES]
+        elif self.bits is not None and self.written_format() == "gguf":
+            found = [self.usual_end(role, min(self.used_schemes, key=lambda s: abs(parse_scheme(s).bits - (self.bits or 0))), d_out, d_in)]
+        else:
+            found = [self.usual_end(role, self.scheme, d_out, d_in)]
+        return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
+
+    def usual_end(self, role: Role, beside: str, d_out: int, d_in: int) -> str | None:
+        """What the tools of the format make of an end of this shape beside linears of a scheme: a scheme, or None for 16 bits."""
+        wanted: tuple[str, ...] = ()
         match self.written_format():
             case "mlx":
-                return self.scheme if _divides(self.scheme, d_out, d_in) else None
+                wanted = (beside,)
             case "gguf":
-                schemes = self.used_schemes if self.bits is not None else (self.scheme,)
-                near = min(schemes, key=lambda scheme: abs(parse_scheme(scheme).bits - (self.bits or 0)))
-                wanted = gguf.usual_end(role, near) if self.mix is None or role == "embedding" else MIXES[self.mix].head
-                return next((scheme for scheme in (wanted, "q8_0") if _divides(scheme, d_out, d_in)), None)
-        return None
+                usual = gguf.usual_end(role, beside) if self.mix is None else getattr(MIXES[self.mix], role)
+                wanted = (self.fitting(usual, d_in) if role == "embedding" else usual, "q8_0")
+        return next((scheme for scheme in wanted if _divides(scheme, d_out, d_in)), None)
 
     def candidate_schemes(self) -> tuple[str, ...]:
         """The schemes that `bits` are allocated over: the given ones, or those of `scheme` with all other numbers of bits.

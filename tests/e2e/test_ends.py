@@ -22,6 +22,7 @@ from roundel.sweeps.gradients import ENDS, gradient_visits
 from roundel.types import TokenBatch
 
 GIVEN = {"scheme": "q8_0", "format": "gguf", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
+SIZED = {"scheme": "q4_k", "format": "gguf", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 0, "curvature": "kfac"}
 
 
 def rows(result) -> dict[str, dict]:
@@ -162,6 +163,33 @@ def test_a_target_size_is_hit_from_below(form, quantize, tmp_path) -> None:
         quantize(source, tmp_path / "small", **given, target_size="10k")
     with pytest.raises(SchemeError, match="goes without --bits"):
         Recipe.of(**given, target_size="1M", bits=4.0)
+
+
+def test_with_a_target_size_they_are_chosen_with_everything_else(quantize, tmp_path) -> None:
+    """No worse, by the prediction, than what llama.cpp's rule for them leaves to the linears: the same drafts, the same bytes."""
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=1, initializer_range=0.05)
+    given = {**SIZED, "target_size": "300k", "schemes": ("q2_k", "q4_k", "q8_0")}
+    free = quantize(source, tmp_path / "free", **given)
+    rule = {"embedding": "q4_k", "head": "q6_k"}
+    ruled = quantize(source, tmp_path / "ruled", **given, **rule)
+    for result in (free, ruled):
+        assert 0.95 * 300_000 < (result.path / "model.gguf").stat().st_size <= 300_000
+    ends = sum(row["predicted_kl"] for row in rows(ruled).values())
+    assert free.details["allocation"]["predicted_kl"] <= ruled.details["allocation"]["predicted_kl"] + ends
+    assert {row["scheme"] for row in rows(free).values()} <= {"q2_k", "q4_k", "q6_k", "q8_0"}
+    assert {row["end"]: row["scheme"] for row in rows(ruled).values()} == rule
+
+
+def test_an_end_that_is_given_leaves_the_other_to_be_chosen(quantize, tmp_path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=1)
+    given = {**SIZED, "target_size": "500k", "schemes": ("q4_k", "q8_0"), "embedding": "none", "work": tmp_path / "work"}
+    result = quantize(source, tmp_path / "out", **given)
+    assert types(result)["token_embd.weight"] == "F16"
+    assert list(rows(result)) == ["head"]
+    assert (result.path / "model.gguf").stat().st_size <= 500_000
+    again = quantize(source, tmp_path / "again", **given)
+    assert (tmp_path / "again/model.gguf").read_bytes() == (result.path / "model.gguf").read_bytes()
+    assert again.details["allocation"] == result.details["allocation"]
 
 
 def test_too_few_bits_are_refused_before_the_work(quantize, tmp_path, monkeypatch) -> None:

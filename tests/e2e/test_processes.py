@@ -110,7 +110,15 @@ def test_tuning_end_to_end_in_shards(tmp_path) -> None:
 @pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), ("lattice2", "*.[kv]_proj")])
 def test_what_stays_whole_in_every_process(scheme, include, model, text, tmp_path) -> None:
     """Biases, norms and the embedding beside sharded codes or vectors."""
-    settings = {**GIVEN, "scheme": scheme, "include": include, "curvature": "kfac", "tune": "end-to-end", "tune_steps": 4, "tune_tokens": 64}
+    settings = {
+        **GIVEN,
+        "scheme": scheme,
+        "include": include,
+        "curvature": "kfac",
+        "tune": "end-to-end",
+        "tune_steps": 4,
+        "tune_tokens": 64,
+    }
     line = ["quantize", model("qwen2"), "--calibration", text, "--quiet", *options(settings)]
     histories = []
     for count in (1, 2):

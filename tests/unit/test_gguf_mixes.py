@@ -9,7 +9,7 @@ import pytest
 
 from roundel.errors import SchemeError
 from roundel.formats.gguf_blocks import PACKERS
-from roundel.formats.gguf_mixes import MIXES, NARROW, mix_types
+from roundel.formats.gguf_mixes import CANDIDATES, MIXES, NARROW, mix_types
 from roundel.grids import parse_scheme
 from roundel.recipes import Recipe, with_block_type
 
@@ -48,9 +48,33 @@ def test_the_others_where_they_differ() -> None:
     assert set(types("q3_k_s", 80)["attn_v"]) == {"q5_k"}
 
 
+def test_mixes_of_codebook_types() -> None:
+    assert types("iq2_xs", 16)["ffn_down"] == ["q2_k"] * 2 + ["iq2_xs"] * 14
+    assert set(types("iq2_xs", 16)["attn_v"]) == {"q2_k"}
+    assert set(types("iq2_xs", 16, grouped=4)["attn_v"]) == set(types("iq2_xs", 16, experts=4)["attn_v"]) == {"q4_k"}
+    assert set(types("iq2_s", 8)["attn_q"]) == {"iq2_xs"}
+    assert set(types("iq2_s", 8)["attn_output"]) == {"iq3_s"}
+    assert set(types("iq2_xxs", 8, experts=8)["attn_k"]) == {"q4_k"}
+    assert set(types("iq2_m", 80)["attn_v"]) == {"iq3_s"}
+    assert {part: own[0] for part, own in types("iq3_xxs", 8).items()} == {
+        "attn_q": "iq2_s",
+        "attn_k": "iq2_s",
+        "attn_v": "iq3_xxs",
+        "attn_output": "iq3_s",
+        "ffn_gate": "iq3_xxs",
+        "ffn_up": "iq3_xxs",
+        "ffn_down": "iq3_xxs",
+    }
+    assert types("iq3_xs", 16)["ffn_up"] == ["iq3_s"] * 2 + ["iq3_xxs"] * 12 + ["iq3_s"] * 2
+    assert types("iq3_m", 16)["ffn_down"] == ["q4_k"] * 2 + ["iq3_s"] * 14
+    assert Counter(types("iq3_m", 16, experts=8)["ffn_down"]) == {"q4_k": 8, "iq3_s": 8}
+    assert (MIXES["iq2_s"].embedding, MIXES["iq2_s"].head) == ("iq3_s", "q5_k")
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_all_types_are_written_and_have_one_for_narrow_matrices(mix: str) -> None:
-    used = {kind for experts in (0, 8) for own in types(mix, 16, experts=experts).values() for kind in own} | {MIXES[mix].head}
+    used = {kind for experts in (0, 8) for own in types(mix, 16, experts=experts).values() for kind in own}
+    used |= {MIXES[mix].embedding, MIXES[mix].head}
     assert used <= set(PACKERS)
     for kind in used:
         parse_scheme(NARROW.get(kind, kind)).check(4, 32)
@@ -68,3 +92,17 @@ def test_recipes() -> None:
     recipe = Recipe.of(scheme="q4_k")
     assert [recipe.fitting("q4_k", width) for width in (512, 576, 40)] == ["q4_k", "q5_0", "q4_k"]
     assert Recipe.of(scheme="q4_k", format="native").fitting("q4_k", 576) == "q4_k"
+
+
+def test_embedding_and_head() -> None:
+    mix = Recipe.of(**with_block_type({"mix": "iq2_m"}))
+    assert (mix.scheme, mix.usual_ends("embedding", 64, 512), mix.usual_ends("head", 64, 512)) == ("iq2_s", ("iq3_s",), ("q5_k",))
+    assert (mix.usual_ends("embedding", 64, 576), mix.usual_ends("head", 64, 576)) == (("iq4_nl",), ("q8_0",))
+    several = Recipe.of(scheme="q4_k", format="gguf", target_size="1G")
+    assert set(several.usual_ends("head", 64, 512)) == set(CANDIDATES)
+    assert set(several.usual_ends("embedding", 64, 576)) == {"q4_0", "iq4_nl", "q5_0", "q8_0"}
+    given = Recipe.of(scheme="q4_k", schemes=("iq2_xs", "q4_k"), format="gguf", target_size="1G")
+    assert set(given.usual_ends("embedding", 64, 512)) == {"q2_k", "q5_k", "q4_k", "q6_k"}
+    assert Recipe.of(scheme="q4_k", schemes=("q3_k", "q4_k"), format="gguf", bits=3.5).usual_ends("embedding", 64, 512) == ("q3_k",)
+    assert Recipe.of(scheme="int4-g64", format="mlx", bits=3.5).usual_ends("head", 64, 512) == ("int4-g64",)
+    assert Recipe.of(scheme="int4-g64").usual_ends("head", 64, 512) == ()

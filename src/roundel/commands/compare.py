@@ -47,7 +47,7 @@ from roundel.stages.curvature import Settled, measured_in, settle
 from roundel.stages.ends import Ends
 from roundel.stages.notes import Notes
 from roundel.stages.report import versions
-from roundel.stages.rounding import round_model
+from roundel.stages.rounding import choose_schemes, round_model
 from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, split_text
 from roundel.store import check_output, storage, write_json
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
@@ -234,7 +234,9 @@ def _one_setting(
         own, began = measured[recipe.curvature], time.monotonic()
         seen = len(tokens) - estimators[recipe.curvature].held_out(len(tokens))
         parts = dataclasses.replace(split, calibration=tokens[:seen], choice=tokens[seen:])
-        result = round_model(recipe, one.source, parts, one.measured(notes), Ends(), notes, batch_size=batch, work=one.work)
+        found = one.measured(notes)
+        chosen = choose_schemes(recipe, one.source, found)
+        result = round_model(recipe, one.source, parts, found, chosen, Ends(), notes, batch_size=batch, work=one.work)
         one.seconds += time.monotonic() - began
         modules = dict(twin.named_modules())
         for name, weight in result.weights.items():

@@ -42,7 +42,7 @@ from roundel.models.experts import expert_family
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
-from roundel.stages.ends import ends_measured, measure_ends, wants_ends
+from roundel.stages.ends import drafts_of_ends, ends_measured, measure_ends, wants_ends
 from roundel.stages.linears import schemes_of
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
@@ -67,6 +67,8 @@ class Measured:
     curvatures: Curvatures
     rows: dict[str, dict[str, Any]]
     """What the report says of each linear that can be rounded, by name."""
+    ends: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """Of embedding and head, where there is to choose, what each scheme takes and costs (`stages.ends`)."""
 
 
 def measure_curvature(
@@ -118,7 +120,8 @@ def measure_curvature(
                     measure_ends(visit, recipe, source, split, work)
                     continue
                 _measure(visit, recipe, source, split, stored, curvatures, batch_size, work.memory)
-    return measured_in(curvatures, source, notes)
+    found = measured_in(curvatures, source, notes)
+    return dataclasses.replace(found, ends=drafts_of_ends(work)) if ends else found
 
 
 def measured_in(curvatures: Curvatures, source: Source, notes: Notes) -> Measured:
@@ -342,7 +345,7 @@ def _draft_schemes(
     rows: dict[str, dict[str, Any]],
     batch_size: int,
 ) -> None:
-    """Puts into `rows` what each of the recipe's schemes would take and cost each linear, for `stages.rounding.allocation`."""
+    """Puts into `rows` what each of the recipe's schemes would take and cost each linear."""
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
 
     def made(name: str) -> dict[str, Draft]:

@@ -89,8 +89,8 @@ def plan(
         notes.warn(coverage.warning)
     recipe = with_readable_format(recipe, source, notes)
     if recipe.target_size is not None:  # about: what beside weights is in a file is not counted
-        sizes, weights = _sizes(source, recipe), sum(linear.weight.numel() for linear in source.linears.values())
-        left = 8 * (size_in_bytes(recipe.target_size) - sizes["bytes"]["output"]) / weights + sizes["bits_per_weight"]
+        sizes = _sizes(source, recipe)
+        left = 8 * (size_in_bytes(recipe.target_size) - sizes["bytes"]["output"]) / _weights(source, recipe) + sizes["bits_per_weight"]
         recipe = dataclasses.replace(recipe, bits=min(max(left, 1.0), MOST_BITS))
     place = pick_device(device)
     kind, budget = pick_dtype(dtype, place, notes.warn), memory_budget(memory)
@@ -144,10 +144,15 @@ def say_plan(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> Non
     notes.progress.say(f"about {spoken(sum(spent.values()))} and {main / 1e9:.1f} GB of memory")
 
 
+def _weights(source: Source, recipe: Recipe) -> int:
+    """Those whose bits are given by an average, where one is: linears, and ends that there is to choose for."""
+    free = [name for name, (_, schemes) in schemes_of_ends(recipe, source).items() if len(schemes) > 1]
+    return sum(source.model.get_parameter(f"{name}.weight").numel() for name in [*source.linears, *free])
+
+
 def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
     """Bits of a quantized weight, and bytes of the tensors; with several schemes by the average that is asked for."""
-    checkpoint = source.checkpoint
-    weights = sum(linear.weight.numel() for linear in source.linears.values())
+    checkpoint, weights = source.checkpoint, _weights(source, recipe)
     if recipe.written_format() == "dense":
         bits = 16.0 * weights
     elif recipe.bits is not None:
@@ -157,11 +162,11 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
         kinds = Counter((linear.weight.shape, schemes[name]) for name, linear in source.linears.items())
         for (shape, scheme), count in kinds.items():
             bits += count * stored_bits(recipe, parse_scheme(scheme), torch.empty(shape, dtype=torch.bfloat16, device="meta"))
-    ends = {name: scheme for name, (_, scheme) in schemes_of_ends(recipe, source).items()}
-    in_ends = 0
-    for name, scheme in ends.items():
-        shape = source.model.get_parameter(f"{name}.weight").shape
-        in_ends += stored_bits(recipe, parse_scheme(scheme), torch.empty(shape, dtype=torch.bfloat16, device="meta")) // 8
+    ends, in_ends = schemes_of_ends(recipe, source), 0
+    for name, (_, asked) in ends.items():
+        if len(asked) == 1:
+            shape = source.model.get_parameter(f"{name}.weight").shape
+            in_ends += stored_bits(recipe, parse_scheme(asked[0]), torch.empty(shape, dtype=torch.bfloat16, device="meta")) // 8
     replaced = {checkpoint.weight_of(name) or "" for name in [*source.linears, *ends]}
     replaced |= {whole for name in replaced if (whole := checkpoint.part_of(name)) is not None}
     others = sum(size for name, size in checkpoint.sizes.items() if name not in replaced)

@@ -1,7 +1,7 @@
 """`quantize`: all stages, from a model and text to a checkpoint with its report; each is entered once and reads what the one before made.
 
     (text -> how many sequences, with `--sequences auto`)
-    text -> tokens -> curvature of every linear -> codes of embedding and head -> codes -> tuned codes -> checkpoint
+    text -> tokens -> curvature of every linear -> schemes -> codes of embedding and head -> codes -> tuned codes -> checkpoint
          -> measured and predicted KL -> report
 
 Of several processes (`roundel.processes`) each goes through all stages, with its part of the sequences and of the linears.
@@ -28,7 +28,7 @@ from roundel.stages.notes import Notes
 from roundel.stages.plan import say_plan
 from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
-from roundel.stages.rounding import round_model, rounding_digest
+from roundel.stages.rounding import choose_schemes, round_model, rounding_digest
 from roundel.stages.sequences import AUTO, enough_sequences
 from roundel.stages.size import with_bits_for_size
 from roundel.stages.space import say_space
@@ -108,8 +108,9 @@ def quantize(
             say_plan(recipe, source, notes, work=place)
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
         measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
-        ends = round_ends(recipe, source, notes, work=place)
-        rounded = round_model(recipe, source, split, measured, ends, notes, batch_size=batch, work=place)
+        chosen = choose_schemes(recipe, source, measured)
+        ends = round_ends(recipe, source, chosen.ends, notes, work=place)
+        rounded = round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=batch, work=place)
         seen = fingerprinted(split, notes)
         rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)

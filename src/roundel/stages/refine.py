@@ -46,7 +46,7 @@ from roundel.stages.finish import weights_of
 from roundel.stages.judge import JUDGED, Judge
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized, report_details
-from roundel.stages.rounding import Rounded, round_model, rounding_digest
+from roundel.stages.rounding import Rounded, choose_schemes, round_model, rounding_digest
 from roundel.stages.text import default_batch, evaluation_tokens, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
 from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
@@ -131,7 +131,8 @@ def refine(
             before = {name: _measured(source, source.given, ends, own, notes, batch, place) for name, own in texts.items()}
         measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=place)
         judge = None if transplant else Judge(source, ends.values, judged, batch_size=batch, store=place.passing("judge"))
-        rounded = round_model(recipe, source, split, measured, ends, notes, batch_size=batch, work=place, judge=judge)
+        chosen = choose_schemes(recipe, source, measured)
+        rounded = round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=batch, work=place, judge=judge)
         rounded = _tuned(recipe, source, split, rounded, notes, batch=batch, work=place)
         with notes.timed("after"):
             after = {name: _measured(source, rounded.weights, ends, own, notes, batch, place) for name, own in texts.items()}

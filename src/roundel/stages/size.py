@@ -1,13 +1,14 @@
-"""From the size that a written model may have to the bits of its linears: `--target-size`.
+"""From the size that a written model may have to the bits of its weights: `--target-size`.
 
-What is not a linear of the decoder layers takes what it takes (embedding and head as the recipe says); the rest of the size, over the
-linears' weights, is the average that `--bits` allocates.
+Linears, and embedding and head where nothing was said of them, share what the rest leaves of the size: over their weights an average, which
+`stages.rounding.allocation` keeps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,8 +23,6 @@ from roundel.stages.writing import size_without
 __all__ = ["with_bits_for_size"]
 
 LEAST_BITS = 1.0
-TURNS = 4
-"""What stands for embedding and head may depend on the bits of the linears, and they on its size."""
 
 
 def with_bits_for_size(recipe: Recipe, source: Source) -> Recipe:
@@ -35,37 +34,35 @@ def with_bits_for_size(recipe: Recipe, source: Source) -> Recipe:
     if recipe.bits is None:
         return recipe
     if recipe.target_size is None:
-        _check(recipe, source)
+        _check(recipe, source, {})
         return recipe
-    target = size_in_bytes(recipe.target_size)
-    weights = sum(linear.weight.numel() for linear in source.linears.values())
-    found, known = recipe, None
-    for _ in range(TURNS):
-        ends = {name: scheme for name, (_, scheme) in schemes_of_ends(found, source).items()}
-        if ends == known:
-            break
-        rest, known = size_without(found, source, ends), ends
-        bits = 8 * (target - rest) / weights
-        if bits < LEAST_BITS:
-            raise SchemeError(
-                f"--target-size {recipe.target_size}: all but the decoder layers' linears takes {rest / 1e6:.1f} MB already; ask for more, "
-                "or for fewer bits of embedding and head (--embedding, --head)"
-            )
-        found = dataclasses.replace(recipe, bits=min(bits, MOST_BITS))
-    _check(found, source)
+    ends = {name: schemes for name, (_, schemes) in schemes_of_ends(recipe, source).items()}
+    free = {name: ends.pop(name) for name, schemes in [*ends.items()] if len(schemes) > 1}
+    names = [*source.linears, *free]
+    rest = size_without(recipe, source, names, {name: scheme for name, (scheme,) in ends.items()})
+    weights = sum(source.model.get_parameter(f"{name}.weight").numel() for name in names)
+    bits = 8 * (size_in_bytes(recipe.target_size) - rest) / weights
+    if bits < LEAST_BITS:
+        raise SchemeError(
+            f"--target-size {recipe.target_size}: all that has no bits to choose takes {rest / 1e6:.1f} MB already; ask for more, "
+            "or for fewer bits of embedding and head (--embedding, --head)"
+        )
+    found = dataclasses.replace(recipe, bits=min(bits, MOST_BITS))
+    _check(found, source, free)
     return found
 
 
-def _check(recipe: Recipe, source: Source) -> None:
+def _check(recipe: Recipe, source: Source, ends: Mapping[str, Sequence[str]]) -> None:
     """Refuses fewer bits than the smallest schemes take, before the work."""
     assert recipe.bits is not None
-    shapes = Counter(linear.weight.shape for linear in source.linears.values())
+    kinds = Counter((linear.weight.shape, recipe.candidate_schemes()) for linear in source.linears.values())
+    kinds += Counter((source.model.get_parameter(f"{name}.weight").shape, tuple(schemes)) for name, schemes in ends.items())
     least = 0
-    for shape, count in shapes.items():
+    for (shape, schemes), count in kinds.items():
         W = torch.empty(shape, dtype=torch.float16, device="meta")
-        schemes = {recipe.fitting(scheme, shape[1]) for scheme in recipe.candidate_schemes()}
-        least += count * min(stored_bits(recipe, parse_scheme(scheme), W) for scheme in schemes)
-    weights = sum(shape.numel() * count for shape, count in shapes.items())
+        fitting = {recipe.fitting(scheme, shape[1]) for scheme in schemes}
+        least += count * min(stored_bits(recipe, parse_scheme(scheme), W) for scheme in fitting)
+    weights = sum(shape.numel() * count for (shape, _), count in kinds.items())
     if least > recipe.bits * weights + 1:
         wanted = f"{recipe.bits:.3f} bits a weight" + (f", which --target-size {recipe.target_size} leaves," if recipe.target_size else "")
         raise SchemeError(

@@ -40,7 +40,7 @@ from roundel.stages.curvature import measure_curvature
 from roundel.stages.ends import Ends
 from roundel.stages.evaluation import PREDICTED, evaluate_values
 from roundel.stages.notes import Notes
-from roundel.stages.rounding import round_model
+from roundel.stages.rounding import choose_schemes, round_model
 from roundel.stages.text import default_batch
 from roundel.stages.writing import write_model
 
@@ -297,7 +297,9 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     batch = default_batch(recipe.seq_len)
     measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=work)
-    rounded = round_model(recipe, source, split, measured, Ends(), notes, batch_size=batch, work=work)
+    rounded = round_model(
+        recipe, source, split, measured, choose_schemes(recipe, source, measured), Ends(), notes, batch_size=batch, work=work
+    )
     target = folder / "out"
     target.mkdir()
     write_model(target, recipe, source, rounded, notes)

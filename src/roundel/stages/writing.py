@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -31,15 +31,16 @@ def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded,
         return write(staging, frame, weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
 
 
-def size_without(recipe: Recipe, source: Source, ends: Mapping[str, str]) -> int:
-    """Bytes of the directory's tensors, or of the GGUF file, without the weights of its linears.
+def size_without(recipe: Recipe, source: Source, names: Collection[str], ends: Mapping[str, str]) -> int:
+    """Bytes of the directory's tensors, or of the GGUF file, without the weights of some modules.
 
     Args:
         recipe: Which format.
         source: The original.
-        ends: Schemes of embedding and head, where they are rounded.
+        names: Those that are left out.
+        ends: Schemes of embedding and head, where they are rounded and not among these.
     """
-    shapes = {name: tuple(source.model.get_parameter(f"{name}.weight").shape) for name in [*source.linears, *ends]}
+    shapes = {name: tuple(source.model.get_parameter(f"{name}.weight").shape) for name in [*names, *ends]}
     frame = _frame(source, dict.fromkeys(shapes, "float32"), {})
     if recipe.written_format() == "gguf":
         schemes = {name: recipe.fitting("q8_0", shape[1]) for name, shape in shapes.items()} | dict(ends)
@@ -48,7 +49,7 @@ def size_without(recipe: Recipe, source: Source, ends: Mapping[str, str]) -> int
             name: RoundedWeight(scheme=scheme, codes=empty, scales={}, shape=(shapes[name][0], shapes[name][1]))
             for name, scheme in schemes.items()
         }
-        own = sum(parse_scheme(schemes[name]).stored_bits(rounded[name].shape, torch.float16) // 8 for name in source.linears)
+        own = sum(parse_scheme(schemes[name]).stored_bits(rounded[name].shape, torch.float16) // 8 for name in names)
         whole = gguf.size(
             model=frame.directory,
             tensors=frame.sizes,
@@ -57,7 +58,7 @@ def size_without(recipe: Recipe, source: Source, ends: Mapping[str, str]) -> int
             name=Path(source.name).name,
             config=frame.config,
         )
-        return whole - own + PADDING * len(source.linears)
+        return whole - own + PADDING * len(names)
     packed = set(frame.weights.values())
     dense = sum(size for tensor, size in frame.sizes.items() if tensor not in packed)
     return dense + sum(

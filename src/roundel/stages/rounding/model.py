@@ -24,9 +24,9 @@ from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.stages.curvature import Measured
 from roundel.stages.ends import Ends
-from roundel.stages.linears import Linear, round_linears, schemes_of
+from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
-from roundel.stages.rounding.allocation import allocate_bits
+from roundel.stages.rounding.allocation import Chosen
 from roundel.stages.rounding.sweep import Prefix, Steps, Targets, rounding_sweep, steps_taken
 from roundel.types import RoundedWeight
 
@@ -59,6 +59,7 @@ def round_model(
     source: Source,
     split: Split,
     measured: Measured,
+    chosen: Chosen,
     ends: Ends,
     notes: Notes,
     *,
@@ -71,11 +72,8 @@ def round_model(
     Where linears are quantized already (`Source.given`) `judge` gives the KL before and after a group, by its number, what has been decided
     before it and what it would become; it is taken if that is less.
     """
-    files = RoundedFiles(path=work.rounded)
+    files, schemes = RoundedFiles(path=work.rounded), chosen.linears
     with notes.timed("rounding"):
-        allocation, schemes = None, schemes_of(recipe, source)
-        if recipe.bits is not None:
-            schemes, allocation = allocate_bits(recipe, source, measured.rows)
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
         rows: dict[str, dict[str, Any]] = {}
@@ -113,10 +111,10 @@ def round_model(
 
         prefix = None
         if corrects:
-            chosen = split.everything[: recipe.prefix_count]
+            along = split.everything[: recipe.prefix_count]
             natural = recipe.natural_steps(*split.calibration.ids.shape, weights=sum(linear.weight.numel() for linear in linears.values()))
             prefix = Prefix(
-                tokens=chosen,
+                tokens=along,
                 outside=ends.values,
                 quickly=max(parse_scheme(scheme).bits for scheme in schemes.values()) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
@@ -157,7 +155,7 @@ def round_model(
                 files.has(index)  # and its rows are known
                 for name in weights:
                     del rows[name]
-    carried = {"allocation": allocation, "natural_steps": steps_taken(work.rounded)}
+    carried = {"allocation": chosen.report, "natural_steps": steps_taken(work.rounded)}
     return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, ends=ends, carried=carried)
 
 
