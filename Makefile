@@ -122,6 +122,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	.venv-llama/bin/python scripts/install_llama_cpp.py .venv-llama/llama.cpp
+	CMAKE_ARGS='-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF' .venv-llama/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt llama-cpp-python==0.3.36
 	touch $@
 
 .venv-mlx/installed: pyproject.toml constraints.txt

@@ -5,7 +5,8 @@
 `@node-llama-cpp/linux-x64` has libllama and libggml, with a CPU library for each set of instructions, of which the best is taken when it is
 loaded. `node-llama-cpp` has llama.cpp's source of the same release as a git bundle, and so the headers, and the tools that come with no
 package: `llama-imatrix`, `llama-quantize` and `llama-perplexity` are a source file each (half a minute on two cores). Both packages are
-pinned by version and by npm's SHA-512 of the archive. For tests and benchmarks; the package itself uses none of it.
+pinned by version and by npm's SHA-512 of the archive. llama-cpp-python, installed without a llama.cpp, finds these libraries by
+`LLAMA_CPP_LIB_PATH=DIRECTORY`. For tests and benchmarks; the package itself uses none of it.
 
 Needs npm, git, a C++17 compiler, Linux on x86-64, and some 200 MB of temporary space.
 """
@@ -22,13 +23,13 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-VERSION = "3.21.1"
+VERSION = "3.22.1"
 """Of both packages."""
-LLAMA_CPP = "0.4.0"
+LLAMA_CPP = "0.5.0"
 """The release of llama.cpp in them."""
 PACKAGES = {
-    "@node-llama-cpp/linux-x64": "Totj6RTDMGo3FoK2yNUaz/oGmZD0olAqTrRluFUWmu0kW2i9TOzHSW0OWCAiGkzRCVX0WsU2CyUQo/W2NYtdPA==",
-    "node-llama-cpp": "E3N0Ev2Va0wzydvXYFwM9Hvyo07PoWjt8T/9GMc43Cvt8YkV/NU/tYUgEMC1grTPv2o9PRjQi0G3Wb5P/awiMg==",
+    "@node-llama-cpp/linux-x64": "5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg==",
+    "node-llama-cpp": "bltIipuWmc123H7tMIgDGKSsSrhmhlQYeVUC48XTjVW7XGJJiJJyCdlTMzQ/LiWoPkGDpcL4FviDpgw7qfTiDw==",
 }
 """SHA-512 of their archives."""
 TOOLS = {
@@ -49,6 +50,11 @@ int main(int argc, char ** argv) {
 """In place of the tool's own, which may end before its last lines, the results, are printed."""
 INCLUDES = ["include", "ggml/include", "common", "vendor"]
 LIBRARIES = ["libllama-common.so", f"libllama.v{LLAMA_CPP}.so", f"libggml.v{LLAMA_CPP}.so", "libggml-base.so"]
+
+LATER = [f"llama_batch_ext_{each}" for each in ["init", "free", "clear", "add", "add_token", "add_embd", "add_seq"]]
+LATER += [f"llama_batch_ext_set_{each}" for each in ["embd_token", "embd_state", "output_embd", "output_logits", "pos"]]
+LATER += ["llama_process", "llama_get_causal_attn"]
+"""What llama-cpp-python 0.3.36 looks for when it is imported, this release lacks, and its `Llama` does not use."""
 
 
 def unpacked(package: str, digest: str, folder: Path) -> Path:
@@ -81,6 +87,15 @@ def install(directory: Path) -> None:
             line = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", *(f"-I{each}" for each in [*INCLUDES, str(Path(files[0]).parent)])]
             line += [*files, "-o", str(directory / tool), f"-L{directory}", *(f"-l:{each}" for each in LIBRARIES)]
             subprocess.run([*line, "-Wl,-rpath,$ORIGIN", "-pthread"], check=True, cwd=tree)
+    _named_for_llama_cpp_python(directory)
+
+
+def _named_for_llama_cpp_python(directory: Path) -> None:
+    """`libllama.so` and `libggml.so`: the former the library, and `LATER`, which end the program."""
+    (directory / "libggml.so").symlink_to(LIBRARIES[2])
+    code = "#include <stdlib.h>\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in LATER)
+    line = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-x", "c", "-", "-o", "libllama.so", "-L.", "-Wl,--no-as-needed"]
+    subprocess.run([*line, f"-l:{LIBRARIES[1]}", "-Wl,-rpath,$ORIGIN"], check=True, cwd=directory, input=code, text=True)
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def engines() -> str:
         noise = ", ".join(f"{row['model']} {row['noise']['kl']:.1e}" for row in loaded if row["noise"] is not None)
         refused = [f"- {row['model']}, {row['scheme']}, `{row['format']}`: `{row['error']}`" for row in found["rows"] if row["error"]]
         parts += [
-            f"{found['engine']} ({versions}). Its noise, the KL of the original: {noise}.",
+            f"{found['engine']} ({versions})." + (f" Its noise, the KL of the original: {noise}." if noise else ""),
             markdown(columns, cells),
             *(["Refused, with its own line:", "\n".join(refused)] if refused else []),
         ]

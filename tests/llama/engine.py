@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 HOME = Path(sys.prefix) / "llama.cpp"
 LIBRARY = HOME / f"libllama.v{VERSION}.so"
 CONTEXT = 256

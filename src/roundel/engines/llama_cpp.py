@@ -1,8 +1,14 @@
-"""llama.cpp's side of `serve-check`, by llama-cpp-python; see `child`."""
+"""llama.cpp's side of `serve-check`, by llama-cpp-python; see `child`.
+
+With `LLAMA_CPP_LIB_PATH` that is another llama.cpp than its own, whose code for processors may be in files beside its libraries.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,9 @@ def open_engine(request: dict[str, Any]) -> tuple[Callable[[list[int]], Any], Ca
     """See `child`; `dtype` is that of keys and values."""
     import llama_cpp
 
+    if libraries := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        for file in [*Path(libraries).glob("libggml.*")][:1]:
+            ctypes.CDLL(str(file)).ggml_backend_load_all_from_path(os.fsencode(libraries))
     kind = {"auto": llama_cpp.GGML_TYPE_F16, "float16": llama_cpp.GGML_TYPE_F16, "float32": llama_cpp.GGML_TYPE_F32}[request["dtype"]]
     llm = llama_cpp.Llama(
         model_path=f"{request['model']}/model.gguf",
