@@ -43,6 +43,7 @@ RANKS = [
 STAGES = [
     ("__init__", 0),
     ("notes", 0),
+    ("passes", 0),
     ("linears", 0),
     ("drafts", 1),
     ("ends", 2),

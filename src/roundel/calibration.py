@@ -185,7 +185,9 @@ def _hub_documents(name: str, options: dict[str, str]) -> Iterator[str | list[An
             if not _is_document(row.get(own)):
                 raise DataError(f"dataset {name!r} has no text in {field!r} but {sorted(row)}; name another with field=NAME")
             yield row[own]
-    except (OSError, ValueError, RuntimeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of datasets, its readers and whatever carries the bytes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"no file or directory {name!r}, and no Hub dataset of that name could be read: {reason}") from error
 

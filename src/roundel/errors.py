@@ -9,7 +9,8 @@
     |  `- OutputError        the place to write to
     |- NumericalError      a factor or gradient that no fall-back could repair; exit code 3
     |- StorageError        the disk refused (full, read-only); exit code 4
-    `- ProcessesError      another process of the same job has ended; exit code 5
+    |- ProcessesError      another process of the same job has ended; exit code 5
+    `- MemoryLimitError    main memory, or the GPU's, is not enough; exit code 6
 
 A message says what was given, what was expected and what to try. The name of a layer is added once, by `in_layer`.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "FactorsError",
     "InputError",
+    "MemoryLimitError",
     "ModelError",
     "NumericalError",
     "OutputError",
@@ -31,6 +33,7 @@ __all__ = [
     "SchemeError",
     "StorageError",
     "in_layer",
+    "is_out_of_memory",
 ]
 
 
@@ -87,6 +90,26 @@ class ProcessesError(RoundelError):
     """Another process of the same job has ended, or was never there."""
 
     exit_code = 5
+
+
+class MemoryLimitError(RoundelError):
+    """The job needs more memory than there is."""
+
+    exit_code = 6
+
+    def __init__(self, reason: object = "") -> None:
+        """Of the allocator's message."""
+        first = next(iter(str(reason).strip().splitlines()), "")
+        super().__init__(
+            f"out of memory{f' ({first})' if first else ''}: try a smaller --batch-size or --seq-len, --memory to keep weights and states "
+            "on the disk, or another --device; with --work the same call goes on from what is finished"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has refused: Python's, torch's for the CPU, which raises a bare RuntimeError, or a GPU's."""
+    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 @contextmanager

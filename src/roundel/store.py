@@ -7,6 +7,7 @@ end and removed on any error, Ctrl-C included. A disk that refuses becomes a `St
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ __all__ = [
     "common",
     "copy_files",
     "hidden_beside",
+    "locked",
     "staged_directory",
     "staged_file",
     "storage",
@@ -124,6 +126,26 @@ def common(directory: Path) -> Path:
         )
     processes.wait()
     return directory
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Within the context, or until the process ends, no other is at work in the directory of this file; both are made if need be.
+
+    Raises:
+        StorageError: another process is, or the disk refuses.
+    """
+    with storage(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"another process is at work in {file.parent}; wait for it, or give another directory") from error
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

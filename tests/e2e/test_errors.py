@@ -64,6 +64,25 @@ def test_hub_cannot_be_reached(fails) -> None:
     assert "Hub" in message
 
 
+class BrokenOffError(Exception):
+    """As those of the clients that huggingface_hub has had, which are of no common type."""
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenOffError("peer closed connection"), ConnectionResetError(104, "reset"), TimeoutError(), RuntimeError()]
+)
+def test_a_download_that_breaks_off(error, fails, monkeypatch) -> None:
+    def breaks_off(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("roundel.models.load.snapshot_download", breaks_off)
+    message = fails(source="someone/some-model")
+    assert "the Hub could not deliver" in message
+    assert not message.endswith(": ")
+    monkeypatch.setattr("datasets.load_dataset", breaks_off)
+    assert "no Hub dataset of that name could be read: " in fails("--calibration", "someone/some-text")
+
+
 def test_directory_without_config(fails, copy) -> None:
     (copy / "config.json").unlink()
     assert "has no config.json" in fails(source=copy)

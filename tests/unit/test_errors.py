@@ -17,6 +17,7 @@ from roundel.errors import RoundelError, in_layer
         ("OutputError", 2),
         ("NumericalError", 3),
         ("StorageError", 4),
+        ("ProcessesError", 5),
     ],
 )
 def test_exit_codes(name: str, code: int) -> None:

@@ -14,9 +14,7 @@ Every file is written under a temporary name and renamed when it is whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from pathlib import Path
 from roundel import processes
 from roundel.artifacts.memory import memory_budget
 from roundel.errors import StorageError
-from roundel.store import common, hidden_beside, storage, write_json
+from roundel.store import common, hidden_beside, locked, write_json
 from roundel.sweeps import HiddenStore
 
 __all__ = ["Work", "open_work", "readable"]
@@ -127,16 +125,7 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
         yield Work(path=common(path), kept=True, memory=budget, hidden=hidden)
         processes.wait()
         return
-    with storage(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(f"another process is at work in {path}; wait for it, or give another directory for --work") from error
+    with locked(path / "lock"):
         processes.wait()
         yield Work(path=common(path), kept=True, memory=budget, hidden=hidden)
         processes.wait()
-    finally:
-        os.close(lock)

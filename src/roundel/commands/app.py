@@ -1,7 +1,7 @@
 """The program `roundel`. Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done; 2 something given cannot work; 3 numbers beyond repair; 4 the disk refused; 5 another process of the job has ended; 130
-interrupted; 143 terminated; 1 anything unforeseen.
+Exit codes: 0 done; 2 something given cannot work; 3 numbers beyond repair; 4 the disk refused; 5 another process of the job has ended;
+6 not enough memory; 130 interrupted; 143 terminated; 1 anything unforeseen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from roundel.commands.line.plan import plan
 from roundel.commands.line.quantize import export, quantize, tune
 from roundel.commands.line.refine import refine
 from roundel.commands.line.upload import upload
-from roundel.errors import RoundelError, SchemeError
+from roundel.errors import MemoryLimitError, RoundelError, SchemeError, is_out_of_memory
 
 __all__ = ["app", "main"]
 
@@ -93,7 +93,10 @@ def main() -> None:
         elif ended.code == 143 and several:
             _say("error: told to stop: another process of this job has ended, or the job was; --work goes on from what is finished", errors)
         raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            _say(f"error: {MemoryLimitError(error)}", errors)
+            sys.exit(MemoryLimitError.exit_code)
         if not several:
             raise
         _say(traceback.format_exc(), errors)

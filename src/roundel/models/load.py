@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -62,8 +61,8 @@ def locate(model: str, files: Sequence[str] = _FILES) -> Path:
             )
         try:
             path = Path(snapshot_download(model, allow_patterns=list(files)))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of a dozen types in five libraries, depending on where a connection breaks off
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"no directory {model!r}, and the Hub could not deliver a model of that id: {reason}") from error
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         raise ModelError(f"{path} has no config.json: expected a Hugging Face model directory")

@@ -6,6 +6,7 @@ single run. Under torchrun each process takes some runs of the sequences through
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe
 from roundel.stages.curvature import check_model
 from roundel.stages.notes import Notes
+from roundel.stages.passes import as_many_as_fit
 from roundel.stages.text import check_vocabulary, default_batch, evaluation_tokens, split_text
-from roundel.store import check_output, common
+from roundel.store import check_output, common, locked
 from roundel.sweeps import gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import steps
 from roundel.types import Factors, TokenBatch
@@ -73,7 +75,7 @@ def collect_factors(
     going_on = processes.from_first(lambda: resume and (target / "header.json").exists())
     if not going_on and processes.first():
         check_output(target)
-    with open_work(None, beside=target, memory=memory) as work:
+    with open_work(None, beside=target, memory=memory) as work, ExitStack() as held:
         source = load_source(str(model), recipe, device, dtype, work=work, warn=progress.warn)
         linears = {name: linear for name, linear in source.linears.items() if layers is None or layers[0] <= _layer_of(name) < layers[1]}
         if not linears:
@@ -103,49 +105,50 @@ def collect_factors(
             layers={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         )
         if processes.first():
-            directory = FactorsDirectory.open(target) if going_on else FactorsDirectory.create(target, header)
+            if not going_on:
+                check_output(target)  # another process may have begun meanwhile
+                FactorsDirectory.create(target, header)
+            held.enter_context(locked(target / "header.json"))
         processes.wait()
         common(target)
-        if not processes.first():
-            directory = FactorsDirectory.open(target)
+        directory = FactorsDirectory.open(target)
         directory.header.check_same(header)
         if directory.complete:
             return directory.header
-        indices = range(len(source.layers) + 1)
-        finished = [index for index in indices if all(name in directory.files for name in _names(source, linears, index))]
-        processes.wait()  # nobody writes before all have looked
         parts = [range(pilot), *[range(pilot, len(tokens))] * (estimator.passes - 1)] if pilot else passes(estimator, len(tokens))
         own = sorted({row for rows in parts for row in processes.own_rows(rows, estimator.together)})
         together = [len(run) for rows in parts for run in processes.runs(rows, estimator.together)]
-        wanted = batch_size or default_batch(source.length)
-        batch = safe_batch_size(source.layers, linears, tokens, batch_size=wanted, parts=[*together, len(own)], quickly=True)
-        with progress.stage("curvature", steps(source.layers, linears) * len(own)) as advance:
-            visits = gradient_visits(
-                source.layers,
-                linears,
-                tokens,
-                seed=recipe.seed,
-                labels=recipe.labels,
-                batch_size=batch,
-                store=work.store("collect"),
-                advance=advance,
-                finished=finished.__contains__,
-                quickly=True,
-                rows=own,
-            )
-            for visit in visits:
-                measured = collect_visit(
-                    visit,
-                    source.linears,
-                    {"": estimator},
-                    {"": parts},
-                    batch_size=batch,
-                    device=source.layers.device,
-                    fast=True,
-                )[""]
-                if processes.first():
-                    directory.save(visit.index, measured.sketches, measured.previous)
-                processes.wait()
+
+        def safe(wanted: int) -> int:
+            return safe_batch_size(source.layers, linears, tokens, batch_size=wanted, parts=[*together, len(own)], quickly=True)
+
+        def gather(size: int) -> None:
+            indices = range(len(source.layers) + 1)
+            finished = [index for index in indices if all(name in directory.files for name in _names(source, linears, index))]
+            processes.wait()  # nobody writes before all have looked
+            with progress.stage("curvature", steps(source.layers, linears) * len(own)) as advance:
+                visits = gradient_visits(
+                    source.layers,
+                    linears,
+                    tokens,
+                    seed=recipe.seed,
+                    labels=recipe.labels,
+                    batch_size=size,
+                    store=work.store("collect"),
+                    advance=advance,
+                    finished=finished.__contains__,
+                    quickly=True,
+                    rows=own,
+                )
+                for visit in visits:
+                    measured = collect_visit(
+                        visit, source.linears, {"": estimator}, {"": parts}, batch_size=size, device=source.layers.device, fast=True
+                    )[""]
+                    if processes.first():
+                        directory.save(visit.index, measured.sketches, measured.previous)
+                    processes.wait()
+
+        as_many_as_fit(gather, safe(batch_size or default_batch(source.length)), safe=safe, warn=progress.warn)
     return header
 
 

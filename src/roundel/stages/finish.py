@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from roundel import processes
@@ -10,8 +11,10 @@ from roundel.artifacts.work import Work
 from roundel.artifacts.written import Written
 from roundel.calibration import Fingerprint, Split
 from roundel.recipes import Recipe
+from roundel.stages.curvature import safe_batch
 from roundel.stages.evaluation import evaluate_values, predict
 from roundel.stages.notes import Notes
+from roundel.stages.passes import as_many_as_fit
 from roundel.stages.report import Quantized, report_details, write_report
 from roundel.stages.rounding import Rounded
 from roundel.stages.writing import write_model
@@ -36,8 +39,9 @@ def finish(
     with staged_directory(target) as staging:
         size = processes.from_first(lambda: write_model(staging, recipe, source, rounded, notes))
         written = Written(staging, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
-        divergence = evaluate_values(written, source, split, notes, batch_size=batch_size, work=work)
-        prediction = predict(recipe, source, split, rounded, notes, batch_size=batch_size, work=work)
+        fitting = partial(as_many_as_fit, safe=partial(safe_batch, source, split, recipe), warn=notes.warn)
+        divergence, batch = fitting(lambda size: evaluate_values(written, source, split, notes, batch_size=size, work=work), batch_size)
+        prediction, _ = fitting(lambda size: predict(recipe, source, split, rounded, notes, batch_size=size, work=work), batch)
         details = processes.from_first(
             lambda: report_details(
                 recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=size, seen=seen

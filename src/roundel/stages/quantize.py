@@ -12,6 +12,7 @@ Everything between is in the job's directory (`artifacts.work`); the output dire
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from roundel.stages.curvature import check_model, measure_curvature, safe_batch
 from roundel.stages.ends import round_ends
 from roundel.stages.finish import finish, warn_of_source, weights_of
 from roundel.stages.notes import Notes
+from roundel.stages.passes import as_many_as_fit
 from roundel.stages.plan import say_plan
 from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import choose_schemes, round_model, rounding_digest
+from roundel.stages.rounding.sweep import steps_taken
 from roundel.stages.sequences import AUTO, enough_sequences
 from roundel.stages.size import with_bits_for_size
 from roundel.stages.space import say_space
@@ -106,11 +109,22 @@ def quantize(
             say_space(recipe, source, split, stored, notes, work=place)
         if processes.world() == 1:
             say_plan(recipe, source, notes, work=place)
-        batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
-        measured = measure_curvature(recipe, source, split, stored, notes, batch_size=batch, work=place)
+        safe = partial(safe_batch, source, split, recipe)
+        measured, batch = as_many_as_fit(
+            lambda size: measure_curvature(recipe, source, split, stored, notes, batch_size=size, work=place),
+            safe(batch_size or default_batch(source.length)),
+            safe=safe,
+            warn=notes.warn,
+        )
         chosen = choose_schemes(recipe, source, measured)
         ends = round_ends(recipe, source, chosen.ends, notes, work=place)
-        rounded = round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=batch, work=place)
+        rounded, batch = as_many_as_fit(
+            lambda size: round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=size, work=place),
+            batch,
+            safe=safe,
+            warn=notes.warn,
+            again=lambda: place.kept or not steps_taken(place.rounded),  # else moved weights were in memory only
+        )
         seen = fingerprinted(split, notes)
         rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)

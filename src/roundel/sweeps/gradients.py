@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, is_out_of_memory
 from roundel.linalg.fast import fast
 from roundel.sweeps.hidden import HiddenStates, HiddenStore
 from roundel.sweeps.labels import Labels
@@ -297,6 +297,8 @@ def safe_batch_size(
 ) -> int:
     """`batch_size`, if a batch gives every linear, of one group of each kind, the same bits as its sequences one by one; else 1.
 
+    Where memory is not enough for such a batch it is the same of half as many.
+
     Args:
         layers: The model.
         linears: Whose gradients are wanted.
@@ -311,9 +313,14 @@ def safe_batch_size(
     for index in range(len(layers)):
         if names := layers.inside(index, linears):
             kinds.setdefault(tuple(re.sub(r"\d+", "", name) for name in names), index)
-    if batch_size <= 1 or not kinds:
-        return 1
-    return min(_safe_in_group(layers, index, linears, tokens, batch_size, parts, quickly) for index in kinds.values())
+    while batch_size > 1 and kinds:
+        try:
+            return min(_safe_in_group(layers, index, linears, tokens, batch_size, parts, quickly) for index in kinds.values())
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+    return 1
 
 
 def _safe_in_group(
