@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -65,14 +66,17 @@ def storage(path: Path, doing: str = "writing") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "no space is left on the disk",
-            errno.EDQUOT: "your disk quota is used up",
-            errno.EFBIG: "the file grew too large",
-        }
-        raise StorageError(f"{doing} {path} failed: {reasons.get(error.errno or 0, error.strerror or str(error))}") from error
-    except SafetensorError as error:
-        raise StorageError(f"{doing} {path} failed: {error}") from error
+        raise StorageError(f"{doing} {path} failed: {_REASONS.get(error.errno or 0, error.strerror or str(error))}") from error
+    except SafetensorError as error:  # has the number in its text
+        found = re.search(r"os error (\d+)", str(error))
+        raise StorageError(f"{doing} {path} failed: {_REASONS.get(int(found[1]), error) if found else error}") from error
+
+
+_REASONS = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EFBIG: "the file grew too large",
+}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Cost of `of`: `d_out d_in (d_out + d_in)` multiply-adds; memory: three matrices 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,8 +45,9 @@ class State:
 
     @property
     def loss(self) -> float:
-        """`1/2 tr(E^T H_out E H_in)`, summed in float64."""
-        return 0.5 * torch.sum(self.curved * self.E, dtype=torch.float64).item()
+        """`1/2 tr(E^T H_out E H_in)`, summed in float64; of errors whose squares float32 does not hold, such as 1e30, all in float64."""
+        found = 0.5 * torch.sum(self.curved * self.E, dtype=torch.float64).item()
+        return found if math.isfinite(found) else 0.5 * torch.sum(self.curved.double() * self.E).item()
 
 
 def roughly_curved(problem: RoundingProblem) -> Callable[[Tensor], Tensor]:
