@@ -9,7 +9,10 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
-# make chaos     jobs killed at twenty random moments, and gone on with: the same bytes? (a quarter of an hour)
+# make chaos     jobs killed, stopped, without disk, memory or rights at random moments, and gone on with: the same bytes? (half an hour; file systems need root)
+# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
+# make test-newest   the same with the newest versions
+# make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
 # make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
 # make read-back  real models in int4 and as GGUF, loaded by plain Transformers: the very weights? make read-back MODELS="dir dir"
 # make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)
@@ -24,13 +27,25 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
 
 demo: install
 	$(BIN)/roundel demo
 
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# What depends on other packages: formats, readers, Transformers, and whole runs.
+FAST := tests/unit tests/laws tests/e2e/test_determinism.py tests/e2e/test_architectures.py tests/e2e/test_export.py tests/e2e/test_gguf.py tests/e2e/test_errors.py
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -W default $(FAST)
+
+test-newest: .venv-newest/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -W default $(FAST)
+
+dist-check: install
+	$(BIN)/python scripts/check_distributions.py --constraint constraints.txt
 
 test-tasks: install
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tasks]'
@@ -80,7 +95,7 @@ read-back: install
 	$(BIN)/python benchmarks/read_back.py $(MODELS) --effort quick --calibration stdlib --sequences 16 --seq-len 256 --prefix-sequences 32 --eval-sequences 8
 
 chaos: install
-	$(BIN)/python benchmarks/kills.py -o benchmarks/results/kills.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py -o benchmarks/results/chaos.json
 
 architectures: install
 	$(BIN)/python studies/architectures.py --page docs/architectures.md
@@ -108,6 +123,18 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Roundel needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml scripts/floors.py
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/floors.py $(FLOORS) > .venv-oldest/floors.txt
+	.venv-oldest/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint .venv-oldest/floors.txt --editable . \
+		beartype hypothesis pytest pytest-xdist datasets pyyaml
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[dev]' $(NEWEST)
 	touch $@
 
 # Only the tools: the reference is read from the source, which is not imported.
@@ -144,4 +171,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-llama .venv-mlx .venv-auto-round .venv-vllm .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-docs .venv-llama .venv-mlx .venv-auto-round .venv-vllm .venv-peers site .mypy_cache .ruff_cache .pytest_cache .hypothesis

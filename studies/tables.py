@@ -1,4 +1,4 @@
-"""The tables of docs/results.md and docs/engines/index.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
+"""The tables of docs/results.md, engines/index.md and guarantees.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, below the command that made its numbers, and is not written by hand. With
 `--check` nothing is written, and the exit code says whether anything would change; a test does the same.
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES, RESULTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "engines" / "index.md"), ROOT / "benchmarks" / "results"
+PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "engines/index.md", "guarantees.md"))
+RESULTS = ROOT / "benchmarks" / "results"
 
 PEERS = {
     ("llm_compressor", "rtn"): "nearest (llm-compressor)",
@@ -414,6 +415,35 @@ def engines() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+DISTURBED = {
+    "signals": "SIGKILL, SIGTERM, SIGSTOP at a random moment",
+    "full": "no byte free from a random moment of each stage on",
+    "errors": "EIO from the n-th change of a file on",
+    "read-only": "a file system that cannot be written to",
+    "together": "two processes in one place",
+    "memory": "less memory than it takes",
+}
+
+
+def chaos() -> str:
+    """What became of jobs that were disturbed (`benchmarks/chaos.py`)."""
+    found = load("chaos")
+    cells = []
+    for kind, own in found["summary"].items():
+        broken = ", ".join(f"{count} {fault}" for fault, count in own["faults"].items()) or "none"
+        cells.append([DISTURBED[kind], *(str(own[key]) for key in ("disturbed", "same_bytes", "units_kept", "units_lost")), broken])
+    left_out = "".join(f" Left out: {kind}, {reason}." for kind, reason in found["left_out"].items())
+    columns = ("what happened", "jobs", "same bytes in the end", "units of work on the disk", "lost", "promises broken")
+    return f"{markdown(columns, cells)}\n\nSeed {found['seed']}, {found['seconds'] / 60:.0f} minutes.{left_out}"
+
+
+def fuzz() -> str:
+    """How calls have ended that were given damaged files."""
+    found = load("fuzz")
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["outcomes"].items(), key=lambda each: -each[1]))
+    return f"{found['mutations']} damaged files: {outcomes}; {len(found['failures'])} of them neither a result nor one error."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
@@ -438,6 +468,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks-demo": lambda: tasks("demo"),
     "distortion": distortion,
     "engines": engines,
+    "chaos": chaos,
+    "fuzz": fuzz,
 }
 
 

@@ -46,4 +46,4 @@ def test_studies_write_what_tables_read() -> None:
 
     written = {Path(target).stem for study in run_all.STUDIES.values() for target in study.files.values() if target.endswith(".json")}
     read = set(re.findall(r"(?:load|estimators|sequences|schemes)\(\"([\w-]+)\"", Path(tables.__file__).read_text(encoding="utf-8")))
-    assert read - written == set()
+    assert read - written == {"chaos", "fuzz"}  # of make chaos, make fuzz

@@ -107,8 +107,8 @@ class MemoryLimitError(RoundelError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator has refused: Python's, torch's for the CPU, which raises a bare RuntimeError, or a GPU's."""
-    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    """Whether an allocator has refused: Python's, torch's for the CPU and its maps, which raise a bare RuntimeError, or a GPU's."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "can't start new thread")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 

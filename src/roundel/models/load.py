@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from roundel.errors import ModelError
+from roundel.errors import MemoryLimitError, ModelError, is_out_of_memory
 from roundel.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ def guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
         with quiet():
             return load()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryLimitError(error) from error
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"{first} {others[0].strip()}" if first.endswith(":") and others else first
         reason = f"unknown or missing name {reason}" if isinstance(error, KeyError) else reason
