@@ -93,8 +93,9 @@ def run_page(page: Path, model: Path) -> tuple[int, list[str]]:
         directory = Path(place)
         prepare(directory, model)
         if page.name == "reading-a-report.md":  # is about what another page has made
-            made = shlex.split("roundel quantize MODEL -o out --calibration my-text.txt --scheme int3-g64 --sequences 32 --quiet")
-            subprocess.run([sys.executable, "-m", *made], cwd=directory, check=True)
+            for options in ("-o out --scheme int3-g64", "-o out-gguf --scheme q4_k"):
+                made = shlex.split(f"roundel quantize MODEL {options} --calibration my-text.txt --sequences 32 --quiet")
+                subprocess.run([sys.executable, "-m", *made], cwd=directory, check=True)
             (directory / "OUT").symlink_to("out")
         for line in command_lines(page):
             if (reason := reason_to_skip(line)) is not None:

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, engines/index.md and guarantees.md from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
+"""Tables of the documentation from the JSON in benchmarks/results: `python studies/tables.py [--check]`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, below the command that made its numbers, and is not written by hand. With
 `--check` nothing is written, and the exit code says whether anything would change; a test does the same.

@@ -12,7 +12,7 @@ from roundel.errors import RoundelError
 from roundel.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from roundel.commands.evaluate import Evaluation, evaluate
+    from roundel.commands.evaluate import Evaluation, evaluate, evaluate_several
     from roundel.commands.upload import upload
     from roundel.recipes import Recipe
     from roundel.stages.collecting import collect_factors
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "collect_factors",
     "evaluate",
+    "evaluate_several",
     "export",
     "export_imatrix",
     "quantize",
@@ -46,6 +47,7 @@ _HOMES = {
     "Recipe": "roundel.recipes",
     "collect_factors": "roundel.stages.collecting",
     "evaluate": "roundel.commands.evaluate",
+    "evaluate_several": "roundel.commands.evaluate",
     "export": "roundel.stages.export",
     "export_imatrix": "roundel.stages.export",
     "quantize": "roundel.stages.quantize",

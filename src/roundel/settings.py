@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ABLATION", "EFFORTS", "Settings"]
+__all__ = ["ABLATION", "EFFORTS", "NEW_TOKENS", "Settings"]
+
+NEW_TOKENS = 24
+"""With which models continue a text, in reports."""
 
 
 @dataclass(frozen=True, kw_only=True)

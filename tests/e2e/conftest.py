@@ -18,6 +18,7 @@ from e2e import tiny
 from roundel.commands.app import main
 from roundel.evaluate import plots
 from roundel.recipes import Recipe
+from roundel.stages import evaluation
 
 SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
 
@@ -39,6 +40,13 @@ def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.path.name not in ("test_compare.py", "test_schemes.py", "test_tune.py"):
         for kind in ("curves", "heat_map", "intervals"):
             monkeypatch.setattr(plots, kind, lambda *_series, **_labels: b"not drawn")
+
+
+@pytest.fixture(autouse=True)
+def _short_texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written at their length in shared fixtures and where they are read."""
+    if request.path.name != "test_reports.py":
+        monkeypatch.setattr(evaluation, "NEW_TOKENS", 1)
 
 
 @contextmanager

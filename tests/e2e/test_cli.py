@@ -67,7 +67,7 @@ def test_evaluate_writes_json(command, model, text, quantized, tmp_path) -> None
     assert "KL(original, quantized)" in stdout
     details = json.loads(report.read_text())
     assert set(details) == EVALUATION
-    assert set(details["kl"]) == {"mean", "stderr", "interval95", "median", "p99", "by_position"}
+    assert set(details["kl"]) == {"mean", "stderr", "interval95", "median", "p99", "p999", "by_position"}
     assert set(details["perplexity"]) == {"model", "reference"}
     assert 0 < details["kl"]["median"] < details["kl"]["p99"] < 1
     assert 0 < details["kl"]["stderr"] < details["kl"]["mean"] < 1
@@ -93,7 +93,9 @@ def test_a_model_against_itself_has_no_divergence(command, model, text) -> None:
     code, stdout, _ = command("evaluate", model(), "--reference", model(), "--data", text, "--sequences", 4, "--seq-len", 32, "--json", "-")
     assert code == 0
     details = json.loads(stdout)
-    assert {key: details["kl"][key] for key in ("mean", "stderr", "median", "p99")} == {"mean": 0, "stderr": 0, "median": 0, "p99": 0}
+    assert {key: details["kl"][key] for key in ("mean", "stderr", "median", "p99", "p999")} == dict.fromkeys(
+        ("mean", "stderr", "median", "p99", "p999"), 0
+    )
     assert details["kl"]["interval95"] == [0, 0]
     assert all(span["mean"] == span["stderr"] == 0 for span in details["kl"]["by_position"])
     assert details["top1_agreement"] == 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import copy
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import roundel
 from e2e import tiny
 from roundel.evaluate import cached
-from roundel.evaluate.report import _labels, evaluated_page, quantized_page
+from roundel.evaluate.report import evaluated_page, labels, quantized_page
+from roundel.formats import gguf
+from roundel.models import Checkpoint, load_model
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -211,7 +215,7 @@ def test_a_damaged_cache_says_which_directory_to_remove(command, quantized, mode
 
 
 @pytest.mark.parametrize(
-    ("specs", "labels"),
+    ("specs", "expected"),
     [
         (["stdlib", "/texts/news.txt"], ["stdlib", "news.txt"]),
         (["a/x.txt", "b/x.txt", "stdlib"], ["a/x.txt", "b/x.txt", "stdlib"]),
@@ -219,5 +223,86 @@ def test_a_damaged_cache_says_which_directory_to_remove(command, quantized, mode
         ([""], [""]),
     ],
 )
-def test_texts_whose_paths_end_alike_are_told_apart(specs, labels) -> None:
-    assert list(_labels(specs).values()) == labels
+def test_texts_whose_paths_end_alike_are_told_apart(specs, expected) -> None:
+    assert list(labels(specs).values()) == expected
+
+
+def test_the_report_has_texts_that_the_original_and_the_written_model_continue(quantized, model) -> None:
+    rows = quantized.details["continuations"]
+    assert len(rows) == 3
+    tokenizer = AutoTokenizer.from_pretrained(model())
+    for place, key in ((model(), "original"), (quantized.path, "quantized")):
+        generator = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        for row in rows:
+            ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+            written = generator.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+            found = row["original"] if key == "original" else row["continued"][key]
+            assert found["text"] == tokenizer.decode(written[0], skip_special_tokens=True).removeprefix(row["prompt"])
+            assert 0 < found["tokens"] <= 24
+    page, card = ((quantized.path / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
+    for row in rows:
+        assert f"<h2>{html.escape(row['prompt'])} …</h2>" in page
+        assert json.dumps(row["continued"]["quantized"]["text"], ensure_ascii=False) in card
+
+
+@pytest.fixture(scope="module")
+def others(model, quantized, tmp_path_factory) -> tuple[Path, Path]:
+    """A GGUF file of the original in 16 bits, alone, and GPTQ of the codes without a report: as others write them."""
+    folder = tmp_path_factory.mktemp("others")
+    checkpoint = Checkpoint.open(model())
+    gguf.write(folder / "f16.gguf", model=model(), tensors=checkpoint.sizes, read=checkpoint.read, rounded={}, name="tiny", dense="f16")
+    roundel.export(quantized.path, to="gptq", output=folder / "gptq")
+    (folder / "gptq" / "roundel.json").unlink()
+    return folder / "f16.gguf", folder / "gptq"
+
+
+def test_several_checkpoints_on_one_page(command, quantized, model, text, others, tmp_path, monkeypatch) -> None:
+    loaded: list[Path] = []
+
+    def load(path: Path, **settings: Any) -> Any:
+        loaded.append(path)
+        return load_model(path, **settings)
+
+    monkeypatch.setattr("roundel.commands.evaluate.load_model", load)
+    files = ("--json", tmp_path / "several.json", "--html", tmp_path / "several.html")
+    arguments = ("--reference", model(), "--data", text, "--sequences", 6, "--seq-len", 32, "--new-tokens", 4)
+    code, out, _ = command("evaluate", quantized.path, *others, *arguments, *files)
+    assert code == 0
+    assert loaded == [model()]
+    details = json.loads((tmp_path / "several.json").read_text(encoding="utf-8"))
+    ours, dense, gptq = (details["models"][str(path)]["texts"][str(text)] for path in (quantized.path, *others))
+    alone = roundel.evaluate(quantized.path, reference=model(), data=str(text), sequences=6, seq_len=32).details
+    assert ours == {**{key: alone[key] for key in ours}, "reference_logits": "run"}
+    assert [found["reference_logits"] for found in (dense, gptq)] == ["cached"] * 2
+    assert dense["kl"]["mean"] < 1e-3 * ours["kl"]["mean"]
+    assert gptq["kl"]["mean"] == pytest.approx(ours["kl"]["mean"], rel=0.02)  # the same codes, decoded to 16 bits
+    assert 0 < ours["kl"]["p99"] <= ours["kl"]["p999"]
+    for row in details["continuations"]:
+        copy_of_the_original = row["continued"][str(others[0])]
+        assert copy_of_the_original["text"] == row["original"]["text"]
+        assert copy_of_the_original["equal_tokens"] == copy_of_the_original["tokens"] <= 4
+    page = (tmp_path / "several.html").read_text(encoding="utf-8")
+    assert len(pictures(page)) == page.count("<figure>") == 1
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [line.split()[1] for line in lines[2:]] == ["out", "f16.gguf", "gptq", "original"]
+    assert len({len(line) for line in lines}) == 1
+    for path, line in zip((quantized.path / "model.safetensors", others[0]), lines[2:], strict=False):
+        assert f"{path.stat().st_size / 1e6:.2f}" in line
+    flips = round(ours["tokens"] * (1 - ours["top1_agreement"]))
+    assert f" {flips} of {6 * 32} " in lines[2]
+    assert f"<td>{flips} of {6 * 32}</td>" in page
+
+
+def test_what_several_checkpoints_cannot_be_asked(command, quantized, model, text, others, tmp_path) -> None:
+    for arguments, word in [
+        (("--data", text, "--perplexity", text), "one model at a time"),
+        ((), "give some (--data)"),
+        (("--data", text, "--prompt", ""), "0 tokens"),
+        (("--data", text, "--new-tokens", 0), "at least 1"),
+    ]:
+        code, out, err = command("evaluate", quantized.path, others[0], "--reference", model(), *arguments)
+        assert (code, out) == (2, "")
+        assert word in err
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    assert "2 GGUF files" in command("evaluate", tmp_path, "--reference", model(), "--data", text).err

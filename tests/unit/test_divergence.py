@@ -116,6 +116,7 @@ def test_p99_leaves_one_token_in_a_hundred_above() -> None:
     kl = plain(model, reference, tokens.ids)[0].flatten()
     found = compare_models(model, reference, tokens, batch_size=2)
     assert found.kl_p99 == pytest.approx(kl[197].item(), rel=1e-4)  # the 198th of 200
+    assert found.kl_p999 == pytest.approx(kl[199].item(), rel=1e-4)
 
 
 def test_identical_models_do_not_differ() -> None:

@@ -32,13 +32,28 @@ from roundel.errors import ModelError, SchemeError, in_layer
 from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
+from roundel.models.decode import decoded
 from roundel.models.linears import matrix_modules
-from roundel.models.load import load_config, skeleton, without_quantization
+from roundel.models.load import load_config, quantization_of, skeleton, without_quantization
+from roundel.models.packed import METHODS
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
 from roundel.types import RoundedWeight
 
-__all__ = ["GGUF_FILE", "Frame", "Stored", "check_apart", "load_written", "owners", "read", "read_report", "write"]
+__all__ = [
+    "GGUF_FILE",
+    "Frame",
+    "Stored",
+    "check_apart",
+    "described",
+    "gguf_of",
+    "load_written",
+    "owners",
+    "read",
+    "read_report",
+    "weight_bytes",
+    "write",
+]
 
 GGUF_FILE = "model.gguf"
 
@@ -268,16 +283,23 @@ def _skeleton(path: Path) -> nn.Module:
     return skeleton(without_quantization(load_config(path)))
 
 
-def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_written(
+    path: Path, *, device: torch.device, dtype: torch.dtype, report: Mapping[str, Any] | None = None, original: Path | None = None
+) -> PreTrainedModel:
     """The model in a directory as its users' engine would have it: by Transformers where that reads the format, else decoded by ourselves.
 
     Transformers reads compressed-tensors, dense and, as `import roundel` has taught it, native directories, and the GGUF of most types of
-    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here, those of other
-    formats than gguf by `report`, as `read` does.
+    models. The bytes of all others, for which it has no reader or needs other projects' packages, are decoded here: ours by `report`, as
+    `read` does, FP8, MXFP4, GPTQ, AWQ and AutoRound of others as originals are (`models.decode`, to 16 bits), and GGUF files of others,
+    alone or in a directory without a config.json, by the config.json of the `original` that they were made of.
 
     Raises:
         ModelError: as `load_model` and `read`.
     """
+    if (file := gguf_of(path)) is not None:
+        if original is None:
+            raise ModelError(f"{file} has no config.json beside it: name the original that it was made of")
+        return _decoded_gguf(file, original, device, dtype)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -285,15 +307,54 @@ def load_written(path: Path, *, device: torch.device, dtype: torch.dtype, report
     if (path / GGUF_FILE).is_file():
         if config.get("model_type") in _GGUF_TYPES:
             return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings
-        tensors = gguf.read(path / GGUF_FILE, config=config, tensors=_skeleton(path).state_dict())
+        return _decoded_gguf(path / GGUF_FILE, path, device, dtype)
+    if report is None and not (path / "roundel.json").is_file() and (method := quantization_of(path)) in METHODS:
         with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
-            write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
-            write_json(Path(scratch) / "config.json", config)
-            return load_model(Path(scratch), device=device, dtype=dtype)
+            return load_model(decoded(path, str(method), Path(scratch)), device=device, dtype=dtype)
     if all(form.loads or not form.wrote(config) for form in FORMATS.values()):
         return load_model(path, device=device, dtype=dtype)
     stored = read(path, report)
     exact = replace(stored.frame, dtypes=dict.fromkeys(stored.rounded, torch.float32))
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
         write(Path(scratch), exact, stored.rounded, "dense", name="")
+        return load_model(Path(scratch), device=device, dtype=dtype)
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path is, or a directory has, where there is no config.json beside it.
+
+    Raises:
+        ModelError: there are several in the directory.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    found = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(f"{path} has {len(found)} GGUF files: name one of them, such as {found[0]}")
+    return found[0] if found else None
+
+
+def described(path: Path) -> dict[str, str | None]:
+    """The `format` of a checkpoint, and its `scheme` where it is one of ours, by its report or its config.json."""
+    if gguf_of(path) is not None:
+        return {"format": "gguf", "scheme": None}
+    if (path / "roundel.json").is_file():
+        report = read_report(path)
+        return {"format": str(report.get("format")), "scheme": str(report.get("scheme"))}
+    return {"format": quantization_of(path) or "dense", "scheme": None}
+
+
+def weight_bytes(path: Path) -> int:
+    """Of all files of weights of a checkpoint."""
+    files = [path] if path.is_file() else [file for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern)]
+    return sum(file.stat().st_size for file in files)
+
+
+def _decoded_gguf(file: Path, original: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A GGUF file, decoded here, as the architecture of `original`."""
+    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    tensors = gguf.read(file, config=config, tensors=_skeleton(original).state_dict())
+    with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
+        write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
+        write_json(Path(scratch) / "config.json", config)
         return load_model(Path(scratch), device=device, dtype=dtype)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundel.artifacts.checkpoints import load_written
+from roundel.artifacts.checkpoints import load_written, weight_bytes
 from roundel.artifacts.source import positions as positions_of
 from roundel.errors import SchemeError
 from roundel.models import load_model, locate
@@ -97,7 +97,7 @@ def bench(
                 rows.append(row)
     return {
         "models": {
-            name: {"path": str(paths[name]), "disk_bytes": _disk_bytes(paths[name]), "memory_bytes": _memory_bytes(each)}
+            name: {"path": str(paths[name]), "disk_bytes": weight_bytes(paths[name]), "memory_bytes": _memory_bytes(each)}
             for name, each in models.items()
         },
         "speed": rows,
@@ -107,10 +107,6 @@ def bench(
         "dtype": str(kind).removeprefix("torch."),
         "versions": versions(),
     }
-
-
-def _disk_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.gguf") for file in path.glob(pattern))
 
 
 def _memory_bytes(model: nn.Module) -> int:

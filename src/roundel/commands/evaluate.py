@@ -1,7 +1,8 @@
-"""A written checkpoint beside its original: `evaluate`.
+"""Written checkpoints beside their original: `evaluate`, of one, and `evaluate_several`, of several on one page.
 
-KL on text, accuracies on tasks, perplexities as papers state them. Where a directory for logits is given and holds those of the original
-for this text, the original is not even loaded for the KL.
+KL on text, accuracies on tasks, perplexities as papers state them, texts continued. Where a directory for logits is given and holds those
+of the original for this text, the original is not even loaded for the KL. Of several checkpoints one after the other is loaded beside the
+original, whose logits are computed once, and are on the disk until all are measured.
 
 Beside the KL stands that of the original against itself, with batches of another size: what the order of sums alone makes of it. A KL that
 is not far above that says nothing.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,26 +24,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundel import processes
-from roundel.artifacts.checkpoints import load_written
+from roundel.artifacts.checkpoints import GGUF_FILE, described, load_written, weight_bytes
 from roundel.artifacts.source import positions
 from roundel.calibration import Fingerprint, data_hash, opening_of, set_opening
 from roundel.errors import DataError
 from roundel.evaluate import Divergence, Logits, ModelLogits, compare_models
 from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
+from roundel.evaluate.continuations import beginnings, continued, of_prompts, told
 from roundel.evaluate.divergence import Part
 from roundel.evaluate.perplexity import perplexity_text, window_losses
 from roundel.evaluate.tasks import open_tasks, task_results
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import load_config, pick_device, pick_dtype
 from roundel.progress import Progress, Silent
+from roundel.settings import NEW_TOKENS
 from roundel.stages.report import versions
 from roundel.stages.text import OVERLAP_WARNING, check_vocabulary, default_batch, evaluation_tokens
+from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "evaluate_several"]
 
 TASK_BATCH = 8
 
@@ -77,6 +83,8 @@ def evaluate(
     window: int | None = None,
     cache: str | Path | None = None,
     cache_gib: float = 10.0,
+    prompts: Sequence[str] = (),
+    new_tokens: int = NEW_TOKENS,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -85,7 +93,7 @@ def evaluate(
     """Measures `KL(reference || model)` on text, accuracies on tasks, perplexities as papers state them, or all of these.
 
     Args:
-        model: A directory that Roundel or compressed-tensors wrote, or any other causal language model.
+        model: A directory that Roundel or another tool wrote, or any other causal language model; or a GGUF file.
         reference: The original model.
         data: For the KL: a calibration SPEC other than `self`, or several, each measured by itself.
         sequences: Use at most so many sequences of `seq_len` tokens of each.
@@ -98,6 +106,8 @@ def evaluate(
         window: Tokens of each window of that; by default 2048, and at most the models' positions.
         cache: A directory for the original's logits on `data`: made, filled, and read the next time.
         cache_gib: What it may hold; the entries used longest ago are removed.
+        prompts: Texts that both models continue greedily (`evaluate.continuations`).
+        new_tokens: With at most so many tokens each.
         device: As for `quantize`.
         dtype: As for `quantize`.
         batch_size: Sequences per pass.
@@ -108,47 +118,29 @@ def evaluate(
     """
     progress = progress or Silent()
     specs, streams = _several(data), _several(perplexity)
-    if not specs and not tasks and not streams:
-        raise DataError("nothing to measure: give text for the KL (--data), --tasks or --perplexity")
-    if sequences < 1 or seq_len < 2:
-        raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
-    if "self" in (*specs, *streams):
-        raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
+    if not specs and not tasks and not streams and not prompts:
+        raise DataError("nothing to measure: give text for the KL (--data), --tasks, --perplexity or --prompt")
+    _check_text((*specs, *streams), sequences, seq_len, new_tokens)
     if window is not None and window < 2:
         raise DataError(f"a window of {window} tokens: expected at least 2")
     opened = open_tasks(tasks, data=None if task_data is None else Path(task_data), limit=task_limit, shots=num_fewshot) if tasks else {}
     place = pick_device(device)
     kind = pick_dtype(dtype, place, progress.warn)
-    path, theirs = locate(str(model)), _Reference(path=locate(str(reference)), device=place, dtype=kind)
-    tokenizer = load_tokenizer(theirs.path)
-    for token in _recorded(path, "opening") or []:
-        if not opening_of(tokenizer):
-            set_opening(tokenizer, token)
-    longest = positions(load_config(theirs.path))
-    length, span = min(seq_len, longest), min(window or WINDOW, longest)
+    path, theirs = _located(model), _Reference(path=locate(str(reference)), device=place, dtype=kind)
+    tokenizer = theirs.tokenizer_for([path])
+    length, span = min(seq_len, theirs.longest), min(window or WINDOW, theirs.longest)
+    begun = of_prompts(prompts, tokenizer, theirs.longest)
     texts = {spec: evaluation_tokens(spec, tokenizer, length, sequences) for spec in specs}
     joined = {named: perplexity_text(named, tokenizer, span) for named in streams}
-    ours = load_written(path, device=place, dtype=kind)
+    ours = load_written(path, device=place, dtype=kind, original=theirs.path)
     if texts or joined:
         check_vocabulary(ours, *texts.values(), *joined.values())
     kept = None if cache is None else LogitCache(path=Path(cache), cap=int(cache_gib * GIB))
     reports: dict[str, Divergence] = {}
     found: dict[str, dict[str, Any]] = {}
     for spec, tokens in texts.items():
-        overlap = _recorded_overlap(path, tokens)
-        if overlap is not None and overlap > OVERLAP_WARNING:
-            progress.warn(f"about {100 * overlap:.0f} % of {spec} was in the calibration text: its KL is too good")
-        batch = batch_size or default_batch(length)
-        with theirs.logits_of(tokens, kept, batch, progress) as (logits, about), progress.stage("evaluation", len(tokens)) as advance:
-            reports[spec] = compare_models(ours, logits, tokens, batch_size=batch, advance=advance)
-        found[spec] = {
-            **reports[spec].as_json(),
-            **about,
-            "data": spec,
-            "sha256": data_hash(tokens),
-            "seq_len": length,
-            "overlap_with_calibration": overlap,
-        }
+        reports[spec], about = _divergence(ours, path, theirs, spec, tokens, kept, batch_size, progress)
+        found[spec] = {**reports[spec].as_json(), **about}
     details: dict[str, Any] = {**next(iter(found.values()), {}), "model": str(model), "reference": str(reference), "versions": versions()}
     if len(found) > 1:
         details["texts"] = found
@@ -171,7 +163,147 @@ def evaluate(
                 advance(1)
         details["task_data"] = None if task_data is None else str(task_data)
         details["lm_eval"] = importlib.metadata.version("lm-eval")
+    if begun:
+        original, written = (theirs.continued(model, begun, new_tokens, tokenizer) for model in (theirs.model, ours))
+        details["continuations"] = told(tokenizer, begun, original, {"quantized": written})
     return Evaluation(report=next(iter(reports.values()), None), details=details)
+
+
+@processes.together
+def evaluate_several(
+    models: Sequence[str | Path],
+    *,
+    reference: str | Path,
+    data: str | Sequence[str],
+    sequences: int = 64,
+    seq_len: int = 512,
+    cache: str | Path | None = None,
+    cache_gib: float = 10.0,
+    prompts: Sequence[str] = (),
+    new_tokens: int = NEW_TOKENS,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures several checkpoints of one model on the same text, and has them continue the same beginnings.
+
+    Args:
+        models: As `evaluate`'s, each once.
+        reference: The original model.
+        data: A calibration SPEC other than `self`, or several, each measured by itself.
+        sequences: Use at most so many sequences of `seq_len` tokens of each.
+        seq_len: At most the models' positions.
+        cache: A directory for the original's logits, kept for the next time; by default a temporary one.
+        cache_gib: What it may hold; where they do not fit the original is run again for each checkpoint.
+        prompts: Texts that all models continue greedily; by default the beginnings of the first sequences.
+        new_tokens: With at most so many tokens each.
+        device: As for `quantize`.
+        dtype: As for `quantize`.
+        batch_size: Sequences per pass.
+        progress: Where to report; silent by default.
+
+    Returns:
+        `models`: of each its `format`, its `scheme` where it is ours, the `bytes` of its files and, in `texts`, what `evaluate` finds;
+        `original`, the same without texts; `continuations`; `reference`, `versions`.
+
+    Raises:
+        RoundelError: see `roundel.errors`.
+    """
+    progress = progress or Silent()
+    specs = _several(data)
+    if not specs:
+        raise DataError("several checkpoints are compared on text: give some (--data)")
+    _check_text(specs, sequences, seq_len, new_tokens)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place, progress.warn)
+    paths = {str(model): _located(model) for model in models}
+    theirs = _Reference(path=locate(str(reference)), device=place, dtype=kind)
+    tokenizer = theirs.tokenizer_for(paths.values())
+    length = min(seq_len, theirs.longest)
+    texts = {spec: evaluation_tokens(spec, tokenizer, length, sequences) for spec in specs}
+    begun = of_prompts(prompts, tokenizer, theirs.longest) or beginnings(next(iter(texts.values())))
+    found: dict[str, dict[str, Any]] = {}
+    written: dict[str, list[list[int]]] = {}
+    with _logit_cache(cache, int(cache_gib * GIB)) as kept:
+        for name, path in paths.items():
+            ours = load_written(path, device=place, dtype=kind, original=theirs.path)
+            check_vocabulary(ours, *texts.values())
+            found[name] = {**described(path), "bytes": weight_bytes(path), "texts": {}}
+            for spec, tokens in texts.items():
+                report, about = _divergence(ours, path, theirs, spec, tokens, kept, batch_size, progress)
+                found[name]["texts"][spec] = {**report.as_json(), **about}
+            written[name] = theirs.continued(ours, begun, new_tokens, tokenizer)
+            del ours
+    return {
+        "models": found,
+        "reference": str(reference),
+        "original": {**described(theirs.path), "bytes": weight_bytes(theirs.path)},
+        "continuations": told(tokenizer, begun, theirs.continued(theirs.model, begun, new_tokens, tokenizer), written),
+        "versions": versions(),
+    }
+
+
+def _check_text(specs: Sequence[str], sequences: int, seq_len: int, new_tokens: int) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        DataError: with the reason.
+    """
+    if sequences < 1 or seq_len < 2:
+        raise DataError(f"{sequences} sequences of {seq_len} tokens: expected at least 1 of at least 2")
+    if "self" in specs:
+        raise DataError("evaluation needs text: give a file, a directory or a Hub dataset")
+    if new_tokens < 1:
+        raise DataError(f"--new-tokens {new_tokens}: expected at least 1")
+
+
+def _located(model: str | Path) -> Path:
+    """As `models.locate`; or a GGUF file, one that Roundel wrote by its directory."""
+    path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return path.parent if path.name == GGUF_FILE and (path.parent / "roundel.json").is_file() else path
+    return locate(str(model))
+
+
+def _divergence(
+    ours: nn.Module,
+    path: Path,
+    theirs: _Reference,
+    spec: str,
+    tokens: TokenBatch,
+    kept: LogitCache | None,
+    batch_size: int | None,
+    progress: Progress,
+) -> tuple[Divergence, dict[str, Any]]:
+    """On one text, and what the report says beside it."""
+    overlap = _recorded_overlap(path, tokens)
+    if overlap is not None and overlap > OVERLAP_WARNING:
+        progress.warn(f"about {100 * overlap:.0f} % of {spec} was in the calibration text: its KL is too good")
+    length = tokens.ids.shape[1]
+    batch = batch_size or default_batch(length)
+    with theirs.logits_of(tokens, kept, batch, progress) as (logits, about), progress.stage("evaluation", len(tokens)) as advance:
+        report = compare_models(ours, logits, tokens, batch_size=batch, advance=advance)
+    return report, {**about, "data": spec, "sha256": data_hash(tokens), "seq_len": length, "overlap_with_calibration": overlap}
+
+
+@contextmanager
+def _logit_cache(path: str | Path | None, cap: int) -> Iterator[LogitCache]:
+    """Where the original's logits are kept: as asked for, or until the block ends, in half of what is free."""
+    if path is not None:
+        yield LogitCache(path=Path(path), cap=cap)
+        return
+
+    def made() -> tuple[str, int]:
+        folder = tempfile.mkdtemp(prefix="roundel-")
+        return folder, min(cap, shutil.disk_usage(folder).free // 2)
+
+    folder, room = processes.from_first(made)
+    try:
+        yield LogitCache(path=Path(folder), cap=room)
+    finally:
+        if processes.first():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -193,6 +325,27 @@ class _Reference:
     def model(self) -> PreTrainedModel:
         """Loaded at the first use."""
         return load_model(self.path, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def longest(self) -> int:
+        """Its positions."""
+        return positions(load_config(self.path))
+
+    def tokenizer_for(self, paths: Iterable[Path]) -> PreTrainedTokenizerBase:
+        """Its tokenizer, which opens texts as the calibration of these checkpoints has."""
+        tokenizer = load_tokenizer(self.path)
+        for token in (token for path in paths for token in _recorded(path, "opening") or []):
+            if not opening_of(tokenizer):
+                set_opening(tokenizer, token)
+        return tokenizer
+
+    def continued(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: int, tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """What a model with its vocabulary and positions writes after these tokens; each process has what the first finds."""
+        check_vocabulary(model, *(TokenBatch.of(torch.tensor([ids])) for ids in prompts))
+        end = tokenizer.eos_token_id
+        return processes.from_first(lambda: continued(Layers(model), prompts, tokens, end=end, longest=self.longest))
 
     @contextmanager
     def logits_of(

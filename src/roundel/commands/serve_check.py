@@ -33,9 +33,11 @@ from roundel.calibration import data_hash, opening_of, set_opening
 from roundel.engines import ENGINES, Answer, Engine, Request
 from roundel.errors import DataError, ModelError, NumericalError, SchemeError
 from roundel.evaluate import Comparison, ModelLogits
+from roundel.evaluate.continuations import beginnings
 from roundel.models import load_model, load_tokenizer, locate
 from roundel.models.load import load_config, pick_device
 from roundel.progress import Progress, Silent
+from roundel.settings import NEW_TOKENS
 from roundel.stages.text import check_vocabulary, evaluation_tokens
 from roundel.types import TokenBatch
 
@@ -44,9 +46,6 @@ __all__ = ["require", "serve_check", "served_rows"]
 ROWS, WINDOW = 1 << 28, 1 << 23
 SEQUENCES, SEQ_LEN = 32, 128
 """Where the report does not say."""
-
-PROMPTS, PROMPT, NEW_TOKENS = 3, 16, 24
-"""Beginnings of so many windows, tokens of each, and how many follow greedily."""
 
 TIE = 2.0
 TOLERANCE, OVER_NOISE = 0.005, 10.0
@@ -127,16 +126,15 @@ def serve_check(
         seq_len or int(recipe.get("seq_len") or SEQ_LEN),
         progress,
     )
-    start = min(PROMPT, tokens.ids.shape[1] // 2)
-    prompts = tokens.ids[:PROMPTS, :start]
-    new = min(NEW_TOKENS, positions(load_config(path)) - start)
+    prompts = beginnings(tokens)
+    new = min(NEW_TOKENS, positions(load_config(path)) - len(prompts[0]))
     place = pick_device(device)
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
 
         def asked(directory: Path, title: str) -> Answer:
             out = Path(scratch) / title
             out.mkdir()
-            request = Request(model=directory, windows=tokens.ids.tolist(), prompts=prompts.tolist(), new_tokens=new, dtype=dtype)
+            request = Request(model=directory, windows=tokens.ids.tolist(), prompts=prompts, new_tokens=new, dtype=dtype)
             with progress.stage(f"{engine}, {title}", len(tokens)) as advance:
                 return server.ask(request, python=python, out=out, advance=advance, keep=log)
 
@@ -307,13 +305,13 @@ def _actual(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _gaps(model: torch.nn.Module, prompt: Tensor, continued: Sequence[int]) -> list[float]:
+def _gaps(model: torch.nn.Module, prompt: Sequence[int], continued: Sequence[int]) -> list[float]:
     """By how much each token lies below the likeliest, in nats, after the same tokens before it.
 
     Raises:
         ModelError: the engine gave nothing, or a token that the model does not have.
     """
-    tokens = TokenBatch.of(torch.cat([prompt, torch.tensor(continued, dtype=torch.long)])[None])
+    tokens = TokenBatch.of(torch.tensor([[*prompt, *continued]], dtype=torch.long))
     if not continued:
         raise ModelError("the engine continued a prompt with nothing")
     logits = ModelLogits(model)

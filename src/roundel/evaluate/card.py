@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ _LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "exl3": "exllamav3", "native": "roun
 """By which the Hub offers code that loads a model; of formats that are not named it is Transformers."""
 
 
+def _continuations(found: list[dict[str, Any]]) -> str:
+    """Indented, so that no text can end the block that it stands in; older reports have none."""
+    if not found:
+        return ""
+    blocks = []
+    for row in found:
+        texts = {
+            "beginning": row["prompt"],
+            "original": row["original"]["text"],
+            **{key: own["text"] for key, own in row["continued"].items()},
+        }
+        width = max(map(len, texts)) + 2
+        blocks.append("\n".join(f"    {f'{key}:':<{width}}{json.dumps(text, ensure_ascii=False)}" for key, text in texts.items()))
+    return "\n## Beginnings of that text, continued greedily\n\n" + "\n\n".join(blocks) + "\n"
+
+
 def _metadata(report: dict[str, Any]) -> str:
     """The card's head, which the Hub reads: what is not known is left out, for it refuses a base model or a licence that is none."""
     model, form = report["model"], report["format"]
@@ -110,7 +127,7 @@ whole model's output distribution.
 {covered}
 Evaluation text: `{measured["source"]}`; {100 * measured["overlap_with_calibration"]:.1f} % of its 32-token windows
 occur in the calibration text.
-
+{_continuations(report.get("continuations", []))}
 ## Load
 
 `PATH` is the directory that has these files; vLLM and Transformers take the id of this repository as well.

@@ -82,6 +82,8 @@ class Divergence:
     """95 %, by bootstrap over sequences; two NaN for a single sequence."""
     kl_median: float
     kl_p99: float
+    kl_p999: float
+    """The 99th and the 99.9th percentile of the tokens' KL."""
     top1_agreement: float
     perplexity_model: float
     perplexity_reference: float
@@ -102,6 +104,7 @@ class Divergence:
                 "interval95": None if single else list(self.kl_interval),
                 "median": self.kl_median,
                 "p99": self.kl_p99,
+                "p999": self.kl_p999,
                 "by_position": [
                     {"first": each.first, "last": each.last, "mean": each.kl, "stderr": None if single else each.stderr}
                     for each in self.spans
@@ -170,7 +173,8 @@ class Comparison:
             kl_stderr=_stderr(sequence_means),
             kl_interval=_interval(sequence_means),
             kl_median=flat.median().item(),
-            kl_p99=flat.kthvalue(max(1, math.ceil(0.99 * len(flat)))).values.item(),
+            kl_p99=_percentile(flat, 0.99),
+            kl_p999=_percentile(flat, 0.999),
             top1_agreement=torch.cat(self._agreement).double().mean().item(),
             perplexity_model=perplexities[0].item(),
             perplexity_reference=perplexities[1].item(),
@@ -203,6 +207,11 @@ def compare_models(
             found.add(ids, own, other, slices)
         advance(len(batch) * processes.world())
     return found.of_all(rows).result()
+
+
+def _percentile(values: Tensor, part: float) -> float:
+    """The smallest value that at least this part of all does not exceed."""
+    return values.kthvalue(max(1, math.ceil(part * len(values)))).values.item()
 
 
 def _stderr(values: Tensor) -> float:

@@ -20,6 +20,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #999; } th:first-child, td:first-child { text-align: left; }
 tr.total td { border-top: 2px solid #999; font-weight: 600; }
+.prose td, .prose th { text-align: left; vertical-align: top; }
+.prose td:last-child { white-space: pre-wrap; font-family: ui-monospace, monospace; }
 """
 
 
@@ -33,12 +35,13 @@ class Paragraph:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text; the first column is flush left, the last row may be a total."""
+    """Rows of text; the first column is flush left, the last row may be a total, the last column prose with lines of its own."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     heading: str = ""
     total: bool = False
+    prose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +81,9 @@ def _part(part: Paragraph | Table | Picture) -> str:
         source = f"data:image/png;base64,{data}"
         return f'{heading}<figure><img src="{source}" alt="{caption}">\n<figcaption>{caption}</figcaption></figure>'
     head = "".join(f"<th>{escape(column)}</th>" for column in part.columns)
-    last = len(part.rows) - 1
+    last, kind = len(part.rows) - 1, " class=prose" if part.prose else ""
     rows = "\n".join(
         f"<tr{' class=total' if part.total and number == last else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
         for number, row in enumerate(part.rows)
     )
-    return f'{heading}<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+    return f'{heading}<div class="wide"><table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'

@@ -267,8 +267,14 @@ def curves(
     return _png(figure)
 
 
-def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, title: str, ylabel: str) -> bytes:
-    """Loss against bits per weight: for each family a curve of `(scheme, bits, loss, standard error)`, its points named."""
+def rates(
+    families: Mapping[str, Sequence[tuple[str, float, float, float]]],
+    *,
+    title: str,
+    ylabel: str,
+    xlabel: str = "bits per weight, with scales and all else that is stored",
+) -> bytes:
+    """Loss against size: for each family a curve of `(name, size, loss, standard error)`, its points named; losses are logarithmic."""
     figure = Figure(figsize=(9.5, 6.0), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for index, (family, points) in enumerate(families.items()):
@@ -277,7 +283,7 @@ def rates(families: Mapping[str, Sequence[tuple[str, float, float, float]]], *, 
         axes.errorbar(bits, losses, yerr=errors, markersize=5, linewidth=1.3, elinewidth=1, capsize=2, label=family, **_style(index))
     axes.set_yscale("log")
     _few_ticks(axes)
-    axes.set_xlabel("bits per weight, with scales and all else that is stored")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)

@@ -5,7 +5,7 @@ Everything on the page is in the report's JSON; the page is made of that alone. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from roundel.evaluate import plots
@@ -15,9 +15,12 @@ from roundel.evaluate.html import Paragraph, Picture, Table, page
 __all__ = [
     "TASK_COLUMNS",
     "checkpoint_rows",
+    "continuation_parts",
+    "continuation_rows",
     "divergence_rows",
     "duplicate_row",
     "evaluated_page",
+    "labels",
     "perplexity_rows",
     "quantized_page",
     "task_rows",
@@ -50,6 +53,7 @@ def quantized_page(details: Mapping[str, Any]) -> str:
         _predicted_and_measured(predicted, measured),
         _heat_map(layers),
         *_positions({"": measured}),
+        *continuation_parts(details.get("continuations", [])),
         *_tuning(details["tuning"]),
         *_bits(layers),
         Table(
@@ -90,8 +94,8 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
     for spec, found in texts.items():
         parts.append(Table(heading=spec, columns=["", ""], rows=[*divergence_rows(found), duplicate_row(found)]))
     if len(texts) > 1:
-        labels = _labels(texts)
-        compared = [(labels[spec], found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
+        known = labels(texts)
+        compared = [(known[spec], found["kl"]["mean"], found["kl"]["stderr"] or 0.0) for spec, found in texts.items()]
         png = plots.intervals({"": compared}, title="KL on each text", xlabel=KL)
         parts.append(Picture(heading="KL on each text", png=png, caption=ERRORS))
     parts += _positions(texts)
@@ -99,10 +103,11 @@ def evaluated_page(details: Mapping[str, Any]) -> str:
         parts.append(Table(heading=f"Perplexity, {named}", columns=["", ""], rows=perplexity_rows(found)))
     if tasks := details.get("tasks"):
         parts.append(Table(heading="Tasks, in %", columns=TASK_COLUMNS, rows=task_rows(tasks)))
+    parts += continuation_parts(details.get("continuations", []))
     return page(f"{details['model']} against {details['reference']}", parts)
 
 
-def _labels(specs: Iterable[str]) -> dict[str, str]:
+def labels(specs: Iterable[str]) -> dict[str, str]:
     """What tells texts apart in a plot: as many of the last parts of their paths as are needed for it."""
     paths = {spec: spec.split("/") for spec in specs}
     for parts in range(1, max(map(len, paths.values()), default=0)):
@@ -110,6 +115,27 @@ def _labels(specs: Iterable[str]) -> dict[str, str]:
         if len(set(ends.values())) == len(ends) and all(ends.values()):
             return ends
     return {spec: spec for spec in paths}
+
+
+def continuation_rows(row: Mapping[str, Any], known: Mapping[str, str] | None = None) -> list[list[str]]:
+    """Of one beginning: who wrote, how much of it as the original, what; `known` are other names for the models."""
+    rows = [["original", "", row["original"]["text"]]]
+    for name, own in row["continued"].items():
+        rows.append([(known or {}).get(name, name), f"{own['equal_tokens']} of {own['tokens']}", own["text"]])
+    return rows
+
+
+def continuation_parts(found: Sequence[Mapping[str, Any]], known: Mapping[str, str] | None = None) -> list[Part]:
+    """What the original and others have written after the same beginnings."""
+    if not found:
+        return []
+    about = (
+        "The most probable token at each step. After the first that differs texts part, so one text says little; the count is of the "
+        "tokens before it. The beginnings are the headings."
+    )
+    columns = ("", "as the original", "what follows")
+    tables = [Table(heading=f"{row['prompt']} …", columns=columns, rows=continuation_rows(row, known), prose=True) for row in found]
+    return [Paragraph(heading="The same beginnings continued", text=about), *tables]
 
 
 def divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -121,6 +147,7 @@ def divergence_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return [
         *rows,
         ["KL, median and 99th percentile", f"{number(kl['median'])}, {number(kl['p99'])}"],
+        *([["KL, 99.9th percentile", number(kl["p999"])]] if "p999" in kl else []),  # older reports have none
         ["top-1 agreement", f"{100 * agreement:.2f} %: {100 * (1 - agreement):.2f} % flips"],
         ["perplexity, quantized and original", f"{number(perplexity['model'])}, {number(perplexity['reference'])}"],
         ["tokens, sequences", f"{found['tokens']}, {found['sequences']}"],
@@ -186,9 +213,9 @@ def _heat_map(layers: Mapping[str, Any]) -> Picture:
 
 
 def _positions(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
-    labels = _labels(texts)
+    known = labels(texts)
     found = {
-        labels[spec] or "KL": [
+        known[spec] or "KL": [
             ((each["first"] + each["last"]) / 2, each["mean"], each["stderr"] or 0.0) for each in text["kl"]["by_position"]
         ]
         for spec, text in texts.items()

@@ -1,34 +1,38 @@
 """What the rounded model costs: measured on held-out text by one forward sweep, and predicted from gradients of some of it.
 
 All sequences pass each group of decoder layers twice, with the original's weights and with those that were written, before the next group
-is loaded; at the end the head compares them in slices of tokens.
+is loaded; at the end the head compares them in slices of tokens. A model that is in memory also continues some of the text, before and
+after.
 
-Cost: two forward passes; for the prediction a forward and a backward pass of `PREDICTED` sequences. Memory: one group, and hidden states as
-the store decides.
+Cost: two forward passes; for the prediction a forward and a backward pass of `PREDICTED` sequences; for the continuations some 4000 tokens.
+Memory: one group, and hidden states as the store decides; for the continuations the model once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from roundel import processes
-from roundel.artifacts.source import Source
+from roundel.artifacts.source import Source, positions
 from roundel.artifacts.work import Work
 from roundel.calibration import Split
 from roundel.curvature import predicted_kl
 from roundel.curvature.collect import Prediction
 from roundel.evaluate import Comparison, Divergence
+from roundel.evaluate.continuations import beginnings, continued, told
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
+from roundel.settings import NEW_TOKENS
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.sweeps.gradients import batches, steps
 
-__all__ = ["Values", "evaluate_values", "predict"]
+__all__ = ["Values", "continue_written", "evaluate_values", "predict"]
 
 PREDICTED = 16
 """Sequences that the KL is predicted on."""
@@ -109,3 +113,22 @@ def evaluate_values(written: Values, source: Source, split: Split, notes: Notes,
         store.drop(xq)
         found = found.of_all(rows)
     return found.result()
+
+
+def continue_written(written: Values, source: Source, split: Split, notes: Notes) -> list[dict[str, Any]]:
+    """Beginnings of the held-out text, continued by the original and by what a directory holds; none of a model that stays on the disk."""
+    if source.weights is not None:
+        return []
+    layers, prompts = source.layers, beginnings(split.heldout)
+    end, longest = source.tokenizer.eos_token_id, positions(source.model.config)
+
+    def texts() -> list[dict[str, Any]]:
+        original = continued(layers, prompts, NEW_TOKENS, end=end, longest=longest)
+        with ExitStack() as stack:
+            for values in (written.outside(), *(written.of_group(index) for index in range(len(layers)))):
+                stack.enter_context(layers.replaced(values))
+            quantized = continued(layers, prompts, NEW_TOKENS, end=end, longest=longest)
+        return told(source.tokenizer, prompts, original, {"quantized": quantized})
+
+    with notes.timed("continuations"):
+        return processes.from_first(texts)

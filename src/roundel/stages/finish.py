@@ -12,7 +12,7 @@ from roundel.artifacts.written import Written
 from roundel.calibration import Fingerprint, Split
 from roundel.recipes import Recipe
 from roundel.stages.curvature import safe_batch
-from roundel.stages.evaluation import evaluate_values, predict
+from roundel.stages.evaluation import continue_written, evaluate_values, predict
 from roundel.stages.notes import Notes
 from roundel.stages.passes import as_many_as_fit
 from roundel.stages.report import Quantized, report_details, write_report
@@ -41,10 +41,20 @@ def finish(
         written = Written(staging, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
         fitting = partial(as_many_as_fit, safe=partial(safe_batch, source, split, recipe), warn=notes.warn)
         divergence, batch = fitting(lambda size: evaluate_values(written, source, split, notes, batch_size=size, work=work), batch_size)
+        continuations = continue_written(written, source, split, notes)
         prediction, _ = fitting(lambda size: predict(recipe, source, split, rounded, notes, batch_size=size, work=work), batch)
         details = processes.from_first(
             lambda: report_details(
-                recipe, source, split, rounded, notes, prediction=prediction, divergence=divergence, written=size, seen=seen
+                recipe,
+                source,
+                split,
+                rounded,
+                notes,
+                prediction=prediction,
+                divergence=divergence,
+                continuations=continuations,
+                written=size,
+                seen=seen,
             )
         )
         write_report(staging, details)

@@ -41,7 +41,7 @@ from roundel.rotation import Permutation
 from roundel.rounding.round import dequantized
 from roundel.stages.curvature import measure_curvature, safe_batch
 from roundel.stages.ends import Ends
-from roundel.stages.evaluation import evaluate_values, predict
+from roundel.stages.evaluation import continue_written, evaluate_values, predict
 from roundel.stages.finish import weights_of
 from roundel.stages.judge import JUDGED, Judge
 from roundel.stages.notes import Notes
@@ -139,6 +139,7 @@ def refine(
         better = transplant or after["held out"].kl_mean < before["held out"].kl_mean
         if not better:
             notes.warn("the KL on held-out text has not fallen: the files are as they were, byte for byte")
+        kept = rounded.weights if better else source.given
         prediction = predict(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         with staged_directory(target) as staging:
             changed = {name: weight for name, weight in rounded.weights.items() if better and rounded.layers[name].get("taken", True)}
@@ -152,6 +153,7 @@ def refine(
                 notes,
                 prediction=prediction,
                 divergence=found,
+                continuations=continue_written(_Values(source, kept, ends), source, split, notes),
                 written=size,
                 seen=fingerprinted(split, notes),
             )

@@ -57,6 +57,7 @@ def report_details(
     *,
     prediction: Prediction,
     divergence: Divergence,
+    continuations: list[dict[str, Any]],
     written: int,
     seen: tuple[Fingerprint, float],
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def report_details(
         notes: Warnings and seconds of all stages.
         prediction: Of the KL.
         divergence: As measured.
+        continuations: Of beginnings of the held-out text.
         written: Bytes of all tensors.
         seen: Of the calibration text, and how much of the evaluation text is in it.
     """
@@ -129,6 +131,7 @@ def report_details(
             "overlap_with_calibration": overlap,
             **divergence.as_json(),
         },
+        "continuations": continuations,
         "layers": {name: {**row, "predicted_kl": prediction.layers[name]} for name, row in rounded.layers.items()}
         | dict(rounded.ends.rows),
         "skipped": source.skipped,

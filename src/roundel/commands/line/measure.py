@@ -9,13 +9,17 @@ import typer
 
 from roundel.commands.line.options import DEFAULT, Batch, Device, Dtype, JsonFile, Quiet, listed, whole
 from roundel.commands.line.output import emit, print_rows
-from roundel.settings import ABLATION
+from roundel.errors import SchemeError
+from roundel.settings import ABLATION, NEW_TOKENS
 
 __all__ = ["bench", "compare", "evaluate", "serve_check"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="The quantized model's directory.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="The quantized model's directory or GGUF file; several are put beside each other."),
+    ],
     reference: Annotated[str, typer.Option(help="The original: local directory, Hub id, or demo.")],
     data: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Text for the KL: file, directory, Hub dataset or stdlib; repeatable.")
@@ -43,6 +47,13 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Keep the original's logits there, for the next evaluation on the same text.")
     ] = None,
     cache_gib: Annotated[float, typer.Option(min=0, help="What that directory may hold; what was used longest ago is removed.")] = 10.0,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Text that all models continue; repeatable. Of several models the default is beginnings of the data."
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="With at most so many tokens.")] = NEW_TOKENS,
     html_file: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report there as a page with plots.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -51,42 +62,86 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure KL(reference || MODEL) per token on text, accuracies on tasks, and perplexities, with their standard errors."""
-    from roundel.commands.evaluate import evaluate as run
-    from roundel.evaluate.report import divergence_rows, duplicate_row, evaluated_page, evaluated_texts, perplexity_rows
     from roundel.progress import make_progress
     from roundel.store import write_text
 
-    result = run(
-        model,
-        reference=reference,
-        data=data,
-        sequences=sequences,
-        seq_len=seq_len,
-        tasks=list(dict.fromkeys(listed(tasks))) if tasks is not None else (),
-        task_data=task_data,
-        task_limit=task_limit,
-        num_fewshot=num_fewshot,
-        perplexity=perplexity,
-        window=window,
-        cache=cache,
-        cache_gib=cache_gib,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        progress=make_progress(quiet=quiet),
-    )
-    emit(result.details, json_file)
+    shared: dict[str, Any] = {
+        "reference": reference,
+        "sequences": sequences,
+        "seq_len": seq_len,
+        "cache": cache,
+        "cache_gib": cache_gib,
+        "prompts": prompt or (),
+        "new_tokens": new_tokens,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "progress": make_progress(quiet=quiet),
+    }
+    several = list(dict.fromkeys(models))
+    if len(several) > 1:
+        if tasks is not None or perplexity:
+            raise SchemeError("--tasks and --perplexity are measured of one model at a time; several are compared on --data")
+        from roundel.commands.evaluate import evaluate_several
+        from roundel.evaluate.side_by_side import compared_page
+
+        details, page = evaluate_several(several, data=data or (), **shared), compared_page
+    else:
+        from roundel.commands.evaluate import evaluate as run
+        from roundel.evaluate.report import evaluated_page
+
+        details, page = (
+            run(
+                several[0],
+                data=data,
+                tasks=list(dict.fromkeys(listed(tasks))) if tasks is not None else (),
+                task_data=task_data,
+                task_limit=task_limit,
+                num_fewshot=num_fewshot,
+                perplexity=perplexity,
+                window=window,
+                **shared,
+            ).details,
+            evaluated_page,
+        )
+    emit(details, json_file)
     if html_file is not None:
-        write_text(html_file, evaluated_page(result.details))
+        write_text(html_file, page(details))
     if not quiet and str(json_file) != "-":
-        title = f"{model} against {reference}"
-        texts = evaluated_texts(result.details)
-        for spec, found in texts.items():
-            print_rows(f"{title}: {spec}" if len(texts) > 1 else title, [*divergence_rows(found), duplicate_row(found)])
-        for named, found in result.details.get("windowed_perplexity", {}).items():
-            print_rows(title, [["text", named], *perplexity_rows(found)])
-        if "tasks" in result.details:
-            _print_tasks(title, result.details["tasks"])
+        (_print_several if len(several) > 1 else _print_evaluation)(details)
+
+
+def _print_evaluation(details: dict[str, Any]) -> None:
+    from roundel.evaluate.report import divergence_rows, duplicate_row, evaluated_texts, perplexity_rows
+
+    title = f"{details['model']} against {details['reference']}"
+    texts = evaluated_texts(details)
+    for spec, found in texts.items():
+        print_rows(f"{title}: {spec}" if len(texts) > 1 else title, [*divergence_rows(found), duplicate_row(found)])
+    for named, found in details.get("windowed_perplexity", {}).items():
+        print_rows(title, [["text", named], *perplexity_rows(found)])
+    if "tasks" in details:
+        _print_tasks(title, details["tasks"])
+    _print_continuations(details.get("continuations", []))
+
+
+def _print_several(details: dict[str, Any]) -> None:
+    """In Markdown, to be pasted somewhere."""
+    from roundel.evaluate.report import labels
+    from roundel.evaluate.side_by_side import COLUMNS, compared_rows, markdown, texts_of
+
+    for spec in texts_of(details):
+        print(f"Against {details['reference']} on {spec}:\n\n{markdown(COLUMNS, compared_rows(details, spec))}\n")
+    _print_continuations(details["continuations"], labels(details["models"]))
+
+
+def _print_continuations(found: list[dict[str, Any]], known: dict[str, str] | None = None) -> None:
+    from roundel.evaluate.report import continuation_rows
+
+    for row in found:
+        print(f"{row['prompt']!r} is continued by")
+        for name, _, text in continuation_rows(row, known):
+            print(f"    {name}: {text!r}")
 
 
 def _print_tasks(title: str, tasks: dict[str, dict[str, Any]]) -> None:
