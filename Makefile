@@ -19,6 +19,7 @@
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
 # make studies     every measurement and table of docs/results.md; days on two cores, goes on where it stopped; MODELS=dir TEXT=dir as for peers, TASKS=dir for accuracies (make test-tasks first)
 # make doc-commands   runs the commands of README and docs on a small model (some minutes)
+# make newcomer   docs/tutorial.md as printed, in an empty environment: make newcomer MODEL=dir (the embedded model by default; a quarter of an hour for SmolLM2)
 # make docs    builds the documentation into site/, warnings are errors; site/index.html opens without a server or the network
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands install clean
+.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands newcomer install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -113,6 +114,9 @@ studies: install
 
 doc-commands: install
 	$(BIN)/python scripts/run_documented_commands.py
+
+newcomer:
+	$(PYTHON) scripts/run_tutorial.py $(or $(MODEL),demo)
 
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict

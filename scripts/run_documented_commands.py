@@ -2,11 +2,11 @@
 
     python scripts/run_documented_commands.py [PAGE ...]
 
-Each page gets a directory of its own in which the names that it uses exist: `Qwen/Qwen3-0.6B` and `MODEL` are a Qwen3 of one decoder layer
-with random weights and the demo model's tokenizer, `my-text.txt` and so on hold parts of Python's standard library. Commands run as they
-are written, so a page fails that uses what none of its commands has made. Two things are changed: where `torchrun` asks for 8 processes it
-gets 2, and results.md is left to `make studies`, which runs its commands at full size. What needs an engine, a server or the Hub is listed,
-not run. Some minutes on two cores.
+Each page gets a directory of its own in which the names that it uses exist: the Hub ids and `MODEL` are a Qwen3 of one decoder layer with
+random weights and the demo model's tokenizer, `my-text.txt` and so on hold parts of Python's standard library. Commands run as they are
+written, so a page fails that uses what none of its commands has made. Two things are changed: where `torchrun` asks for 8 processes it gets
+2; and results.md is left to `make studies`, which runs its commands at full size, tutorial.md to `make newcomer`. What needs an engine, a
+server or the Hub is listed, not run. Some minutes on two cores.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from roundel.demo.corpus import documents
 from roundel.models import load_tokenizer, locate
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "results.md")]
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ("results.md", "tutorial.md"))]
 
 ENGINES = ("vllm", "llama-cli", "llama-server", "ollama", "python main.py")
 """Programs of others, which are not installed here."""
@@ -61,8 +61,8 @@ def reason_to_skip(line: str) -> str | None:
 
 def prepare(directory: Path, model: Path) -> None:
     """The models and texts that pages name."""
-    (directory / "Qwen").mkdir(parents=True)
-    for name in ("Qwen/Qwen3-0.6B", "MODEL"):
+    for name in ("Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL"):
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).symlink_to(model)
     texts = list(documents("calibration"))
     (directory / "my-text.txt").write_text("\n\n".join(texts)[:400_000], encoding="utf-8")

@@ -4,7 +4,7 @@
 
 Runs the commands below in `--work`, where `MODELS`, `TEXT` and `TASKS` are the given directories (stories260K, tinystories.txt and the
 tasks' documents are in them; what needs one that is not given is left out), copies what they have written to `benchmarks/results/`, with
-the commit in `benchmarks/results/studies.json`, draws the figures into `docs/figures/` and writes the tables of the page (`tables.py`).
+the commit in `benchmarks/results/studies.json`, draws the figures into `docs/figures/` (`figures.py`) and writes the tables (`tables.py`).
 Every command goes on where an earlier run of it has stopped. All of it takes days on two cores, most of them for trellises and AutoRound.
 """
 
@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import figures
 import tables
 
 from roundel.commands.compare import ABLATION
@@ -193,6 +194,7 @@ def main() -> None:
         done[name] = {"command": study.command, "commit": commit, "versions": versions(), "seconds": round(seconds)}
         write_json(log, done)
     tables.main([])
+    figures.draw(figures.FIGURES)
 
 
 if __name__ == "__main__":

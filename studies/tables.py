@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "engines/index.md", "guarantees.md"))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "engines/index.md", "guarantees.md")))
 RESULTS = ROOT / "benchmarks" / "results"
 
 PEERS = {
@@ -308,6 +308,25 @@ def real(name: str) -> str:
     return markdown(columns, cells)
 
 
+def front(name: str) -> str:
+    """The rows of `real` that a newcomer asks for: what is lost, in which time."""
+    found = load(name)
+    others = sorted(found["elsewhere"] + found["peers"], key=lambda row: -row["kl"])
+    efforts = sorted((row for row in found["rows"] if not row["options"]), key=lambda row: -row["kl"])
+    named = [(row["method"], row) for row in others] + [(f"**Roundel, `--effort {row['effort']}`**", row) for row in efforts]
+    cells = [
+        [
+            title,
+            with_error(row["kl"], row["kl_stderr"]) if "kl_stderr" in row else f"{row['kl']:.3f}",
+            f"{row['perplexity']:.1f}" if "perplexity" in row else "–",
+            f"{row['cpu_minutes'] if 'cpu_minutes' in row else row['cpu_seconds'] / 60:.0f}",
+        ]
+        for title, row in named
+    ]
+    original = efforts[0]["perplexity_original"]
+    return markdown([f"SmolLM2-135M-Instruct, {efforts[0]['scheme']}", "KL", f"perplexity ({original:.1f})", "CPU minutes"], cells)
+
+
 def sweeps() -> str:
     """Of the stages, over plain passes of the same sequences in the same run."""
     columns = (
@@ -459,6 +478,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-stories260K": lambda: peers("stories260K", 32),
     "peers-demo": lambda: peers("demo", 64),
     "real-smollm2-135m": lambda: real("real-smollm2-135m"),
+    "front-smollm2-135m": lambda: front("real-smollm2-135m"),
     "planned": lambda: planned("planned"),
     "sweeps": sweeps,
     "processes": lambda: several("processes"),

@@ -17,6 +17,7 @@ import pytest
 import typer.main
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import roundel
 from e2e import tiny
@@ -127,6 +128,32 @@ def test_the_reference_names_what_exists() -> None:
     assert {f"roundel.{name}" for name in roundel.__all__ if not name.startswith("__")} <= {
         path if path.count(".") == 1 else f"roundel.{path.rpartition('.')[2]}" for path in found
     }
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """One of scripts/."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
+def test_the_command_line_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = script("write_command_line", monkeypatch)
+    assert text_of(writer.PAGE) == writer.page(), "run python scripts/write_command_line.py"
+
+
+def test_the_tutorial_runs_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All its lines, in order, files before what reads them; the model under the id that the page names."""
+    runner = script("run_tutorial", monkeypatch)
+    page = text_of(runner.PAGE)
+    lines = runner.script(page).splitlines()
+    printed = [line for block in re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE) for line in block.splitlines()]
+    assert [line for line in lines if line in printed] == printed
+    assert lines.index("cat > ask.py <<'END_OF_FILE'") < lines.index("python ask.py")
+    assert f"roundel quantize {runner.MODEL} " in page
+    runner.link_model(tiny.save_model(tmp_path / "model", "llama"), tmp_path / runner.MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / runner.MODEL)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Alo?"}], tokenize=False).strip() == "Alo?"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

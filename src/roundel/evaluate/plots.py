@@ -7,8 +7,10 @@ and one marker for each kind of linear or method, the same in every panel; after
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,48 +275,82 @@ def rates(
     title: str,
     ylabel: str,
     xlabel: str = "bits per weight, with scales and all else that is stored",
+    bold: Collection[str] = (),
+    logarithmic: bool = False,
 ) -> bytes:
-    """Loss against size: for each family a curve of `(name, size, loss, standard error)`, its points named; losses are logarithmic."""
-    figure = Figure(figsize=(9.5, 6.0), dpi=DPI, layout="constrained")
+    """Loss against size or time: for each family a curve of `(name, size, loss, standard error)`, points named where they have a name.
+
+    Losses are logarithmic, sizes on request. Where some families are `bold` the others are thin, dashed and hollow.
+    """
+    figure = Figure(figsize=(9.0, 6.0), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for index, (family, points) in enumerate(families.items()):
-        ordered = sorted(points, key=lambda point: point[1])
-        bits, losses, errors = ([point[k] for point in ordered] for k in (1, 2, 3))
-        axes.errorbar(bits, losses, yerr=errors, markersize=5, linewidth=1.3, elinewidth=1, capsize=2, label=family, **_style(index))
+    curves = [sorted(((x, y, error) for _, x, y, error in points)) for points in families.values()]
+    for index, (family, curve) in enumerate(zip(families, curves, strict=True)):
+        style = {**_style(index), "markersize": 5, "linewidth": 1.3}
+        if family in bold:
+            style |= {"linewidth": 2.2, "markersize": 6.5, "zorder": 3}
+        elif bold:
+            style |= {"linewidth": 1.0, "linestyle": "--", "markerfacecolor": "white"}
+        sizes, losses, errors = zip(*curve, strict=True)
+        axes.errorbar(sizes, losses, yerr=errors, elinewidth=1, capsize=2, label=family, **style)
     axes.set_yscale("log")
     _few_ticks(axes)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%.4g"))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
-    _legend(figure)
-    figure.suptitle(title, fontsize=11)
-    _name_points(figure, axes, [(x, y, scheme) for points in families.values() for scheme, x, y, _ in points])
+    axes.legend(loc="upper right", fontsize=9)  # larger is better, so that corner is empty
+    _name_points(figure, axes, [(x, y, name) for points in families.values() for name, x, y, _ in points], curves)
     return _png(figure)
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each point's name beside it, where neither another name nor a point is in the way, if there is such a place near by."""
+def _name_points(
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]], curves: Sequence[Sequence[tuple[float, float, float]]]
+) -> None:
+    """Writes each point's name beside it, where no other name, point, bar or curve is in the way, if there is such a place near by."""
     axes.margins(x=0.08, y=0.12)
-    figure.draw_without_rendering()  # only now is it known where points are
-    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(across - 5, up - 5, 10, 10) for across, up in pixels]
-    places = [(side, height) for reach in range(7) for height in (8 * reach, -8 * reach) for side in (6, -6)]
-    for x, y, name in sorted(points):
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    figure.draw(renderer)  # only now is it known where points are
+
+    def pixels(x: float, y: float) -> tuple[float, float]:
+        across, up = axes.transData.transform((x, y))
+        return float(across), float(up)
+
+    taken = []
+    for curve in curves:
+        places = [pixels(x, y) for x, y, _ in curve]
+        taken += [Bbox([[across - 5, up - 5], [across + 5, up + 5]]) for across, up in places]
+        taken += [Bbox([pixels(x, y - error), pixels(x, y + error)]).padded(2) for x, y, error in curve if 0 < error < y]
+        for (x0, y0), (x1, y1) in itertools.pairwise(places):
+            parts = [step * 8 / (length or 1) for length in [math.dist((x0, y0), (x1, y1))] for step in range(1, int(length / 8))]
+            taken += [Bbox.from_bounds(x0 + part * (x1 - x0) - 2, y0 + part * (y1 - y0) - 2, 4, 4) for part in parts]
+    if (legend := axes.get_legend()) is not None:
+        taken.append(legend.get_window_extent())
+    inside = axes.get_window_extent()
+    beside = [(side, height) for reach in range(1, 6) for height in (9 * reach, -9 * reach) for side in (7, -7)]
+    for x, y, name in sorted(point for point in points if point[2]):
         best: tuple[int, Annotation, Bbox] | None = None
-        for side, height in places:
+        for side, height in [(7, 0), (-7, 0), (0, 9), (0, -9), *beside]:
             text = axes.annotate(
                 name,
                 (x, y),
                 xytext=(side, height),
                 textcoords="offset points",
-                fontsize=6.5,
-                ha="left" if side > 0 else "right",
+                fontsize=8,
+                ha="left" if side > 0 else "right" if side < 0 else "center",
                 va="center",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5} if abs(height) > 8 else None,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5} if abs(height) > 9 else None,
             )
-            box = Text.get_window_extent(text)
-            crossed = sum(box.overlaps(other) for other in taken)
+            text.set_in_layout(False)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # that of an annotation has its line in it
+            crossed = sum(box.overlaps(other) for other in taken) + 10 * (not _within(box, inside))
             if best is None or crossed < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -325,6 +361,10 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float
                 break
         assert best is not None
         taken.append(best[2])
+
+
+def _within(box: Bbox, outer: Bbox) -> bool:
+    return bool(outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1)
 
 
 def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], *, title: str, ylabel: str, columns: int) -> bytes:
