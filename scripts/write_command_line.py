@@ -24,7 +24,8 @@ Every command and option as `roundel COMMAND --help` says it; `python scripts/wr
 
 
 def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Of a table: bars end it, brackets would be links."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 def default(parameter: Any) -> str:
