@@ -3,6 +3,7 @@
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   installs llama.cpp (some five minutes) and compares its logits and text with ours
 # make bench-llama   llama.cpp's own quantizer and named mixes, in bytes and KL; make bench-llama MODEL=dir CALIBRATION=text HELDOUT=text OURS="files" (MODEL is the embedded one by default)
+# make bench-refine   files of other tools (llama.cpp, MLX, llm-compressor, GPTQModel, AutoRound), and what `roundel refine` makes of them; make bench-refine CALIBRATION=text (hours: AutoRound, AWQ)
 # make test-mlx     installs mlx-lm (some two minutes) and compares its weights, logits, text and KL with ours; MODEL=dir adds a model
 # make test-auto-round   installs auto-round (some three minutes) and compares the weights and logits that Transformers has with it with ours
 # make test-vllm    installs vLLM for CPUs (some five minutes, 2 GB) and compares its log-probabilities and text with ours; makes benchmarks/results/engines-vllm.json
@@ -28,7 +29,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands newcomer install clean
+.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands newcomer install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -58,6 +59,10 @@ test-llama: .venv-llama/installed
 bench-llama: .venv-llama/installed
 	OMP_NUM_THREADS=1 .venv-llama/bin/python benchmarks/against_llama_cpp.py $(or $(MODEL),demo) --calibration $(CALIBRATION) --heldout $(HELDOUT) \
 		--ours $(OURS) -o benchmarks/results/llama-cpp-$(notdir $(or $(MODEL),demo)).json
+
+bench-refine: install .venv-llama/installed .venv-mlx/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/refine.py $(or $(MODEL),demo) --calibration $(CALIBRATION) --files .refined-$(notdir $(or $(MODEL),demo)) \
+		-o benchmarks/results/refined-$(notdir $(or $(MODEL),demo)).json
 
 test-mlx: .venv-mlx/installed
 	ROUNDEL_MODEL=$(MODEL) .venv-mlx/bin/python -m pytest -p no:xdist -s tests/mlx_engine

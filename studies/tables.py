@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "engines/index.md", "guarantees.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "engines/index.md", "guarantees.md", "refine.md")))
 RESULTS = ROOT / "benchmarks" / "results"
 
 PEERS = {
@@ -463,7 +463,21 @@ def fuzz() -> str:
     return f"{found['mutations']} damaged files: {outcomes}; {len(found['failures'])} of them neither a result nor one error."
 
 
+def refined(name: str) -> str:
+    """KL before and after, of files of other tools."""
+    cells = []
+    for row in load(f"refined-{name}")["rows"]:
+        if "error" in row:
+            continue
+        both = [[row[text][when] for when in ("before", "after")] for text in ("held out", "stdlib")]
+        own = [f"{with_error(before['kl'], before['kl_stderr'])}, {with_error(after['kl'], after['kl_stderr'])}" for before, after in both]
+        parts = [f"{100 * (1 - after['kl'] / before['kl']):.0f} %" for before, after in both]
+        cells.append([row["file"], own[0], parts[0], own[1], parts[1]])
+    return markdown(["file", "KL on held-out C4: before, after", "less by", "KL on the standard library", "less by"], cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "refined": lambda: refined("demo"),
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
     "curvatures-demo": lambda: estimators("curvatures-demo"),

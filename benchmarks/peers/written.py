@@ -89,6 +89,11 @@ def auto_round(_method: str) -> None:
         enable_torch_compile=False,
     )
     rounder.quantize_and_save(output_dir=str(given.output), format="auto_round")
+    if not (given.output / "config.json").exists():  # it makes a directory in there
+        (inner,) = (path for path in given.output.iterdir() if path.is_dir())
+        for path in inner.iterdir():
+            path.rename(given.output / path.name)
+        inner.rmdir()
 
 
 def gptqmodel(method: str) -> None:

@@ -114,7 +114,7 @@ def test_what_is_read_can_be_written_back(kind, made, wide, source, tmp_path) ->
     if change is not None:
         change(path, wide)
     given = open_given(str(path), source)
-    ends = {"model.embed_tokens", "lm_head"} if kind == "mlx" else set()
+    ends = {"model.embed_tokens", "lm_head"} if kind in ("mlx", "gguf") else set()
     assert set(given) == ({"model.layers.1.self_attn.o_proj"} if kind == "exl3" else set(source.linears) | ends)
     assert not given.left
     if form not in ("gguf", "gptq") or kind == "gptq":
@@ -147,7 +147,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize("kind", ["asymmetric", "act-order", "nvfp4", "gguf"])
+@pytest.mark.parametrize("kind", ["asymmetric", "act-order", "nvfp4", "gguf", "mlx"])
 def test_the_kl_falls_in_the_same_bytes(kind, made, wide, text, tmp_path) -> None:
     scheme, form, change = LAYOUTS[kind]
     path = tmp_path / "given"

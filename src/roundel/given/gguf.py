@@ -24,6 +24,7 @@ from roundel.formats.gguf_tensors import EXPERT, Counterparts, data_of, decoded,
 from roundel.given.base import Given, Patch, Slot
 from roundel.grids import ScalarGrid, parse_scheme
 from roundel.grids.base import spread
+from roundel.models.ends import ends_of
 from roundel.types import RoundedWeight
 
 __all__ = ["gguf_files", "open_gguf"]
@@ -64,14 +65,15 @@ def open_gguf(path: Path, source: Source) -> Given:
         raise ModelError(f"{path} is of the architecture {named}, and its original would be {counterparts.architecture}: another model")
     slots: dict[str, Slot] = {}
     left: dict[str, str] = {}
-    for module, linear in source.linears.items():
+    for module in dict.fromkeys([*source.linears, *(end.name for end in ends_of(source.model, source.checkpoint))]):
         stored = source.checkpoint.weight_of(module)
         assert stored is not None
         target = counterparts.names[stored]
         if target not in tensors:
             raise ModelError(f"{path} lacks {target}: it is another model, or damaged")
         file, tensor = tensors[target]
-        shape = (linear.out_features, linear.in_features)
+        rows, columns = source.model.get_parameter(f"{module}.weight").shape
+        shape = (rows, columns)
         whole = tuple(int(side) for side in tensor.shape[::-1])
         if whole[-2:] != shape:
             raise ModelError(f"{target} is {whole} in {path}, and the original's {module} is {shape}: another model")

@@ -12,8 +12,9 @@ which those methods leave out as well; biases of a scaled linear are divided wit
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -47,18 +48,19 @@ def scales_of(given: Given, checkpoint: Checkpoint, weight_of: Callable[[str], s
     for group in _by_layer([*linears, *norms]):
         here = {name: linears[name] for name in group if name in linears}
         columns = {name: _quotients(dequantized(given[name]), checkpoint.read(stored).float(), 0) for name, stored in here.items()}
-        for norm in (name for name in group if name in norms):
-            for s in norms[norm]:
-                for name in [own for own, found in columns.items() if _alike(found, s)]:
-                    changes[norm] = _as_in(given, norm)
-                    changes[here[name]] = _times(columns=s)
-                    del columns[name]
+        known = [(norm, s) for norm in group if norm in norms for s in norms[norm]]
+        for name, found in list(columns.items()):
+            norm, s = min([("", torch.ones_like(found)), *known], key=lambda each: _apart(found, each[1]))
+            if norm and _apart(found, s) < ALIKE:
+                changes[norm] = _as_in(given, norm)
+                changes[here[name]] = _times(columns=s)
+                del columns[name]
         rows = {}
         for name, stored in here.items():  # with what is known of their columns
             W = checkpoint.read(stored)
             rows[name] = _quotients(dequantized(given[name]), changes[stored](W) if stored in changes else W.float(), 1)
         for name, s in columns.items():
-            before = next((own for own in rows if own != name and _alike(1 / rows[own], s)), None) if _far(s) else None
+            before = _nearest(s, {own: 1 / found for own, found in rows.items() if own != name}) if _far(s) else None
             if before is None:
                 continue
             changes[here[before]] = _times(rows=1 / s, after=changes.get(here[before]))
@@ -91,12 +93,18 @@ def _far(s: Tensor) -> bool:
     return bool((s - 1).abs().median() > NOTICED)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Up to a factor, which rows that are scaled as well leave in the quotients of columns."""
+def _apart(a: Tensor, b: Tensor) -> float:
+    """How far two estimates are apart in the median, up to a factor: rows that are scaled as well leave one in the quotients of columns."""
     if a.shape != b.shape:
-        return False
+        return math.inf
     ratio = a / b
-    return bool((ratio / ratio.median() - 1).abs().median() < ALIKE)
+    return float((ratio / ratio.median() - 1).abs().median())
+
+
+def _nearest(s: Tensor, others: Mapping[str, Tensor]) -> str | None:
+    """The one whose rows have been divided by `s`."""
+    found = min(others, key=lambda name: _apart(others[name], s), default=None)
+    return found if found is not None and _apart(others[found], s) < ALIKE else None
 
 
 def _as_in(given: Given, stored: str) -> Callable[[Tensor], Tensor]:

@@ -66,6 +66,8 @@ def schemes_of_ends(recipe: Recipe, source: Source) -> dict[str, tuple[End, tupl
     """
     found: dict[str, tuple[End, tuple[str, ...]]] = {}
     ends = ends_of(source.model, source.checkpoint) if recipe.rotate != "fused" else []
+    if source.given_schemes:
+        return {end.name: (end, (source.given_schemes[end.name],)) for end in ends if end.name in source.given_schemes}
     for role in ROLES:
         if getattr(recipe, role) not in ("auto", "none") and not any(_asked(recipe, end, role) for end in ends):
             raise SchemeError(
@@ -153,14 +155,21 @@ def round_ends(recipe: Recipe, source: Source, schemes: Mapping[str, str], notes
     return Ends(weights={name: files[name] for name in schemes}, rows={name: files.rows[name] for name in schemes})
 
 
+def _some_rows(weight: RoundedWeight, rows: slice) -> RoundedWeight:
+    codes = weight.codes[rows]
+    scales = {name: scale[rows] if len(scale) == weight.shape[0] else scale for name, scale in weight.scales.items()}
+    return replace(weight, codes=codes, scales=scales, shape=(len(codes), weight.shape[1]))
+
+
 def _rounded(recipe: Recipe, source: Source, end: End, scheme: str, moments: EndMoments) -> tuple[RoundedWeight, dict[str, Any]]:
     """One of them, some rows after the other."""
     began = time.monotonic()
     whole = Linear.of(source, end.name, factors=next(moments.factors(embeds=end.embeds, heads=end.heads))[1], damping=recipe.damping)
     parts: list[RoundedWeight] = []
     own: list[dict[str, Any]] = []
+    given = source.given.get(end.name)
     for rows, factors in moments.factors(embeds=end.embeds, heads=end.heads):
-        linear = replace(whole, stored=whole.stored[rows], factors=factors)
+        linear = replace(whole, stored=whole.stored[rows], factors=factors, start=given and _some_rows(given, rows))
         ((weight, row),) = round_linears(recipe, parse_scheme(scheme), [linear], device_of(source.model))
         parts.append(weight)
         own.append(row)

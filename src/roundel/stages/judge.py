@@ -53,6 +53,25 @@ class Judge:
                     self._reference = self._run(index, self._reference, {})
         self._hidden = self._embedded(outside())
 
+    def ends(self, found: Callable[[], Mapping[str, Tensor]]) -> tuple[float, float]:
+        """The KL before and after other values for what is outside of the layers; they stay if it falls. Before any group is judged."""
+        old = self._outside, self._hidden
+        before = self._through_all()
+        self._outside, self._hidden = found, self._embedded(found())
+        after = self._through_all()
+        if after < before:
+            self._store.drop(old[1])
+        else:
+            self._store.drop(self._hidden)
+            self._outside, self._hidden = old
+        self._kl = min(before, after)
+        return before, after
+
+    @torch.no_grad()
+    def _through_all(self) -> float:
+        with self._layers.loaded(0):
+            return self._through(0, self._source.given)
+
     def __call__(self, index: int, decided: Mapping[str, RoundedWeight], found: Mapping[str, RoundedWeight]) -> tuple[float, float]:
         """The KL before and after a group, which is loaded, becomes what was found; `decided`: all linears of the groups before it."""
         with torch.no_grad():

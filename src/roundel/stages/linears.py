@@ -167,7 +167,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
 def schemes_of(recipe: Recipe, source: Source) -> dict[str, str]:
     """Of each linear, where none is chosen by what it costs: what it has, the recipe's, or its mix's, or what fits in its place."""
     if source.given_schemes:
-        return dict(source.given_schemes)
+        return {name: source.given_schemes[name] for name in source.linears}
     widths = {name: linear.in_features for name, linear in source.linears.items()}
     chosen = dict.fromkeys(widths, recipe.scheme) if recipe.mix is None else gguf.mixed(recipe.mix, source.config, widths)
     return {name: recipe.fitting(scheme, widths[name]) for name, scheme in chosen.items()}

@@ -5,9 +5,9 @@
        layer is taken if the KL of the whole model falls (`stages.judge`)
     -> tuned codes, by effort -> measured before and after, on two kinds of text -> the same files with other bytes
 
-Nothing but codes and scales of linears changes, unless the reference is another model than it was made of (`transplant`): then everything
-else is the reference's, and no layer is judged, since mixtures of two models mean little. Where the KL on held-out text has not fallen the
-files are copied as they are.
+Nothing but codes and scales changes, those of a quantized embedding and output head among them, unless the reference is another model than
+it was made of (`transplant`): then everything else is the reference's, and no layer is judged, since mixtures of two models mean little.
+Where the KL on held-out text has not fallen the files are copied as they are.
 
 Cost: that of `quantize`, two roundings of each linear instead of one, and the judging.
 """
@@ -35,12 +35,13 @@ from roundel.formats import FORMATS
 from roundel.given import Given, open_given, scales_of
 from roundel.given.base import check_near
 from roundel.grids import parse_scheme
+from roundel.models.ends import ends_of
 from roundel.progress import Progress, Silent
 from roundel.recipes import Recipe
 from roundel.rotation import Permutation
 from roundel.rounding.round import dequantized
 from roundel.stages.curvature import measure_curvature, safe_batch
-from roundel.stages.ends import Ends
+from roundel.stages.ends import Ends, round_ends
 from roundel.stages.evaluation import continue_written, evaluate_values, predict
 from roundel.stages.finish import weights_of
 from roundel.stages.judge import JUDGED, Judge
@@ -132,6 +133,7 @@ def refine(
         measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=place)
         judge = None if transplant else Judge(source, ends.values, judged, batch_size=batch, store=place.passing("judge"))
         chosen = choose_schemes(recipe, source, measured)
+        given_ends, ends = ends, _ends_taken(ends, round_ends(recipe, source, chosen.ends, notes, work=place), judge)
         rounded = round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=batch, work=place, judge=judge)
         rounded = _tuned(recipe, source, split, rounded, notes, batch=batch, work=place)
         with notes.timed("after"):
@@ -142,7 +144,10 @@ def refine(
         kept = rounded.weights if better else source.given
         prediction = predict(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         with staged_directory(target) as staging:
-            changed = {name: weight for name, weight in rounded.weights.items() if better and rounded.layers[name].get("taken", True)}
+            changed = {name: weight for name, weight in rounded.weights.items() if rounded.layers[name].get("taken", True)} | dict(
+                ends.weights
+            )
+            changed = changed if better else {}
             size = given.copy_to(staging, changed, moved if better else {})
             found = (after if better else before)["held out"]
             details = report_details(
@@ -153,7 +158,7 @@ def refine(
                 notes,
                 prediction=prediction,
                 divergence=found,
-                continuations=continue_written(_Values(source, kept, ends), source, split, notes),
+                continuations=continue_written(_Values(source, kept, ends if better else given_ends), source, split, notes),
                 written=size,
                 seen=fingerprinted(split, notes),
             )
@@ -165,7 +170,7 @@ def refine(
                     "better": better,
                     "transplant": transplant,
                     "linears_changed": len(changed),
-                    "linears": len(source.linears),
+                    "linears": len(source.given_schemes),
                     "left": dict(given.left),
                     "bytes": size,
                     "texts": {name: {"before": before[name].as_json(), "after": after[name].as_json()} for name in texts},
@@ -234,9 +239,23 @@ def _prepared(source: Source, given: Given, notes: Notes, *, transplant: bool) -
             check_near(stored, value, own, given.path)
         if not transplant and not name.startswith(inside):
             outer[name] = value
-    schemes = {name: given.slots[name].scheme for name in linears}
+    known_ends = [end.name for end in ends_of(source.model, source.checkpoint) if end.name in given and end.name not in linears]
+    moved = {stored: value for stored, value in moved.items() if stored not in map(source.checkpoint.weight_of, known_ends)}
+    schemes = {name: given.slots[name].scheme for name in [*linears, *known_ends]}
     ready = dataclasses.replace(source, linears=linears, given=given, given_schemes=schemes)
     return ready, Ends(fixed=lambda: outer), moved
+
+
+def _ends_taken(given: Ends, found: Ends, judge: Judge | None) -> Ends:
+    """Embedding and output head as they were found, if the KL falls by that."""
+    if not found.weights:
+        return given
+    both = dataclasses.replace(found, fixed=given.fixed)
+    if judge is None:
+        return both
+    before, after = judge.ends(both.values)
+    rows = {name: {**row, "taken": after < before, "judged_kl": {"before": before, "after": after}} for name, row in found.rows.items()}
+    return dataclasses.replace(both, rows=rows) if after < before else given
 
 
 def _set_apart(split: Split) -> tuple[Any, Split]:
