@@ -71,7 +71,19 @@ def read_documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         DataError: there is no such file or dataset, it cannot be read, or an option is unknown; conversations without a template.
     """
     for number, document in enumerate(_documents(spec), 1):
-        yield document if isinstance(document, str) else _rendered(document, tokenizer, f"{spec}, document {number}")
+        found = document if isinstance(document, str) else _rendered(document, tokenizer, f"{spec}, document {number}")
+        if not _is_unicode(found):
+            raise DataError(f"{spec}, document {number}: half of a surrogate pair, which is no text")
+        yield found
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can name characters that do not exist, which tokenizers do not take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Rendered:
@@ -146,7 +158,7 @@ def _json_text(line: str, field: str, where: str) -> str | list[Any]:
         row = json.loads(line)
         field = _field_of(row, field)
         text = row[field]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object with the key {field!r}; name another with field=NAME") from error
     if not _is_document(text):
         raise DataError(f"{where}: {field!r} is no string and no list of messages")

@@ -32,8 +32,11 @@ __all__ = [
     "RoundelError",
     "SchemeError",
     "StorageError",
+    "damaged",
     "in_layer",
     "is_out_of_memory",
+    "of_reading",
+    "reason_of",
 ]
 
 
@@ -110,6 +113,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has refused: Python's, torch's for the CPU and its maps, which raise a bare RuntimeError, or a GPU's."""
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "can't start new thread")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+@contextmanager
+def damaged(kind: type[RoundelError], what: object, then: str = "it is damaged") -> Iterator[None]:
+    """Turns whatever the reader of a damaged or hostile file raises into one error of a kind; memory that runs out stays what it is.
+
+    Readers believe what they read, so any type may be raised, far from the cause: bounds are checked in one place, here.
+    """
+    try:
+        yield
+    except (RoundelError, MemoryError):
+        raise
+    except BaseException as error:
+        if not of_reading(error):
+            raise
+        raise kind(f"{what} cannot be read ({reason_of(error)}): {then}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of others says, in one line."""
+    lines = str(error).strip().splitlines()
+    said = f"{lines[0]} {lines[1].strip()}" if lines[1:] and lines[0].endswith(":") else "".join(lines[:1])
+    return f"no {said}" if isinstance(error, KeyError) and said else said[:300] or type(error).__name__
+
+
+def of_reading(error: BaseException) -> bool:
+    """Whether a file may be to blame: libraries in Rust raise a type for their own faults that is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextmanager

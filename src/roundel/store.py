@@ -141,7 +141,7 @@ def locked(file: Path) -> Iterator[None]:
     """
     with storage(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,6 +161,7 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.tmp")
     with storage(target):
+        temporary.unlink(missing_ok=True)  # left behind, or a link to somewhere else
         try:
             yield temporary
             os.replace(temporary, target)

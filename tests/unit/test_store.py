@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from roundel import store
-from roundel.errors import OutputError, StorageError
+from roundel.errors import ModelError, OutputError, StorageError, damaged
 from roundel.store import check_output, copy_files, staged_directory, storage, write_json, write_shards
+from roundel.sweeps import HiddenStates
 
 
 def test_a_staged_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -178,3 +179,38 @@ def test_copied_files_are_the_tokenizers_not_the_weights_or_code(tmp_path: Path)
         (source / name).write_text(name)
     copy_files(source, target, leave_out={"config.json"})
     assert {p.name for p in target.iterdir()} == {"tokenizer.json", "vocab.txt", "LICENSE", "chat.jinja"}
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """Neither under the temporary name of a file, nor in its place."""
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    for name in (".a.json.tmp", "a.json"):
+        (tmp_path / name).symlink_to(outside)
+        write_json(tmp_path / "a.json", 1)
+        assert (tmp_path / "a.json").read_text() == "1\n"
+        (tmp_path / "a.json").unlink()
+    (tmp_path / ".a.bin.part").symlink_to(outside)
+    with pytest.raises(StorageError, match=r"a\.bin failed"):
+        HiddenStates((1, 1, 1), torch.float32, tmp_path / "a.bin")
+    assert outside.read_text() == "untouched"
+
+
+def test_a_damaged_file_is_one_error_of_its_kind_and_memory_stays_what_it_is() -> None:
+    def raised(error: BaseException) -> None:
+        with damaged(ModelError, "x.json", "start again"):
+            raise error
+
+    panic = type("PanicException", (BaseException,), {})
+    found = [
+        (KeyError("a"), "no 'a'"),
+        (RecursionError("too deep"), "too deep"),
+        (panic("it fell over"), "it fell over"),
+        (ValueError(), "ValueError"),
+    ]
+    for error, reason in found:
+        with pytest.raises(ModelError, match=rf"^x\.json cannot be read \({reason}\): start again$"):
+            raised(error)
+    for error in (MemoryError(), KeyboardInterrupt(), StorageError("full")):
+        with pytest.raises(type(error)):
+            raised(error)

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from roundel.errors import ModelError, SchemeError, in_layer
+from roundel.errors import ModelError, SchemeError, damaged, in_layer
 from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.decode import decoded
 from roundel.models.linears import matrix_modules
-from roundel.models.load import load_config, quantization_of, skeleton, without_quantization
+from roundel.models.load import load_config, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS
 from roundel.rounding.round import dequantized
 from roundel.store import copy_files, storage, write_json, write_shards
@@ -189,7 +189,12 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         raise ModelError(
             f"{path} is in the format {form}, which does not keep the codes: export from one of {kept} (quantize --format native)"
         )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    with damaged(ModelError, path, "it is damaged, or not what roundel.json says"):
+        return _read(path, dict(report), form)
+
+
+def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
+    config = read_config(path)
     section = FORMATS[form].section
     if section not in config:
         raise ModelError(f"{path}/config.json has no {section}, though roundel.json says {form}: the directory is damaged")
@@ -235,7 +240,7 @@ def read(path: Path, report: Mapping[str, Any] | None = None) -> Stored:
         turned=frozenset(name for name, row in report["layers"].items() if row.get("turned")),
         linears=matrix_modules(_skeleton(path)),
     )
-    return Stored(frame=frame, rounded=rounded, form=form, report=dict(report))
+    return Stored(frame=frame, rounded=rounded, form=form, report=report)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -244,12 +249,10 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    try:
+    if not (path / "roundel.json").is_file():
+        raise ModelError(f"{path} has no roundel.json: expected a directory that roundel quantize has written")
+    with damaged(ModelError, path / "roundel.json"):
         report = json.loads((path / "roundel.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} has no roundel.json: expected a directory that roundel quantize has written") from error
-    except ValueError as error:
-        raise ModelError(f"{path}/roundel.json is damaged: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("layers"), dict):
         raise ModelError(f"{path}/roundel.json is damaged: it names no layers")
     return report
@@ -300,10 +303,7 @@ def load_written(
         if original is None:
             raise ModelError(f"{file} has no config.json beside it: name the original that it was made of")
         return _decoded_gguf(file, original, device, dtype)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}  # which `load_model` refuses with its reason
+    config = read_config(path)
     if (path / GGUF_FILE).is_file():
         if config.get("model_type") in _GGUF_TYPES:
             return load_model(path, device=device, dtype=dtype, gguf_file=GGUF_FILE)  # by config.json: its own metadata miss some settings

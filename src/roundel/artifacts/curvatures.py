@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from roundel.errors import StorageError
+from roundel.errors import StorageError, damaged
 from roundel.linalg.gram import symmetrise
 from roundel.store import staged_file, storage
 from roundel.types import Factors, GroupedFactors, KroneckerFactors
 
-__all__ = ["Curvatures", "LinearCurvature", "lower_of", "pack_lower", "symmetric_of"]
+__all__ = ["AGAIN", "Curvatures", "LinearCurvature", "lower_of", "pack_lower", "symmetric_of"]
+
+AGAIN = "it is damaged; remove the work directory and start again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +94,9 @@ class Curvatures:
         Raises:
             StorageError: the file is damaged.
         """
-        try:
-            with safe_open(self.file(index), framework="pt") as stored:
-                found: dict[str, Any] = json.loads(stored.metadata()["roundel"])
-                return found
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(index, error) from error
+        with damaged(StorageError, self.file(index), AGAIN), safe_open(self.file(index), framework="pt") as stored:
+            found: dict[str, Any] = json.loads(stored.metadata()["roundel"])
+            return {"linears": dict(found["linears"]), "skipped": dict(found["skipped"])}
 
     def load(self, index: int, names: Sequence[str] | None = None) -> dict[str, LinearCurvature]:
         """A group's, or that of some of its linears.
@@ -106,7 +105,7 @@ class Curvatures:
             StorageError: a file is damaged.
         """
         notes, found = self.notes(index)["linears"], {}
-        try:
+        with damaged(StorageError, self.file(index), AGAIN):
             for name in notes if names is None else names:
                 own = notes[name]
                 with safe_open(self.file(index, own["portion"]), framework="pt") as stored:
@@ -123,17 +122,12 @@ class Curvatures:
                     damping=float(own["damping"]),
                     row=own["row"],
                 )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(index, error) from error
         return found
 
     def remove(self, index: int) -> None:
         """A group that is not needed any more."""
         for path in [self.file(index), *self.path.glob(f"{index:04d}-*.safetensors")]:
             path.unlink(missing_ok=True)
-
-    def _damaged(self, index: int, error: Exception) -> StorageError:
-        return StorageError(f"{self.file(index)} cannot be read ({error}); remove the work directory and start again")
 
 
 def pack_lower(matrix: Tensor) -> Tensor:

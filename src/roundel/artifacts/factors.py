@@ -10,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from roundel.artifacts.curvatures import lower_of, pack_lower, symmetric_of
 from roundel.curvature import Sketch, parse_curvature
-from roundel.errors import FactorsError
+from roundel.errors import FactorsError, damaged
 from roundel.linalg.gram import symmetrise
 from roundel.models import Checkpoint
 from roundel.recipes import FACTOR_TYPES, Recipe
@@ -33,6 +32,8 @@ from roundel.types import Factors, KroneckerFactors
 __all__ = ["FactorsDirectory", "Header", "merge", "model_fingerprint"]
 
 SCHEMA_VERSION = 3
+LARGEST = 1 << 40
+"""Of any number in a header."""
 SAMPLES = 1024
 """Entries of each weight that go into a model's fingerprint."""
 
@@ -67,6 +68,28 @@ class Header:
     def tokens(self) -> int:
         """How many tokens `sequence_ids` have; written to header.json for its readers."""
         return len(self.sequence_ids) * self.seq_len
+
+    def check_types(self) -> None:
+        """Refuses values of other types than the fields have: all but the layers' shapes come from JSON as they are.
+
+        Raises:
+            TypeError, ValueError: one has; a shape or a number is none.
+        """
+        expected: dict[str, tuple[type, ...]] = {"str": (str,), "str | None": (str, type(None)), "int": (int,)}
+        for field in dataclasses.fields(Header):
+            value, kinds = getattr(self, field.name), expected.get(str(field.type))
+            if kinds is not None and type(value) not in kinds:
+                raise TypeError(f"{field.name} is {_short(value)}")
+        numbers = [
+            *self.sequence_ids,
+            self.sequences,
+            self.seq_len,
+            self.pilot,
+            *(side - 1 for shape in self.layers.values() for side in shape),
+        ]
+        if not all(isinstance(number, int) and 0 <= number < LARGEST for number in numbers):
+            raise ValueError("a negative number, or one that is too large")
+        parse_curvature(self.curvature)
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with this collection's curvature, labels, text, sequences and seed."""
@@ -130,6 +153,8 @@ def _unpack(packed: Tensor, like: Tensor) -> Tensor:
 def _carried(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What estimators carry, with symmetric matrices unpacked."""
     own = {key.removeprefix("carry."): value for key, value in stored.items() if key.startswith("carry.")}
+    if not all(torch.isfinite(value).all() for value in own.values()):
+        raise FactorsError("what passes carry holds NaN or infinite values; the file is damaged")
     try:
         return {key.removeprefix("lower."): symmetric_of(value) if key.startswith("lower.") else value for key, value in own.items()}
     except ValueError as error:
@@ -168,7 +193,7 @@ class FactorsDirectory:
         Raises:
             FactorsError: not a factors directory, of an unknown version, or damaged.
         """
-        try:
+        with damaged(FactorsError, path / "header.json", "this is no factors directory, or a damaged one"):
             stored = json.loads((path / "header.json").read_text(encoding="utf-8"))
             if stored.pop("kind") != "factors" or stored.pop("schema_version") != SCHEMA_VERSION:
                 raise FactorsError(f"{path} is no factors directory of version {SCHEMA_VERSION}: collect again")
@@ -177,11 +202,10 @@ class FactorsDirectory:
             header = Header(**{**stored, "layers": layers, "sequence_ids": tuple(stored["sequence_ids"])})
             if header.factor_type not in FACTOR_TYPES:
                 raise ValueError(f"factor_type {header.factor_type!r}")
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise FactorsError(f"{path} is no factors directory: its header.json cannot be read ({error})") from error
+            header.check_types()
         files: dict[str, Path] = {}
         for file in sorted(path.glob("sums-*.safetensors")):
-            with _reading(file), safe_open(file, framework="pt") as tensors:
+            with damaged(FactorsError, file, "collect again"), safe_open(file, framework="pt") as tensors:
                 files |= {key.removesuffix("::tokens"): file for key in tensors.keys() if key.endswith("::tokens")}  # noqa: SIM118
         return cls(path=path, header=header, files={name: files[name] for name in header.layers if name in files})
 
@@ -233,13 +257,13 @@ class FactorsDirectory:
             FactorsError: a sum is missing or has another shape than the header says.
         """
         estimator, (d_out, d_in), file = parse_curvature(self.header.curvature), self.header.layers[name], self.files[name]
-        with _reading(file), safe_open(file, framework="pt") as stored:
-            own = {
-                key.removeprefix(f"{name}::"): stored.get_tensor(key)
-                for key in stored.keys()  # noqa: SIM118 (not a dict)
-                if key.startswith(f"{name}::")
-            }
-        try:
+        with damaged(FactorsError, file, "collect again"):
+            with safe_open(file, framework="pt") as stored:
+                own = {
+                    key.removeprefix(f"{name}::"): stored.get_tensor(key)
+                    for key in stored.keys()  # noqa: SIM118 (not a dict)
+                    if key.startswith(f"{name}::")
+                }
             previous = None
             if "previous.scale" in own:
                 previous = KroneckerFactors(
@@ -252,8 +276,6 @@ class FactorsDirectory:
             sketch.tokens, sketch.rows = int(own["tokens"]), int(own.get("rows", own["tokens"]))
             for key, total in sketch.sums.items():
                 total.copy_(_unpack(own[key], total))
-        except KeyError as error:
-            raise FactorsError(f"{file} lacks {error.args[0]} of {name}; it is damaged") from error
         return sketch, previous
 
     def sketches(self, names: Iterable[str], device: torch.device) -> dict[str, Sketch]:
@@ -263,14 +285,6 @@ class FactorsDirectory:
     def factors(self) -> dict[str, Factors]:
         """Of all linears, in memory."""
         return {name: self.restore(name, torch.device("cpu"))[0].factors() for name in self.header.layers}
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise FactorsError(f"{file} is missing or damaged: {error}; collect again") from error
 
 
 def _same_pilot(one: KroneckerFactors | None, other: KroneckerFactors | None) -> bool:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from roundel import processes
-from roundel.errors import SchemeError, StorageError
+from roundel.artifacts.curvatures import AGAIN
+from roundel.errors import SchemeError, StorageError, damaged
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.rotation import Permutation, Rotation
@@ -43,11 +44,8 @@ class RoundedFiles(Mapping[str, RoundedWeight]):
         """Whether a group is finished; its rows are then known."""
         if not self._file(index).is_file():
             return False
-        try:
-            with safe_open(self._file(index), framework="pt") as stored:
-                rows: dict[str, dict[str, Any]] = json.loads(stored.metadata()["roundel"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(index, error) from error
+        with damaged(StorageError, self._file(index), AGAIN), safe_open(self._file(index), framework="pt") as stored:
+            rows: dict[str, dict[str, Any]] = {name: dict(row) for name, row in json.loads(stored.metadata()["roundel"]).items()}
         self.rows.update(rows)
         self._groups.update(dict.fromkeys(rows, index))
         return True
@@ -74,12 +72,9 @@ class RoundedFiles(Mapping[str, RoundedWeight]):
             StorageError: the file is damaged.
         """
         index, row = self._groups[name], self.rows[name]
-        try:
-            with safe_open(self._file(index), framework="pt") as stored:
-                parts = {key.removeprefix(f"{name}/"): stored.get_tensor(key) for key in stored.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(index, error) from error
-        return _weight(parts, row["scheme"], (row["shape"][0], row["shape"][1]))
+        with damaged(StorageError, self._file(index), AGAIN), safe_open(self._file(index), framework="pt") as stored:
+            parts = {key.removeprefix(f"{name}/"): stored.get_tensor(key) for key in stored.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
+            return _weight(parts, row["scheme"], (row["shape"][0], row["shape"][1]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -89,9 +84,6 @@ class RoundedFiles(Mapping[str, RoundedWeight]):
 
     def _file(self, index: int) -> Path:
         return self.path / f"{index:04d}.safetensors"
-
-    def _damaged(self, index: int, error: Exception) -> StorageError:
-        return StorageError(f"{self._file(index)} cannot be read ({error}); remove the work directory and start again")
 
 
 def shared(

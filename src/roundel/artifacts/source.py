@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from roundel.models.coverage import Coverage, coverage_of
 from roundel.models.decode import decoded
 from roundel.models.experts import join_experts, split_experts, split_modules
 from roundel.models.fuse import fuse_rotation
-from roundel.models.load import load_config, pick_device, pick_dtype, quantization_of, skeleton, without_quantization
+from roundel.models.load import load_config, pick_device, pick_dtype, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.offload import FileWeights, load_on_demand, parameter_bytes
 from roundel.models.plain import as_linears
 from roundel.recipes import Recipe
@@ -134,7 +133,7 @@ def _loaded(name: str, recipe: Recipe, place: torch.device, dtype: torch.dtype, 
     if (method := quantization_of(path)) is not None:
         path = decoded(path, method, work.path if work is not None else Path(scratch()))
     checkpoint, form = Checkpoint.open(path), recipe.written_format()
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     config.pop("quantization_config", None)  # left behind over plain weights
     if form == "gguf":
         gguf.check_model(path, config, checkpoint)
@@ -200,7 +199,7 @@ def outlined_source(name: str, recipe: Recipe) -> Source:
     """
     path = locate(name, ["config.json"])
     method = quantization_of(path)
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     config.pop("quantization_config", None)
     settings = without_quantization(load_config(path))
     model: Any = skeleton(settings)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from roundel import processes
 from roundel.artifacts.memory import memory_budget
-from roundel.errors import StorageError
+from roundel.errors import StorageError, damaged
 from roundel.store import common, hidden_beside, locked, write_json
 from roundel.sweeps import HiddenStore
 
@@ -95,10 +95,8 @@ def readable(path: Path) -> Iterator[None]:
     Raises:
         StorageError: something has.
     """
-    try:
+    with damaged(StorageError, path, f"it is damaged; remove {path.parent} and start again"):
         yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise StorageError(f"{path} is damaged ({error}); remove {path.parent} and start again") from error
 
 
 @contextmanager

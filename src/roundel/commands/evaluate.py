@@ -30,7 +30,7 @@ from roundel import processes
 from roundel.artifacts.checkpoints import GGUF_FILE, described, load_written, weight_bytes
 from roundel.artifacts.source import positions
 from roundel.calibration import Fingerprint, data_hash, opening_of, set_opening
-from roundel.errors import DataError
+from roundel.errors import DataError, ModelError
 from roundel.evaluate import Divergence, Logits, ModelLogits, compare_models
 from roundel.evaluate.cached import LogitCache, RunLogits, reference_key
 from roundel.evaluate.continuations import beginnings, continued, of_prompts, told
@@ -334,7 +334,7 @@ class _Reference:
     def tokenizer_for(self, paths: Iterable[Path]) -> PreTrainedTokenizerBase:
         """Its tokenizer, which opens texts as the calibration of these checkpoints has."""
         tokenizer = load_tokenizer(self.path)
-        for token in (token for path in paths for token in _recorded(path, "opening") or []):
+        for token in (token for path in paths for token in _opening(path, len(tokenizer))):
             if not opening_of(tokenizer):
                 set_opening(tokenizer, token)
         return tokenizer
@@ -423,6 +423,18 @@ def _recorded(path: Path, key: str) -> Any:
         return json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"][key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _opening(path: Path, vocabulary: int) -> list[int]:
+    """The tokens that it says texts start with.
+
+    Raises:
+        ModelError: they are none of the tokenizer's.
+    """
+    found = _recorded(path, "opening") or []
+    if not isinstance(found, list) or not all(type(token) is int and 0 <= token < vocabulary for token in found):
+        raise ModelError(f"{path}/roundel.json is damaged: texts start with {str(found)[:80]}, which are no tokens")
+    return found
 
 
 def _recorded_overlap(path: Path, tokens: TokenBatch) -> float | None:

@@ -43,7 +43,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from roundel.errors import ModelError, SchemeError
+from roundel.errors import ModelError, SchemeError, damaged
 from roundel.formats.gguf_blocks import PACKERS
 from roundel.formats.gguf_mixes import mix_types
 from roundel.formats.gguf_settings import FAMILIES, add_settings, head_dim_of, language_config, ropes_of
@@ -279,6 +279,11 @@ def read(path: Path, *, config: Mapping[str, Any], tensors: Iterable[str]) -> di
     Raises:
         ModelError: a tensor is missing, or the file is damaged.
     """
+    with damaged(ModelError, path):
+        return _read(path, config, tensors)
+
+
+def _read(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Tensor]:
     counterparts, found = Counterparts(config, tensors), tensors_of(path)
     result = {}
     for source, target in counterparts.names.items():

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, damaged
 from roundel.formats.gguf_settings import FAMILIES, Family, language_config
 from roundel.formats.imatrix import architecture, tensor_names
 
@@ -140,11 +140,9 @@ def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
     Raises:
         ModelError: it is damaged.
     """
-    try:
+    with damaged(ModelError, path):
         found = {each.name: each for each in gguf.GGUFReader(path).tensors}
         size = path.stat().st_size
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
     for each in found.values():
         if each.data_offset + each.n_bytes > size:
             raise ModelError(f"{path} ends before {each.name} does: the file is damaged")

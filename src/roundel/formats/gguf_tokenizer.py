@@ -19,7 +19,7 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, damaged
 
 __all__ = ["Vocabulary", "add_tokenizer", "backend_of", "open_tokenizer", "vocabulary_of"]
 
@@ -66,10 +66,8 @@ def open_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot.
     """
-    try:
+    with damaged(ModelError, f"the tokenizer in {model}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # as for configurations
-        raise ModelError(f"the tokenizer in {model} cannot be read: {str(error).strip().splitlines()[0]}") from error
     return tokenizer
 
 
@@ -213,6 +211,7 @@ def add_tokenizer(
 def _end_ids(config: PreTrainedConfig, model: Path) -> list[int]:
     """Tokens that end a text or a turn, by generation_config.json, else config.json."""
     path = model / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    with damaged(ModelError, path):
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     found = config.eos_token_id if found is None else found
     return [] if found is None else found if isinstance(found, list) else [found]

@@ -27,7 +27,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from roundel.errors import ModelError, in_layer
+from roundel.errors import ModelError, damaged, in_layer
 from roundel.formats.native import METHOD, Layout, parse_config
 from roundel.integration.linear import QuantizedLinear, SharedLinear
 
@@ -157,7 +157,7 @@ def _check_files(paths: Sequence[str] | None, model: nn.Module, layouts: Mapping
         raise ModelError("packed weights are read from safetensors files only; pass the directory of the checkpoint")
     stored: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
+        with damaged(ModelError, path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 header = file.get_slice(name)
                 stored[name] = tuple(header.get_shape()), _DTYPES.get(header.get_dtype())

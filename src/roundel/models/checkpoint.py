@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, damaged
 from roundel.models.names import StoredNames, stored_names
 
 __all__ = ["Checkpoint"]
@@ -42,27 +42,28 @@ class Checkpoint:
         files: dict[str, Path] = {}
         sizes: dict[str, int] = {}
         for path in sorted(directory.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 (not a dict)
-                        part = handle.get_slice(name)
-                        files[name] = path
-                        sizes[name] = prod(part.get_shape()) * _SIZES.get(part.get_dtype(), 1)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read: {error}") from error
+            with damaged(ModelError, path), safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a dict)
+                    part = handle.get_slice(name)
+                    files[name] = path
+                    sizes[name] = prod(part.get_shape()) * _SIZES.get(part.get_dtype(), 1)
         return cls(files=files, sizes=sizes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, or one expert's part of one under the name of `stored`; weights are `(d_out, d_in)` however they are stored."""
+        """One tensor, or one expert's part of one under the name of `stored`; weights are `(d_out, d_in)` however they are stored.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
         if name in self.files:
-            with safe_open(self.files[name], framework="pt") as handle:
+            with damaged(ModelError, self.files[name]), safe_open(self.files[name], framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(name)
-            return tensor.T.contiguous() if name in self.names.turned else tensor
+                return tensor.T.contiguous() if name in self.names.turned else tensor
         whole, part = self.names.parts[name]
-        with safe_open(self.files[whole], framework="pt") as handle:
+        with damaged(ModelError, self.files[whole]), safe_open(self.files[whole], framework="pt") as handle:
             return part.of(handle.get_slice(whole)[part.expert : part.expert + 1], first=part.expert).contiguous()
 
     def of(self, model: nn.Module) -> Checkpoint:

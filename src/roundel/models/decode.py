@@ -11,7 +11,6 @@ which Transformers decodes, with the whole model in memory. Not done: bitsandbyt
 from __future__ import annotations
 
 import hashlib
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, damaged
 from roundel.models.checkpoint import Checkpoint
-from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, skeleton, without_quantization
+from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS, Layout, Packed, find, layout_of
 from roundel.store import copy_files, staged_directory, write_json, write_shards
 
@@ -38,7 +37,8 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
         StorageError: the disk refuses.
     """
     settings = quantization_settings(path)
-    layout = layout_of(method, settings)
+    with damaged(ModelError, path / "config.json", "its quantization_config is damaged"):
+        layout = layout_of(method, settings)
     if layout is None and method != "compressed-tensors":
         known = ", ".join([*METHODS, "compressed-tensors"])
         raise ModelError(
@@ -49,7 +49,8 @@ def decoded(path: Path, method: str, folder: Path) -> Path:
     target = folder / f"decoded-{hashlib.sha256(chr(10).join(known_by).encode()).hexdigest()[:16]}"
     if (target / "config.json").is_file():
         return target
-    outline = None if layout is None else _outline(path, method, layout, settings)
+    with damaged(ModelError, path):
+        outline = None if layout is None else _outline(path, method, layout, settings)
     folder.mkdir(parents=True, exist_ok=True)
     with staged_directory(target) as staging:
         if outline is None:
@@ -96,7 +97,7 @@ def _weight_by_weight(
         return {name: packed[name].decoded(checkpoint.read, settings) if name in packed else checkpoint.read(name)}
 
     write_shards(staging, sizes, produce)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     for owner in (config, config.get("text_config", {})):
         owner.pop("quantization_config", None)
     write_json(staging / "config.json", config)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from roundel.errors import MemoryLimitError, ModelError, is_out_of_memory
+from roundel.errors import MemoryLimitError, ModelError, damaged, is_out_of_memory, of_reading, reason_of
 from roundel.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = [
     "quantization_of",
     "quantization_settings",
     "quiet",
+    "read_config",
     "skeleton",
     "without_quantization",
 ]
@@ -75,12 +76,10 @@ def model_type(model: str) -> str:
     Raises:
         ModelError: as `locate`, or config.json does not say.
     """
-    path = locate(model, ["config.json"]) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+    path = locate(model, ["config.json"])
+    config = read_config(path)
+    with damaged(ModelError, path / "config.json", "it names no model_type"):
         return str(config.get("text_config", {}).get("model_type") or config["model_type"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path} names no model_type: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,13 +144,12 @@ def guarded(what: str, path: Path, load: Callable[[], Any]) -> Any:
     try:
         with quiet():
             return load()
-    except Exception as error:
+    except BaseException as error:
         if is_out_of_memory(error):
             raise MemoryLimitError(error) from error
-        first, *others = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"{first} {others[0].strip()}" if first.endswith(":") and others else first
-        reason = f"unknown or missing name {reason}" if isinstance(error, KeyError) else reason
-        raise ModelError(f"cannot load the {what} in {path}: {reason}") from error
+        if not of_reading(error):
+            raise
+        raise ModelError(f"cannot load the {what} in {path}: {reason_of(error)}") from error
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -160,8 +158,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that Transformers can read.
     """
-    tokenizer: PreTrainedTokenizerBase = guarded("tokenizer", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+    def loaded() -> PreTrainedTokenizerBase:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("")  # settings of other types than they should have are believed until they are used
+        return tokenizer
+
+    tokenizer: PreTrainedTokenizerBase = guarded("tokenizer", path, loaded)
     return tokenizer
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
+    with damaged(ModelError, path / "config.json", "expected a JSON object, as in a Hugging Face model directory"):
+        return dict(json.loads((path / "config.json").read_text(encoding="utf-8")).items())
 
 
 def quantization_settings(path: Path) -> dict[str, Any]:
@@ -170,11 +184,10 @@ def quantization_settings(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: config.json cannot be read.
     """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}/config.json cannot be read as a JSON object: {error}") from error
+    config = read_config(path)
+    with damaged(ModelError, path / "config.json", "its quantization_config is damaged"):
+        settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config") or {}
+        return dict(settings.items())
 
 
 def quantization_of(path: Path) -> str | None:
@@ -186,12 +199,9 @@ def quantization_of(path: Path) -> str | None:
     if not (settings := quantization_settings(path)):
         return None
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                if any(tensors.get_slice(name).get_dtype() not in PLAIN for name in tensors.keys()):  # noqa: SIM118 (not a dict)
-                    return str(settings.get("quant_method", "in an unknown way"))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from error
+        with damaged(ModelError, file), safe_open(file, framework="pt") as tensors:
+            if any(tensors.get_slice(name).get_dtype() not in PLAIN for name in tensors.keys()):  # noqa: SIM118 (not a dict)
+                return str(settings.get("quant_method", "in an unknown way"))
     return None
 
 
@@ -216,8 +226,12 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def skeleton(config: PretrainedConfig) -> nn.Module:
-    """The causal language model of a configuration, without storage."""
-    with torch.device("meta"):
+    """The causal language model of a configuration, without storage.
+
+    Raises:
+        ModelError: none can be made.
+    """
+    with damaged(ModelError, "config.json", "no model can be made of it"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     return model
 

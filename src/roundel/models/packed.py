@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, reason_of
 from roundel.formats.awq import PLACES
 from roundel.formats.bits import unpack_rows
 
@@ -74,8 +74,8 @@ class Packed:
         kinds = [part.dtype for part in parts.values() if part.dtype in (torch.float16, torch.bfloat16)]
         try:
             W = self.layout.decode(parts, settings)
-        except (RuntimeError, KeyError, IndexError, ValueError) as error:
-            raise ModelError(f"{self.parts[self.layout.mark]} cannot be decoded: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # shapes, types and settings that do not fit together
+            raise ModelError(f"{self.parts[self.layout.mark]} cannot be decoded: {reason_of(error)}") from error
         return W.to(kinds[0] if kinds else torch.bfloat16)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from roundel.artifacts.checkpoints import check_apart, read, write
 from roundel.artifacts.factors import FactorsDirectory
 from roundel.curvature import Sketch
-from roundel.errors import FactorsError, ModelError, OutputError, SchemeError, in_layer
+from roundel.errors import FactorsError, ModelError, OutputError, SchemeError, damaged, in_layer
 from roundel.formats import FORMATS, gguf, imatrix
 from roundel.grids import parse_scheme
 from roundel.models import locate
@@ -52,9 +52,9 @@ def export(
     frame = stored.frame if model is None else dataclasses.replace(stored.frame, directory=locate(str(model)))
     if form in FORMATS:
         FORMATS[form].check_mixture(weight.scheme for weight in stored.rounded.values())
-    for name, weight in stored.rounded.items():
+    for module, weight in stored.rounded.items():
         rotation = getattr(weight.rotation, "kind", None)
-        with in_layer(name):
+        with in_layer(module):
             grid = parse_scheme(weight.scheme)
             check_format(form, grid, rotation)
             if form in FORMATS:
@@ -63,17 +63,20 @@ def export(
                 raise SchemeError(
                     f"rounded to {weight.scheme}, not to {kind}: export carries codes over; quantize again with --scheme {kind}"
                 )
-    if any("part_of" in row for row in stored.report["layers"].values()):
-        check_apart(form)
+    with damaged(ModelError, path / "roundel.json"):
+        name = Path(stored.report["model"]["name"]).name
+        if any("part_of" in row for row in stored.report["layers"].values()):
+            check_apart(form)
     if form == "gguf":
         gguf.check_model(frame.directory, frame.config, frame.sizes)
     with staged_directory(target) as staging, progress.stage("writing", len(frame.sizes)) as advance:
-        written = write(staging, frame, stored.rounded, form, name=Path(stored.report["model"]["name"]).name, advance=advance)
-        details = {**stored.report, "format": form, "exported_from": stored.form}
-        details["recipe"] = {**stored.report["recipe"], "format": form}
-        parameters = stored.report["model"]["parameters"]
-        details["bits_per_weight"] = {**stored.report["bits_per_weight"], "model": 8 * written / parameters}
-        write_report(staging, details)
+        written = write(staging, frame, stored.rounded, form, name=name, advance=advance)
+        with damaged(ModelError, path / "roundel.json"):
+            details = {**stored.report, "format": form, "exported_from": stored.form}
+            details["recipe"] = {**stored.report["recipe"], "format": form}
+            parameters = stored.report["model"]["parameters"]
+            details["bits_per_weight"] = {**stored.report["bits_per_weight"], "model": 8 * written / parameters}
+            write_report(staging, details)
     return details
 
 

@@ -12,7 +12,7 @@ from roundel import processes
 from roundel.artifacts.checkpoints import Stored, read
 from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import open_work
-from roundel.errors import ModelError, SchemeError
+from roundel.errors import ModelError, SchemeError, damaged
 from roundel.progress import Progress, Silent
 from roundel.recipes import TUNINGS, Recipe
 from roundel.stages.ends import Ends
@@ -67,12 +67,10 @@ def tune(
     notes, target, path = Notes(progress or Silent()), Path(output), Path(directory)
     check_output(target)
     stored = read(path)
-    try:
+    with damaged(ModelError, path / "roundel.json", "it does not say how this was made"):
         old = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.report["recipe"].items()}
         recipe = Recipe(**{**old, "tune": "end-to-end", "format": stored.form, **settings})
         name = str(model or stored.report["model"]["name"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}/roundel.json does not say how it was made: {error!r}; it is damaged or of another version") from error
     if recipe.tune == "none":
         raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
 
@@ -80,11 +78,14 @@ def tune(
         with notes.timed("load"):
             source = load_source(name, recipe, device, dtype, work=place, warn=notes.warn)
             source.whole("tuning")
-        if not _is_original(source, stored):
+        with damaged(ModelError, path):
+            original = _is_original(source, stored)
+        if not original:
             raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
         split = read_text(recipe, source, notes)
         batch = batch_size or default_batch(source.length)
-        source.skipped.update(stored.report.get("skipped", {}))
+        with damaged(ModelError, path / "roundel.json"):
+            source.skipped.update(stored.report.get("skipped", {}))
         rows = {name: row for name, row in stored.report["layers"].items() if "end" in row}
         ends = Ends(weights={name: stored.rounded[name] for name in rows}, rows=rows)
         rounded = Rounded(

@@ -42,7 +42,7 @@ class HiddenStates:
         else:
             with storage(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = os.open(path if whole else _partial(path), os.O_RDWR | os.O_CREAT, 0o666)
+                self._file = os.open(path if whole else _partial(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 if not whole:
                     os.ftruncate(self._file, shape[0] * self._row)
 

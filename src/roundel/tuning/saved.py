@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from roundel import processes
-from roundel.errors import StorageError
+from roundel.errors import StorageError, damaged
 from roundel.formats import FORMATS
 from roundel.grids import parse_scheme
 from roundel.store import staged_file, storage
@@ -68,12 +68,9 @@ class Saved:
         """
         if self.path is None or not self.path.exists():
             return None
-        try:
-            with safe_open(self.path, framework="pt") as handle:
-                notes = json.loads((handle.metadata() or {}).get("roundel", "{}"))
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StorageError(f"{self.path} cannot be read: {error}; remove it to start again") from error
+        with damaged(StorageError, self.path, "remove it to start again"), safe_open(self.path, framework="pt") as handle:
+            notes = dict(json.loads((handle.metadata() or {}).get("roundel", "{}")))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
         if notes.get("digest") != self.digest:
             raise StorageError(f"{self.path} is of another run: another model, text or setting; choose another --work, or remove it")
         return tensors, notes

@@ -242,7 +242,8 @@ class FastKronSums(Sketch):
         trace = self.total_trace()
         if not (trace > 0 and torch.isfinite(trace) and torch.isfinite(Rv).all() and torch.isfinite(Rtu).all()):
             return None
-        return self.known.extended(Rv, Rtu)
+        found = self.known.extended(Rv, Rtu)
+        return found if torch.isfinite(found.R).all() and torch.isfinite(found.Rt).all() else None
 
     def factors(self) -> KroneckerFactors:
         if self.images is None:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from roundel import processes
+from roundel.artifacts.work import readable
 from roundel.linalg.fast import fast, fast_products
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.rounding.round import dequantized
@@ -426,8 +427,8 @@ def steps_taken(directory: Path) -> list[dict[str, Any]]:
     """What is known of each place, for the report."""
     found = []
     for path in sorted(directory.glob("moved-????.safetensors")):
-        with safe_open(path, framework="pt") as stored:
-            found.append(json.loads(stored.metadata()["roundel"]))
+        with readable(path), safe_open(path, framework="pt") as stored:
+            found.append(dict(json.loads(stored.metadata()["roundel"])))
     return found
 
 
@@ -448,11 +449,14 @@ def _load_moved(directory: Path, first: int, layers: Layers, linears: Mapping[st
     """Moves the weights as an earlier process has; None where it has not."""
     if not _has_moved(directory, first):
         return None
-    with safe_open(_moved_file(directory, first), framework="pt") as stored:
-        known: dict[str, Any] = json.loads(stored.metadata()["roundel"])
-    for index in range(first, len(layers)) if known["taken"] else []:
+    with readable(_moved_file(directory, first)), safe_open(_moved_file(directory, first), framework="pt") as stored:
+        known: dict[str, Any] = dict(json.loads(stored.metadata()["roundel"]))
+        taken = bool(known["taken"])
+    for index in range(first, len(layers)) if taken else []:
+        path = directory / f"moved-{first:04d}-{index:04d}.safetensors"
         with layers.loaded(index):
-            for name, weight in load_file(directory / f"moved-{first:04d}-{index:04d}.safetensors").items():
-                linears[name].weight.data.copy_(weight)
+            with readable(path):
+                for name, weight in load_file(path).items():
+                    linears[name].weight.data.copy_(weight)
             layers.keep(index, layers.inside(index, linears))
     return known
