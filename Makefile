@@ -14,6 +14,7 @@
 # make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
+# make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Writes benchmarks/results/fuzz.json
 # make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
 # make read-back  real models in int4 and as GGUF, loaded by plain Transformers: the very weights? make read-back MODELS="dir dir"
 # make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)
@@ -29,7 +30,7 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos architectures peers studies docs doc-commands newcomer install clean
+.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos fuzz architectures peers studies docs doc-commands newcomer install clean
 
 demo: install
 	$(BIN)/roundel demo
@@ -102,6 +103,11 @@ read-back: install
 
 chaos: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py -o benchmarks/results/chaos.json
+
+SECONDS = 600
+SEED = 0
+fuzz: install
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.campaign --seconds $(SECONDS) --seed $(SEED) -o benchmarks/results/fuzz.json
 
 architectures: install
 	$(BIN)/python studies/architectures.py --page docs/architectures.md
