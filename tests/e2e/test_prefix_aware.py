@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "sequences": 16,
     "eval_sequences": 4,
     "prefix_aware": True,
+    "prefix_sequences": 32,
     "natural_places": 0,
 }
 
