@@ -133,6 +133,11 @@ STUDIES = dict(
         ),
         script("allocation-demo", f"python studies/allocation.py {DEMO} --sequences 128 --scheme int3-g64"),
         script(
+            "target-size-demo",
+            "python studies/target_size.py demo --calibration stdlib --eval-data stdlib-heldout --seq-len 128 --eval-sequences 64 "
+            "--sequences 32 --types q2_k,q3_k,iq4_xs",
+        ),
+        script(
             "fused-demo", f"python studies/fused_rotation.py {DEMO} --sequences 128 --schemes int4-g128,int3-g128,int2-g64 --seeds 0 1 2"
         ),
         script(

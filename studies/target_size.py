@@ -1,6 +1,6 @@
 """`--target-size` beside every uniform type that fits, and beside llama.cpp's rule for embedding and head: KL on held-out text.
 
-    python studies/target_size.py MODEL --calibration SPEC [--eval-data SPEC] [--sizes 1.6M,2M,2.3M] [-o FILE]
+    python studies/target_size.py MODEL --calibration SPEC [--eval-data SPEC] [--sizes 1.6M,2M] [-o FILE]
 
 GGUF files, of which embedding and head count: "mix" is `--target-size` alone, "head as in llama.cpp" the same with `--head q6_k`, which the
 rule is for a tied matrix. A uniform type has the linears in one type and the ends as llama.cpp has them beside it, or (`, head too`)
@@ -24,7 +24,8 @@ def row(name: str, model: str, work: Path, **settings: Any) -> dict[str, Any]:
     result = roundel.quantize(model, output=work / "out", format="gguf", scheme=settings.pop("scheme", "q4_k"), **settings)
     file = result.path / "model.gguf"
     ends = {each["end"]: each["scheme"] for each in result.details["layers"].values() if "end" in each}
-    found = {"name": name, "bytes": file.stat().st_size, "kl": result.details["evaluation"]["kl"], "ends": ends}
+    kl = result.details["evaluation"]["kl"]
+    found = {"name": name, "bytes": file.stat().st_size, "kl": kl["mean"], "kl_stderr": kl["stderr"], "ends": ends}
     if (allocation := result.details["allocation"]) is not None:
         found |= {"predicted_kl": allocation["predicted_kl"], "uniform": allocation.get("uniform")}
     print(json.dumps(found), flush=True)
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--effort", default="quick")
-    parser.add_argument("--sizes", default="1.6M,2M,2.3M")
+    parser.add_argument("--sizes", default="1.6M,2M")
     parser.add_argument("--types", default=",".join(CANDIDATES))
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -59,9 +60,14 @@ def main() -> None:
     rows = []
     for size in sizes:
         fitting = [each for each in uniform if each["bytes"] <= size_in_bytes(size)]
-        best = min(fitting, key=lambda each: each["kl"]["mean"]) if fitting else None
+        best = min(fitting, key=lambda each: each["kl"]) if fitting else None
         rows.append({"size": size, **{each["name"]: each for each in mixes[size]}, "best uniform type": best})
-    record = {"settings": {"model": Path(args.model).name, **common}, "versions": versions(), "rows": rows, "uniform": uniform}
+    record = {
+        "settings": {"model": Path(args.model).name, **common, "sizes": sizes, "types": types},
+        "versions": versions(),
+        "rows": rows,
+        "uniform": uniform,
+    }
     if args.output:
         write_json(args.output, record)
 

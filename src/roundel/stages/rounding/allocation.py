@@ -82,15 +82,14 @@ def choose_schemes(recipe: Recipe, source: Source, measured: Measured) -> Chosen
         "schemes": list(schemes),
         "predicted_kl": sum(choices[unit][scheme].loss for unit, scheme in by_unit.items()),
     }
-    uniform = {}
+    shapes = {name: source.model.get_parameter(f"{name}.weight").shape for name in measured.ends}
+    uniform: dict[str, float] = {}
     for scheme in schemes:
-        beside = {
-            name: recipe.usual_end(ends[name][0].role, scheme, *source.model.get_parameter(f"{name}.weight").shape)
-            for name in measured.ends
-        }
-        taken = [options[beside.get(unit) or scheme] for unit, options in choices.items()]
-        if sum(option.bits for option in taken) <= budget:
-            uniform[scheme] = sum(option.loss for option in taken)
+        beside = {name: recipe.usual_end(ends[name][0].role, scheme, *shape) for name, shape in shapes.items()}
+        if None not in beside.values():
+            taken = [options[beside.get(unit) or scheme] for unit, options in choices.items()]
+            if sum(option.bits for option in taken) <= budget:
+                uniform[scheme] = sum(option.loss for option in taken)
     if uniform:
         best = min(uniform, key=uniform.__getitem__)
         report["uniform"] = {"scheme": best, "predicted_kl": uniform[best]}
