@@ -324,7 +324,7 @@ def front(name: str) -> str:
         for title, row in named
     ]
     original = efforts[0]["perplexity_original"]
-    return markdown([f"SmolLM2-135M-Instruct, {efforts[0]['scheme']}", "KL", f"perplexity ({original:.1f})", "CPU minutes"], cells)
+    return markdown([f"SmolLM2-135M-Instruct, {efforts[0]['scheme']}", "KL", f"perplexity (original {original:.1f})", "CPU minutes"], cells)
 
 
 def sweeps() -> str:
