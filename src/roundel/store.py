@@ -66,7 +66,8 @@ def storage(path: Path, doing: str = "writing") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{doing} {path} failed: {_REASONS.get(error.errno or 0, error.strerror or str(error))}") from error
+        reason = error.strerror or f"the disk took no more ({error})"  # NumPy's have no number
+        raise StorageError(f"{doing} {path} failed: {_REASONS.get(error.errno or 0, reason)}") from error
     except SafetensorError as error:  # has the number in its text
         found = re.search(r"os error (\d+)", str(error))
         raise StorageError(f"{doing} {path} failed: {_REASONS.get(int(found[1]), error) if found else error}") from error
