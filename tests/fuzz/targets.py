@@ -19,10 +19,13 @@ from roundel.artifacts.checkpoints import read
 from roundel.artifacts.curvatures import Curvatures
 from roundel.artifacts.factors import FactorsDirectory
 from roundel.artifacts.rounded import RoundedFiles
+from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import Work
 from roundel.calibration import read_documents, windows
+from roundel.given import open_given
 from roundel.models import load_tokenizer
 from roundel.models.load import quiet
+from roundel.recipes import Recipe
 from roundel.stages.rounding import natural
 from roundel.store import write_text
 from roundel.tuning.saved import Saved
@@ -76,6 +79,11 @@ class Bases:
             write_text(place / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return place
 
+    @cached_property
+    def source(self) -> Source:
+        """The original, loaded."""
+        return load_source(str(self.model), Recipe.of(scheme="int8-channel", format="dense"), "cpu", "float32")
+
     def quantized(self, form: str) -> Path:
         """The original in a format."""
         place = self.path / form
@@ -111,6 +119,16 @@ def _evaluate(bases: Bases, given: Path, scratch: Path) -> object:
 
 def _read(bases: Bases, given: Path, scratch: Path) -> object:
     return read(given)
+
+
+def _given(bases: Bases, given: Path, scratch: Path) -> object:
+    found = open_given(str(given), bases.source)
+    return dict(found), [found.value_of(name) for name in bases.source.checkpoint.files]
+
+
+def _refine(bases: Bases, given: Path, scratch: Path) -> object:
+    text = {"calibration": str(bases.text), **SHORT, "prefix_aware": False}
+    return roundel.refine(given, reference=bases.model, output=scratch / "out", **text)
 
 
 def _export(bases: Bases, given: Path, scratch: Path) -> object:
@@ -170,6 +188,8 @@ Call = Callable[[Bases, Path, Path], object]
 CALLS: dict[str, tuple[Callable[[Bases], Path], Call, int]] = {
     **{f"evaluate {form}": (lambda bases, form=form: bases.quantized(form), _evaluate, 4) for form in FORMS},
     **{f"read {form}": (lambda bases, form=form: bases.quantized(form), _read, 10) for form in FORMS if form != "gguf"},
+    **{f"given {form}": (lambda bases, form=form: bases.quantized(form), _given, 10) for form in FORMS if "native" not in form},
+    **{f"refine {form}": (lambda bases, form=form: bases.quantized(form), _refine, 1) for form in ("gguf", "gptq")},
     **{f"export {form}": (lambda bases, form=form: bases.quantized(form), _export, 4) for form in FORMS if form != "gguf"},
     **{f"quantize {form}": (lambda bases, form=form: bases.quantized(form), _quantize, 1) for form in FORMS if form != "gguf"},
     **{f"from_pretrained {form}": (lambda bases, form=form: bases.quantized(form), _transformers, 4) for form in FORMS if "native" in form},

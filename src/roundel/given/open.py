@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from roundel.artifacts.source import Source
-from roundel.errors import ModelError
+from roundel.errors import ModelError, damaged
 from roundel.given.base import Given
 from roundel.given.directory import open_directory
 from roundel.given.gguf import gguf_files, open_gguf
@@ -24,4 +24,5 @@ def open_given(model: str, source: Source) -> Given:
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(f"{path}: expected a .gguf file, or a directory")
     path = path if path.is_file() else locate(model, ["*"])
-    return open_gguf(path, source) if gguf_files(path) else open_directory(path, source)
+    with damaged(ModelError, path):
+        return open_gguf(path, source) if gguf_files(path) else open_directory(path, source)
