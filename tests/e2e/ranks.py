@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -33,10 +35,12 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._scratch = tempfile.TemporaryDirectory()
+        self._scratch = tempfile.mkdtemp()
+        for rank, kind in itertools.product(range(count), ("out", "err")):
+            Path(self._scratch, f"{kind}-{rank}").touch()
         given = [str(part) for part in arguments]
         self.processes = [
-            SERVER.Process(target=_one, args=(rank, count, port, given, self._scratch.name, exact, step_tokens)) for rank in range(count)
+            SERVER.Process(target=_one, args=(rank, count, port, given, self._scratch, exact, step_tokens)) for rank in range(count)
         ]
         for process in self.processes:
             process.start()
@@ -50,9 +54,9 @@ class Job:
                 process.join()
         found = []
         for rank, process in enumerate(self.processes):
-            out, err = (Path(self._scratch.name, f"{kind}-{rank}").read_text(encoding="utf-8") for kind in ("out", "err"))
+            out, err = (Path(self._scratch, f"{kind}-{rank}").read_text(encoding="utf-8") for kind in ("out", "err"))
             found.append(Rank(process.exitcode or 0, out, err))
-        self._scratch.cleanup()
+        shutil.rmtree(self._scratch)
         return found
 
 
@@ -63,7 +67,7 @@ def run(count: int, *arguments: object, exact: bool = False, step_tokens: int | 
 
 def _one(rank: int, count: int, port: int, arguments: list[str], scratch: str, exact: bool, step_tokens: int | None) -> None:
     for place, kind in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(scratch, f"{kind}-{rank}"), os.O_WRONLY | os.O_CREAT), place)
+        os.dup2(os.open(os.path.join(scratch, f"{kind}-{rank}"), os.O_WRONLY), place)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

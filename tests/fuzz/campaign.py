@@ -50,7 +50,7 @@ def undamaged(name: str, bases: Bases, scratch: Path) -> None:
     """Makes what a call reads, and calls it."""
     CALLS[name][0](bases)
     found = one(name, None, bases, scratch)
-    assert found.kind in ("right", "refused"), (name, found)  # not every format can be exported to the other
+    assert found.kind == "right" or (name.startswith("export") and found.kind == "refused"), (name, found)  # not to every format
 
 
 def prepared(place: Path) -> tuple[Bases, Path]:

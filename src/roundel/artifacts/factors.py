@@ -33,7 +33,7 @@ __all__ = ["FactorsDirectory", "Header", "merge", "model_fingerprint"]
 
 SCHEMA_VERSION = 3
 LARGEST = 1 << 40
-"""Of any number in a header."""
+"""No size in a header reaches it."""
 SAMPLES = 1024
 """Entries of each weight that go into a model's fingerprint."""
 
@@ -80,15 +80,9 @@ class Header:
             value, kinds = getattr(self, field.name), expected.get(str(field.type))
             if kinds is not None and type(value) not in kinds:
                 raise TypeError(f"{field.name} is {_short(value)}")
-        numbers = [
-            *self.sequence_ids,
-            self.sequences,
-            self.seq_len,
-            self.pilot,
-            *(side - 1 for shape in self.layers.values() for side in shape),
-        ]
-        if not all(isinstance(number, int) and 0 <= number < LARGEST for number in numbers):
-            raise ValueError("a negative number, or one that is too large")
+        sizes = [self.sequences, self.seq_len, self.pilot + 1, *(side for shape in self.layers.values() for side in shape)]
+        if not all(0 < size < LARGEST for size in sizes) or not all(type(number) is int for number in self.sequence_ids):
+            raise ValueError("a number of sequences, tokens, rows or columns is none")
         parse_curvature(self.curvature)
 
     def applied_to(self, recipe: Recipe) -> Recipe:
