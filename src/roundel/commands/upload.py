@@ -30,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from roundel.artifacts.checkpoints import GGUF_FILE, owners, read_report
-from roundel.errors import ModelError, OutputError, RoundelError
+from roundel.errors import ModelError, OutputError, RoundelError, damaged
 from roundel.models import Checkpoint
 from roundel.progress import Bars, Progress, Silent
 
@@ -115,7 +115,8 @@ def _checked(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} has no {GGUF_FILE}: it is not whole; copy it again from where it was written")
         return report
     checkpoint, index = Checkpoint.open(path), path / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    with damaged(ModelError, index):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in shards if not (path / name).is_file())
     missing += sorted(set(report["layers"]) - set(owners(checkpoint, report["layers"]).values()))
     if missing:

@@ -106,7 +106,9 @@ class LogitCache:
         place = self.path / key
         try:
             about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not isinstance(about, dict) or "duplicate" not in about:
             return None
         os.utime(place)
         return CachedLogits(path=place, about=about)
