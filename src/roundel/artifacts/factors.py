@@ -199,7 +199,7 @@ class FactorsDirectory:
             header.check_types()
         files: dict[str, Path] = {}
         for file in sorted(path.glob("sums-*.safetensors")):
-            with damaged(FactorsError, file, "collect again"), safe_open(file, framework="pt") as tensors:
+            with damaged(FactorsError, file, "it is damaged; collect again"), safe_open(file, framework="pt") as tensors:
                 files |= {key.removesuffix("::tokens"): file for key in tensors.keys() if key.endswith("::tokens")}  # noqa: SIM118
         return cls(path=path, header=header, files={name: files[name] for name in header.layers if name in files})
 
@@ -251,7 +251,7 @@ class FactorsDirectory:
             FactorsError: a sum is missing or has another shape than the header says.
         """
         estimator, (d_out, d_in), file = parse_curvature(self.header.curvature), self.header.layers[name], self.files[name]
-        with damaged(FactorsError, file, "collect again"):
+        with damaged(FactorsError, file, "it is damaged; collect again"):
             with safe_open(file, framework="pt") as stored:
                 own = {
                     key.removeprefix(f"{name}::"): stored.get_tensor(key)
