@@ -68,7 +68,8 @@ def small(**more: Any) -> dict[str, Any]:
 SOURCES: dict[str, Callable[[Path], None]] = {
     "untied": untied,
     "mixture": lambda path: random(
-        path, Qwen3MoeConfig(**small(num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128))
+        path,
+        Qwen3MoeConfig(**small(num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)),
     ),
     "hybrid": lambda path: random(
         path,
