@@ -10,7 +10,7 @@
 # make check   formatter, linter, types, architecture
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
-# make chaos     jobs killed, stopped, without disk, memory or rights at random moments, and gone on with: the same bytes? (half an hour; file systems need root)
+# make chaos     jobs killed, stopped, without disk, memory or rights at random moments, and gone on with: the same bytes? (an hour; file systems need root)
 # make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
