@@ -24,6 +24,7 @@ REPORT = {
     "versions": {"torch", "transformers", "compressed-tensors", "numba"},
     "model": {"name", "repository", "revision", "parameters", "quantized", "terms"},
     "scheme": None,
+    "continuations": None,
     "allocation": None,
     "natural_steps": None,
     "tuning": None,
@@ -69,7 +70,7 @@ REPORT = {
     "skipped": None,
     "warnings": None,
     "resources": {"peak_memory", "processes", "planned"},
-    "seconds": {"load", "text", "curvature", "rounding", "prediction", "writing", "evaluation"},
+    "seconds": {"continuations", "load", "text", "curvature", "rounding", "prediction", "writing", "evaluation"},
 }
 ROW = {
     *(
