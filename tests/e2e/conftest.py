@@ -45,7 +45,7 @@ def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(autouse=True)
 def _short_texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written at their length in shared fixtures, where they are read, and where reports of other processes are compared."""
-    if request.path.name not in ("test_processes.py", "test_reports.py", "test_work.py"):
+    if request.path.name not in ("test_determinism.py", "test_processes.py", "test_reports.py", "test_work.py"):
         monkeypatch.setattr(evaluation, "NEW_TOKENS", 1)
 
 

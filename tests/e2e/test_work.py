@@ -25,7 +25,7 @@ from roundel.artifacts import curvatures, rounded
 from roundel.artifacts.curvatures import Curvatures
 from roundel.artifacts.rounded import RoundedFiles
 from roundel.artifacts.work import open_work
-from roundel.errors import StorageError
+from roundel.errors import MemoryLimitError, StorageError
 from roundel.models import offload
 from roundel.progress import Silent
 from roundel.stages import quantize as quantize_stage
@@ -104,8 +104,10 @@ def weights(result: roundel.Quantized | Path) -> bytes:
 
 
 def same(first: roundel.Quantized, second: roundel.Quantized) -> bool:
-    """Bytes, and whatever is measured and reported of them."""
+    """Bytes, and whatever is measured and reported of them; a model that stays on the disk continues no text."""
     volatile = {"seconds", "resources", "layers"}
+    if not (first.details["continuations"] and second.details["continuations"]):
+        volatile.add("continuations")
     rows = [{name: {**row, "seconds": 0} for name, row in result.details["layers"].items()} for result in (first, second)]
     details = [{key: value for key, value in result.details.items() if key not in volatile} for result in (first, second)]
     return weights(first) == weights(second) and rows[0] == rows[1] and details[0] == details[1]
@@ -436,7 +438,7 @@ def test_whatever_ends_it_nothing_is_left_beside_the_output(place, error, deep, 
         raise error
 
     monkeypatch.setattr(quantize_stage, place, ends)
-    with pytest.raises(error):
+    with pytest.raises(MemoryLimitError if error is MemoryError else error):
         quantize(deep, tmp_path / "out", **GIVEN, memory="1K")
     assert not any(tmp_path.iterdir())
 
