@@ -478,6 +478,7 @@ def refined(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "refined": lambda: refined("demo"),
+    "refined-smollm2": lambda: refined("smollm2-135m"),
     "curvatures-stories260K": lambda: estimators("curvatures-stories260K"),
     "curvatures-demo-mixture": lambda: estimators("curvatures-demo-mixture"),
     "curvatures-demo": lambda: estimators("curvatures-demo"),

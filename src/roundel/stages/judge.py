@@ -1,7 +1,8 @@
-"""Whether new codes of a group of layers are taken: if the KL of the whole model falls, on text that nothing else has seen.
+"""How many groups of layers are taken with new codes: up to where the KL of the whole model is least, on text that nothing else has seen.
 
-Everything before the group is as it was decided, everything after it as it was given. Text goes from the group to the end under both, and
-the KL with what it had before the group is compared; a group's gain is then the next one's start.
+Everything up to a group has its new codes, everything after it is as it was given, and text goes through both. Not group by group on its
+own: tools that tune one layer on what those before it give (AutoRound) make layers that make up for each other, and the first new one among
+them loses more than it gains, until those after it are new as well.
 
 Cost: of `JUDGED` sequences a forward pass through what follows, for each group: half of the square of the depth, some 16 passes of 16
 sequences for 32 layers. Memory: two groups, and hidden states as the store decides.
@@ -45,18 +46,19 @@ class Judge:
         """
         self._source, self._layers, self._outside, self._tokens = source, source.layers, outside, tokens
         self._batch_size, self._store, self._made = batch_size, store, 0
-        self._at, self._kl = 0, None if len(tokens) else 0.0
+        self._at = 0
         self._reference = self._embedded({})
         with torch.no_grad():
             for index in range(len(self._layers)):
                 with self._layers.loaded(index):
                     self._reference = self._run(index, self._reference, {})
         self._hidden = self._embedded(outside())
+        self.start = self._through_all()
+        """The KL with nothing new."""
 
     def ends(self, found: Callable[[], Mapping[str, Tensor]]) -> tuple[float, float]:
         """The KL before and after other values for what is outside of the layers; they stay if it falls. Before any group is judged."""
-        old = self._outside, self._hidden
-        before = self._through_all()
+        old, before = (self._outside, self._hidden), self.start
         self._outside, self._hidden = found, self._embedded(found())
         after = self._through_all()
         if after < before:
@@ -64,7 +66,7 @@ class Judge:
         else:
             self._store.drop(self._hidden)
             self._outside, self._hidden = old
-        self._kl = min(before, after)
+        self.start = min(before, after)
         return before, after
 
     @torch.no_grad()
@@ -72,17 +74,14 @@ class Judge:
         with self._layers.loaded(0):
             return self._through(0, self._source.given)
 
-    def __call__(self, index: int, decided: Mapping[str, RoundedWeight], found: Mapping[str, RoundedWeight]) -> tuple[float, float]:
-        """The KL before and after a group, which is loaded, becomes what was found; `decided`: all linears of the groups before it."""
-        with torch.no_grad():
-            while self._at < index:
-                with self._layers.loaded(self._at):
-                    self._hidden = self._run(self._at, self._hidden, self._weights(self._at, decided))
-                self._at += 1
-            before = self._through(index, self._source.given) if self._kl is None else self._kl
-            after = self._through(index, found)
-        self._kl = min(before, after)
-        return before, after
+    @torch.no_grad()
+    def __call__(self, index: int, decided: Mapping[str, RoundedWeight], found: Mapping[str, RoundedWeight]) -> float:
+        """The KL with what a group, which is loaded, becomes; `decided`: all linears of the groups before it."""
+        while self._at < index:
+            with self._layers.loaded(self._at):
+                self._hidden = self._run(self._at, self._hidden, self._weights(self._at, decided))
+            self._at += 1
+        return self._through(index, found)
 
     def _through(self, index: int, own: Mapping[str, RoundedWeight]) -> float:
         """The KL with these weights in a group that is loaded."""

@@ -1,8 +1,8 @@
 """`refine`: a quantized model that somebody has made, better, in the same bytes.
 
     read what it holds (`roundel.given`) -> text, curvature of the original
-    -> layer after layer, on the inputs that the better ones before it give: codes from those that are there, and from new scales; the
-       layer is taken if the KL of the whole model falls (`stages.judge`)
+    -> layer after layer, on the inputs that the better ones before it give: codes from those that are there, and from new scales; layers
+       are taken up to where the KL of the whole model is least (`stages.judge`)
     -> tuned codes, by effort -> measured before and after, on two kinds of text -> the same files with other bytes
 
 Nothing but codes and scales changes, those of a quantized embedding and output head among them, unless the reference is another model than

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.stages.curvature import Measured
 from roundel.stages.ends import Ends
+from roundel.stages.judge import Judge
 from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
 from roundel.stages.rounding.allocation import Chosen
@@ -65,12 +66,11 @@ def round_model(
     *,
     batch_size: int,
     work: Work,
-    judge: Callable[[int, Mapping[str, RoundedWeight], Mapping[str, RoundedWeight]], tuple[float, float]] | None = None,
+    judge: Judge | None = None,
 ) -> Rounded:
     """Rounds every linear; a group's curvature is removed when its codes are on disk, unless the directory is kept.
 
-    Where linears are quantized already (`Source.given`) `judge` gives the KL before and after a group, by its number, what has been decided
-    before it and what it would become; it is taken if that is less.
+    Where linears are quantized already (`Source.given`) those of the groups after which `judge` finds the least KL stay as they were.
     """
     files, schemes = RoundedFiles(path=work.rounded), chosen.linears
     with notes.timed("rounding"):
@@ -100,14 +100,11 @@ def round_model(
                 rows[name] = row
             return _fitted(recipe, {name: found[name] for name in names})
 
-        def judged(index: int, found: dict[str, RoundedWeight]) -> dict[str, RoundedWeight]:
-            if judge is None:
-                return found
-            before, after = judge(index, files, found)
-            taken = after < before
-            for name in found:
-                rows[name] |= {"taken": taken, "judged_kl": {"before": before, "after": after}}
-            return found if taken else {name: source.given[name] for name in found}
+        def judged(index: int, found: dict[str, RoundedWeight]) -> None:
+            if judge is not None and found:
+                kl = judge(index, files, found)
+                for name in found:
+                    rows[name]["judged_kl"] = kl
 
         prefix = None
         if corrects:
@@ -155,8 +152,22 @@ def round_model(
                 files.has(index)  # and its rows are known
                 for name in weights:
                     del rows[name]
+        if judge is not None and processes.first():
+            _take_back(files, source, judge.start)
     carried = {"allocation": chosen.report, "natural_steps": steps_taken(work.rounded)}
     return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, ends=ends, carried=carried)
+
+
+def _take_back(files: RoundedFiles, source: Source, start: float) -> None:
+    """Groups after the one with which the KL is least, below that at the start, become what they were."""
+    known = {index: source.layers.inside(index, source.linears) for index in range(len(source.layers))}
+    groups = {index: own for index, names in known.items() if (own := [name for name in names if name in files.rows])}
+    curve = {-1: start} | {index: float(files.rows[names[0]]["judged_kl"]) for index, names in groups.items()}
+    last = min(curve, key=curve.__getitem__)
+    for index, names in groups.items():
+        taken = index <= last
+        weights = {name: files[name] if taken else source.given[name] for name in names}
+        files.save(index, weights, {name: {**files.rows[name], "taken": taken} for name in names})
 
 
 def _at_a_time(names: Sequence[str], schemes: Mapping[str, str]) -> Iterator[list[str]]:

@@ -95,7 +95,7 @@ def rounding_sweep(
     store: HiddenStore,
     advance: Callable[[int], None] = lambda _n: None,
     finished: Callable[[int], bool] = lambda _index: False,
-    judged: Callable[[int, dict[str, RoundedWeight]], dict[str, RoundedWeight]] = lambda _index, rounded: rounded,
+    judged: Callable[[int, dict[str, RoundedWeight]], object] = lambda _index, _rounded: None,
 ) -> Iterator[tuple[int, dict[str, RoundedWeight]]]:
     """Rounds group after group; the model has its own weights again when a group is handed over.
 
@@ -108,7 +108,7 @@ def rounding_sweep(
         store: Where hidden states go.
         advance: Called with the number of linears that are done.
         finished: Whether an earlier process has rounded a group.
-        judged: What is taken in the place of what a group would become.
+        judged: Told what each group becomes, while its weights are loaded.
     """
     left = [index for index in range(len(layers)) if layers.inside(index, linears) and not finished(index)]
     advance(sum(len(layers.inside(index, linears)) for index in range(len(layers)) if index not in left))
@@ -121,7 +121,8 @@ def rounding_sweep(
                 paths.prepare(index)
             with layers.loaded(index):
                 if paths is None:
-                    rounded = judged(index, round_together(index, list(own), _none, None)) if index in left else {}
+                    rounded = round_together(index, list(own), _none, None) if index in left else {}
+                    judged(index, rounded)
                     advance(len(rounded))
                 else:
                     rounded = paths.through(index, own, round_together, judged, advance)
@@ -293,7 +294,7 @@ class _Paths:
         index: int,
         linears: Mapping[str, nn.Linear],
         round_together: RoundTogether,
-        judged: Callable[[int, dict[str, RoundedWeight]], dict[str, RoundedWeight]],
+        judged: Callable[[int, dict[str, RoundedWeight]], object],
         advance: Callable[[int], None],
     ) -> dict[str, RoundedWeight]:
         """Rounds a group and takes both paths to its end."""
@@ -328,10 +329,8 @@ class _Paths:
                     linears[name].weight.copy_(dequantized(weight))
                 rounded |= found
                 advance(len(readers.names))
-            if rounded and (taken := judged(index, rounded)) is not rounded:
-                rounded = taken
-                for name, weight in rounded.items():
-                    linears[name].weight.copy_(dequantized(weight))
+            if rounded:
+                judged(index, rounded)
             afterq = self._new(f"rounded-{index + 1:03d}")
             for rows in batches(self._rows, self._batch_size):
                 afterq.write(rows, self._run(index, self._ids(rows), self._xq.read(rows).to(device)))
