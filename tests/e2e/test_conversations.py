@@ -21,7 +21,7 @@ from unit.test_calibration import TEMPLATE, WORDS, text, word_tokenizer
 SETTINGS: dict[str, Any] = {"scheme": "int4-g16", "sequences": 6, "seq_len": 24, "eval_sequences": 2, "sweeps": 1}
 ROLES = ("user", "assistant")
 ROWS = [[{"role": role, "content": text(*range(7 * k + turn, 7 * k + turn + 9))} for turn, role in enumerate(ROLES)] for k in range(20)]
-DIFFERENT = {"calibration", "evaluation", "predicted_kl", "layers", "recipe", "resources", "seconds", "warnings"}
+DIFFERENT = {"calibration", "continuations", "evaluation", "predicted_kl", "layers", "recipe", "resources", "seconds", "warnings"}
 """Of a report, where text differs."""
 
 

@@ -65,7 +65,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return limit
 
 
-STAGES = [(stage, "measure_curvature"), (stage, "round_model"), (finish, "evaluate_written"), (finish, "predict")]
+STAGES = [(stage, "measure_curvature"), (stage, "round_model"), (finish, "evaluate_values"), (finish, "predict")]
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_the_cache_does_not_take_one_thing_for_another(quantized, model, text, t
 def test_the_cache_keeps_within_its_cap_and_what_was_used_last(tmp_path) -> None:
     cache = cached.LogitCache(path=tmp_path, cap=9000)
     for number, key in enumerate("abc"):
-        with cache.entry(key, 3000, {"number": number}) as keep:
+        with cache.entry(key, 3000, {"duplicate": 0.0}) as keep:
             keep(0, slice(0, 25), torch.full((25, 25), float(number)))
         cached.os.utime(tmp_path / key, (number, number))
     assert cache.find("a") is not None  # used: now the youngest
