@@ -181,6 +181,27 @@ def test_nothing_changes_where_nothing_is_better(made, wide, text, tmp_path, mon
     assert any("byte for byte" in warning for warning in result.details["warnings"])
 
 
+def test_it_goes_on_where_it_was_stopped(made, wide, text, tmp_path, monkeypatch) -> None:
+    path = made("int4-g64", "gptq")
+    given = {"reference": wide, "calibration": str(text), **SETTINGS}
+    whole = roundel.refine(path, output=tmp_path / "whole", **given)
+    real = Judge.__call__
+
+    def stopped(self, index, decided, found) -> float:
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(self, index, decided, found)
+
+    monkeypatch.setattr(Judge, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        roundel.refine(path, output=tmp_path / "out", work=tmp_path / "work", **given)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    again = roundel.refine(path, output=tmp_path / "out", work=tmp_path / "work", **given)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert again.details["refined"]["texts"] == whole.details["refined"]["texts"]
+
+
 def scaled_as_awq_does(wide: Path, target: Path) -> None:
     """The same function with other weights: channels divided between norms and what reads them, and between v, o and up, down."""
     shutil.copytree(wide, target)
