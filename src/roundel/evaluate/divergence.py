@@ -12,7 +12,7 @@ Cost: one forward pass of each model, and a few passes over `(tokens, vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +143,21 @@ class Comparison:
         self._kl.append(torch.cat([each[0] for each in found]))
         self._agreement.append(torch.cat([each[1] for each in found]))
         self._nll.append(torch.cat([each[2] for each in found], dim=1)[:, :-1])
+
+    def add_states(
+        self, layers: Layers, ids: Tensor, ours: Tensor, theirs: Tensor, outer: Mapping[str, Tensor], slices: Sequence[slice]
+    ) -> None:
+        """Measures one sequence by hidden states after the last layer, `(1, tokens, d)`; `outer`: our parameters outside of the layers."""
+        own = ids[None].to(layers.device)
+
+        def of_original(part: slice) -> Tensor:
+            return layers.logits(own[:, part], theirs[:, part])[0]
+
+        def of_ours(part: slice) -> Tensor:
+            with layers.replaced(outer):
+                return layers.logits(own[:, part], ours[:, part])[0]
+
+        self.add(ids, of_ours, of_original, slices)
 
     def of_all(self, rows: Sequence[int]) -> Comparison:
         """With the sequences of all processes in their order; `rows`: which of them these are."""

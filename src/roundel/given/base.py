@@ -38,7 +38,6 @@ class Slot:
     """One quantized weight."""
 
     scheme: str
-    shape: tuple[int, int]
     read: Callable[[], RoundedWeight]
     patches: Callable[[RoundedWeight], list[Patch]]
     """What a weight of the same scheme, shape and types of scales makes of the files."""

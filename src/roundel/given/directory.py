@@ -34,7 +34,7 @@ from roundel.given.base import Given, Patch, Slot
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint
 from roundel.models.ends import ends_of
-from roundel.models.load import PLAIN, quantization_settings
+from roundel.models.load import PLAIN, quantization_settings, read_config
 from roundel.rotation import Permutation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
@@ -53,12 +53,9 @@ def open_directory(path: Path, source: Source) -> Given:
     Raises:
         ModelError: its format is none of these, none of its weights is quantized, or it is damaged.
     """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} has no readable config.json: {error}") from error
-    settings = config["quantization"] if isinstance(config.get("quantization"), dict) else quantization_settings(path)
-    method = "mlx" if isinstance(config.get("quantization"), dict) else str(settings.get("quant_method"))
+    by_mlx = read_config(path).get("quantization")
+    settings = by_mlx if isinstance(by_mlx, dict) else quantization_settings(path)
+    method = "mlx" if settings is by_mlx else str(settings.get("quant_method"))
     if method not in READERS:
         raise ModelError(f"{path} is quantized by {method}: of directories {', '.join(READERS)} can be refined, and GGUF files")
     checkpoint = Checkpoint.open(path)
@@ -88,11 +85,7 @@ def open_directory(path: Path, source: Source) -> Given:
         return checkpoint.read(stored).float() if stored in checkpoint.files else None
 
     def others(new: Mapping[str, Tensor]) -> list[Patch]:
-        return [
-            patch
-            for stored, value in new.items()
-            for patch in _patches(checkpoint, places, {stored: value.to(checkpoint.read(stored).dtype).contiguous()})
-        ]
+        return _patches(checkpoint, places, {stored: value.to(checkpoint.read(stored).dtype) for stored, value in new.items()})
 
     if not slots:
         reason = next(iter(left.values()), "no linear of the original has codes in it")
@@ -149,7 +142,7 @@ def _slot(
         changed = {prefix + part: value for part, value in packed.items() if not _same(value, checkpoint.read(prefix + part))}
         return _patches(checkpoint, places, changed)
 
-    return Slot(scheme=weight.scheme, shape=shape, read=lambda: read()[0], patches=patches)
+    return Slot(scheme=weight.scheme, read=lambda: read()[0], patches=patches)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

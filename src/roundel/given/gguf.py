@@ -132,7 +132,7 @@ def _slot(file: Path, tensor: ReaderTensor, scheme: str, shape: tuple[int, int],
         assert len(packed) == size
         return [Patch(file, offset, packed)]
 
-    return Slot(scheme=scheme, shape=shape, read=read, patches=patches)
+    return Slot(scheme=scheme, read=read, patches=patches)
 
 
 def _usable(weight: RoundedWeight) -> RoundedWeight:

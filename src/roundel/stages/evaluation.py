@@ -98,16 +98,8 @@ def evaluate_values(written: Values, source: Source, split: Split, notes: Notes,
             x, xq = after, afterq
         found, slices = Comparison(), layers.slices(length)
         for row in rows:
-            h, hq, own = x.read([row]).to(layers.device), xq.read([row]).to(layers.device), ids([row])
-
-            def theirs(part: slice, own: torch.Tensor = own, h: torch.Tensor = h) -> torch.Tensor:
-                return layers.logits(own[:, part], h[:, part])[0]
-
-            def ours(part: slice, own: torch.Tensor = own, hq: torch.Tensor = hq) -> torch.Tensor:
-                with layers.replaced(outer):
-                    return layers.logits(own[:, part], hq[:, part])[0]
-
-            found.add(tokens.ids[row], ours, theirs, slices)
+            h, hq = (states.read([row]).to(layers.device) for states in (x, xq))
+            found.add_states(layers, tokens.ids[row], hq, h, outer, slices)
             advance(1)
         store.drop(x)
         store.drop(xq)

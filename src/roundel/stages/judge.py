@@ -23,10 +23,16 @@ from roundel.sweeps import HiddenStates, HiddenStore
 from roundel.sweeps.gradients import batches
 from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["JUDGED", "Judge"]
+__all__ = ["JUDGED", "Judge", "values_of_group"]
 
 JUDGED = 16
 """Sequences."""
+
+
+def values_of_group(source: Source, index: int, own: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
+    """Weights of a group by parameter; of linears that could not be rounded, what they were quantized to."""
+    names = source.layers.inside(index, source.linears)
+    return {f"{name}.weight": dequantized(own[name] if name in own else source.given[name]) for name in names}
 
 
 class Judge:
@@ -89,24 +95,15 @@ class Judge:
         for later in range(index + 1, len(self._layers)):
             with self._layers.loaded(later):
                 state = self._run(later, state, self._weights(later, self._source.given))
-        layers, found, outer = self._layers, Comparison(), self._outside()
+        found, outer, slices = Comparison(), self._outside(), self._layers.slices(self._tokens.ids.shape[1])
         for row in range(len(self._tokens)):
-            h, hq, ids = self._reference.read([row]).to(layers.device), state.read([row]).to(layers.device), self._ids([row])
-
-            def theirs(part: slice, ids: Tensor = ids, h: Tensor = h) -> Tensor:
-                return layers.logits(ids[:, part], h[:, part])[0]
-
-            def ours(part: slice, ids: Tensor = ids, hq: Tensor = hq) -> Tensor:
-                with layers.replaced(outer):
-                    return layers.logits(ids[:, part], hq[:, part])[0]
-
-            found.add(self._tokens.ids[row], ours, theirs, layers.slices(self._tokens.ids.shape[1]))
+            h, hq = (states.read([row]).to(self._layers.device) for states in (self._reference, state))
+            found.add_states(self._layers, self._tokens.ids[row], hq, h, outer, slices)
         self._store.drop(state)
         return found.result().kl_mean
 
     def _weights(self, index: int, own: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
-        names = self._layers.inside(index, self._source.linears)
-        return {f"{name}.weight": dequantized(own[name]) for name in names if name in own}
+        return values_of_group(self._source, index, own)
 
     def _embedded(self, values: Mapping[str, Tensor]) -> HiddenStates:
         state = None

@@ -44,7 +44,7 @@ from roundel.stages.curvature import measure_curvature, safe_batch
 from roundel.stages.ends import Ends, round_ends
 from roundel.stages.evaluation import continue_written, evaluate_values, predict
 from roundel.stages.finish import weights_of
-from roundel.stages.judge import JUDGED, Judge
+from roundel.stages.judge import JUDGED, Judge, values_of_group
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized, report_details
 from roundel.stages.rounding import Rounded, choose_schemes, round_model, rounding_digest
@@ -282,8 +282,7 @@ class _Values:
         return self._ends.values()
 
     def of_group(self, index: int) -> dict[str, Tensor]:
-        names = self._source.layers.inside(index, self._source.linears)
-        return {f"{name}.weight": dequantized(self._weights[name]) for name in names}
+        return values_of_group(self._source, index, self._weights)
 
 
 def _measured(
