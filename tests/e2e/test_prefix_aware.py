@@ -204,9 +204,10 @@ def swept(model: torch.nn.Module, linears: dict[str, torch.nn.Linear], ids: torc
 
     def together(_index, names, wanted, _moments):
         found = {}
+        own = wanted(names)
         for name in names:
-            targets[name] = wanted([name]).get(name)
-            W = wanted([name]).get(name, linears[name].weight.detach())
+            targets[name] = own.get(name)
+            W = own.get(name, linears[name].weight.detach())
             scales = grid.fit_scales(W, torch.ones(W.shape[1]), torch.float16)
             found[name] = RoundedWeight(scheme=grid.name, codes=nearest(W, grid, scales), scales=scales, shape=tuple(W.shape))
         return found

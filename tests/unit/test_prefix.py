@@ -23,17 +23,19 @@ def paths(seed: int = 0) -> dict[str, Tensor]:
     return {"x": x, "xq": xq, "stream": stream, "W": draw(D_OUT, D_IN, seed=seed + 7)}
 
 
-def moments(known: dict[str, Tensor], parts: int = 1) -> Moments:
-    found = Moments.empty(D_IN, torch.device("cpu"), {"added": D_OUT})
+def moments(known: dict[str, Tensor], strengths: Strengths, parts: int = 1) -> Moments:
+    """Of one linear that is added to the stream and one that is not."""
+    W = known["W"].float()
+    found = Moments({"added": W, "plain": W}, {"added"}, strengths)
     x, xq, stream = (known[name].float() for name in ("x", "xq", "stream"))
     for rows in torch.arange(TOKENS).tensor_split(parts):
         found.add(x[rows], xq[rows], {"added": stream[rows]})
+    found.settle()
     return found
 
 
 def targets(known: dict[str, Tensor], strengths: Strengths, parts: int = 1) -> dict[str, Tensor]:
-    W = known["W"].float()
-    return moments(known, parts).targets({"added": W, "plain": W}, {"added": strengths, "plain": strengths})
+    return moments(known, strengths, parts).targets(["added", "plain"])
 
 
 def ridge(known: dict[str, Tensor], wanted: Tensor) -> Tensor:
@@ -78,21 +80,24 @@ def test_strengths_of_zero_and_equal_paths_leave_the_weight() -> None:
         assert torch.equal(value, W)
 
 
-def test_linears_of_one_tensor_may_have_other_strengths_and_weights_in_sixteen_bits() -> None:
+def test_linears_that_are_all_added_keep_no_square_of_differences_and_weights_may_be_in_sixteen_bits() -> None:
     known = paths(30)
-    W, own = known["W"].to(torch.bfloat16), moments(known)
-    strengths = {name: Strengths(prefix=s, stream=0.0, damping=c) for name, s, c in (("a", 0.5, 0.01), ("b", 1.0, 0.3))}
-    found = own.targets(dict.fromkeys(strengths, W), strengths)
-    for name, each in strengths.items():
-        alone = own.targets({name: W}, {name: each})[name]
-        assert found[name].dtype == torch.float32
-        assert torch.equal(found[name], alone)
-    assert not torch.equal(found["a"], found["b"])
+    strengths = Strengths(prefix=0.7, stream=0.0, damping=DAMPING)
+    W = known["W"].to(torch.bfloat16)
+    own = Moments({"added": W}, {"added"}, strengths)
+    own.add(known["x"].float(), known["xq"].float(), {"added": known["stream"].float()})
+    own.settle()
+    assert [tuple(total.shape) for total in own.sums()] == [(D_IN, D_IN), (D_OUT, D_IN)]
+    found = own.targets(["added"])["added"]
+    assert found.dtype == torch.float32
+    expected = targets({**known, "W": W.double()}, strengths)["plain"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_input_curvature_is_the_mean_of_both() -> None:
     known = paths(40)
-    own = moments(known)
+    strengths = Strengths(prefix=1.0, stream=1.0, damping=DAMPING)
+    own = moments(known, strengths)
     factors = KroneckerFactors(H_out=torch.eye(D_OUT), H_in=2 * torch.eye(D_IN), scale=3.0)
     second = known["xq"].T @ known["xq"]
     expected = (2 * torch.eye(D_IN) + second / second.diagonal().mean()) / 2
@@ -100,7 +105,7 @@ def test_the_input_curvature_is_the_mean_of_both() -> None:
     grouped = own.met(GroupedFactors(groups=(factors, factors)))
     assert isinstance(grouped, GroupedFactors)
     assert all(torch.equal(group.H_in, own.met(factors).H_in) and group.scale == 3.0 for group in grouped.groups)
-    assert Moments.empty(D_IN, torch.device("cpu"), {}).met(factors) is factors
+    assert Moments({"plain": known["W"]}, (), strengths).met(factors) is factors
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:

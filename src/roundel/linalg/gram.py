@@ -25,7 +25,7 @@ from torch import Tensor
 
 from roundel.linalg.fast import are_fast
 
-__all__ = ["add_gram", "add_product", "add_symmetric_product", "gram", "lower_product", "symmetrise"]
+__all__ = ["add_gram", "add_product", "add_symmetric_product", "gram", "lower_product", "mirror", "symmetrise"]
 
 LEAF = 256
 MIRROR = 256
@@ -103,9 +103,14 @@ def gram(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
 def symmetrise(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The full symmetric matrix of which only the lower triangle is read."""
     full = lower.clone()
-    for start in range(0, len(full), MIRROR):
-        stop = start + MIRROR
-        full[start:stop, stop:] = full[stop:, start:stop].T
-        square = full[start:stop, start:stop]
-        square.copy_(square.tril() + square.tril(-1).T)
+    mirror(full)
     return full
+
+
+def mirror(lower: Float[Tensor, "d d"]) -> None:
+    """Makes it symmetric in its place, by its lower triangle."""
+    for start in range(0, len(lower), MIRROR):
+        stop = start + MIRROR
+        lower[start:stop, stop:] = lower[stop:, start:stop].T
+        square = lower[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)

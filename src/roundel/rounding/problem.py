@@ -27,5 +27,7 @@ def make_problem(W: Tensor, factors: KroneckerFactors, *, damping: float, dtype:
 
 
 def _factorised(H: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    damped, L, used = damped_ldl(H, damping)
-    return damped.to(dtype), L.to(dtype), used
+    wide, L, used = damped_ldl(H, damping)
+    damped = wide.to(dtype)
+    del wide
+    return damped, L.to(dtype), used

@@ -82,19 +82,23 @@ def round_model(
             mine: dict[str, RoundedWeight] = {}
             own_rows: dict[str, dict[str, Any]] = {}
             sizes = {name: float(linears[name].weight.numel() * sum(linears[name].weight.shape)) for name in names}
-            for own in _at_a_time(processes.shared_out(sizes), schemes):
-                known, wanted = measured.curvatures.load(index, own), targets(own)
-                asked = [_asked(recipe, source, name, known[name], wanted.get(name), moments) for name in own]
+            here = processes.shared_out(sizes)
+            wanted = dict(targets(here)) if here else {}
+            for own in _at_a_time(here, schemes):
+                known = measured.curvatures.load(index, own)
+                asked = [_asked(recipe, source, name, known[name], wanted.pop(name, None), moments) for name in own]
+                known_rows = {name: dict(each.row) for name, each in known.items()}
+                del known  # its factors, of which each linear has its own
                 for linear, (weight, row) in zip(
                     asked, round_linears(recipe, parse_scheme(schemes[own[0]]), asked, device_of(source.model)), strict=True
                 ):
                     mine[linear.name] = weight
                     aware = {} if linear.target is None else {"prefix_aware": True}
                     raised = {"damping_raised": True} if row["damping"] > linear.damping else {}
-                    own_rows[linear.name] = row | dict(known[linear.name].row) | aware | raised
-            found, known_rows = shared(mine, own_rows)
+                    own_rows[linear.name] = row | known_rows[linear.name] | aware | raised
+            found, all_rows = shared(mine, own_rows)
             for name in names:
-                row = known_rows[name]
+                row = all_rows[name]
                 if row.pop("damping_raised", False):
                     notes.warn(f"{name}: damping raised to {row['damping']:g}, its factors were not positive definite")
                 rows[name] = row

@@ -43,7 +43,7 @@ from roundel.types import Factors, RoundedWeight, TokenBatch
 __all__ = ["Prefix", "RoundTogether", "Steps", "Targets", "rounding_sweep", "steps_taken"]
 
 Targets = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""What linears are to be rounded to, by name, where that is not their own weight."""
+"""What linears are to be rounded to, by name, where that is not their own weight; asked once, for all."""
 
 RoundTogether = Callable[[int, list[str], Targets, Moments | None], dict[str, RoundedWeight]]
 """Rounds linears of a group, by name, to targets, meeting inputs of these moments."""
@@ -319,10 +319,9 @@ class _Paths:
                 moments = self._moments(index, linears, readers, inputs[readers.names[0]], rests) if readers.per_token else None
 
                 def targets(names: Sequence[str], moments: Moments | None = moments) -> Mapping[str, Tensor]:
-                    own = {name: kept[name] for name in names}
                     if moments is not None:
-                        return moments.targets(own, dict.fromkeys(names, self._prefix.strengths))
-                    return {name: weight.float() for name, weight in own.items()} if self._natural is not None else {}
+                        return moments.targets(names)
+                    return {name: kept[name].float() for name in names} if self._natural is not None else {}
 
                 found = round_together(index, list(readers.names), targets, moments)
                 for name, weight in found.items():
@@ -372,10 +371,10 @@ class _Paths:
     ) -> Moments:
         layers, first = self._layers, readers.names[0]
         watched = {name: linears[name] for name in {first, *readers.added}}
-        added = {name: linears[name].out_features for name in readers.added}
+        weights = {name: linears[name].weight.detach() for name in readers.names}
 
         def part(number: int) -> list[Tensor]:
-            moments = Moments.empty(linears[first].in_features, layers.device, added)
+            moments = Moments(weights, readers.added, self._prefix.strengths)
             for rows in batches(self._runs[number], self._batch_size):
                 hidden = self._xq.read(rows).to(layers.device)
                 seen, _ = self._observe(layers, index, self._ids(rows), hidden, watched, added=readers.added, stop=True)
@@ -391,8 +390,9 @@ class _Paths:
                         moments.add(before[place].float(), xq[place].float(), own)
             return moments.sums()
 
-        total = Moments.empty(linears[first].in_features, layers.device, added)
+        total = Moments(weights, readers.added, self._prefix.strengths)
         processes.summed(total.sums(), len(self._runs), part)
+        total.settle()
         return total
 
 
