@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 import roundel
 from e2e import tiny
@@ -19,6 +20,8 @@ from roundel.commands.app import main
 from roundel.evaluate import plots
 from roundel.recipes import Recipe
 from roundel.stages import evaluation
+from roundel.sweeps import Layers, safe_batch_size
+from roundel.types import TokenBatch
 
 SETTINGS: dict[str, Any] = {"sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 1}
 
@@ -47,6 +50,26 @@ def _short_texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Written at their length in shared fixtures, where they are read, and where reports of other processes are compared."""
     if request.path.name not in ("test_determinism.py", "test_processes.py", "test_reports.py", "test_work.py"):
         monkeypatch.setattr(evaluation, "NEW_TOKENS", 1)
+
+
+@pytest.fixture(autouse=True)
+def _batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a batch gives the bits of its sequences is tried once for each kind of model and batch: a sixth of a tiny job."""
+    if request.path.name in ("test_auto.py", "test_determinism.py", "test_out_of_memory.py"):
+        return
+    for user in ("curvature", "collecting"):
+        monkeypatch.setattr(importlib.import_module(f"roundel.stages.{user}"), "safe_batch_size", _tried_once)
+
+
+_TRIED: dict[tuple[Any, ...], int] = {}
+
+
+def _tried_once(layers: Layers, linears: Mapping[str, nn.Linear], tokens: TokenBatch, **given: Any) -> int:
+    model: Any = layers.model
+    key = (type(model), model.config.to_json_string(), model.dtype, len(layers), tuple(linears), tokens.ids.shape, str(given))
+    if key not in _TRIED:
+        _TRIED[key] = safe_batch_size(layers, linears, tokens, **given)
+    return _TRIED[key]
 
 
 @contextmanager
