@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import roundel
 from e2e import ranks, tiny
@@ -31,7 +31,7 @@ from roundel.progress import Silent
 from roundel.stages import quantize as quantize_stage
 from roundel.stages import space
 from roundel.stages.rounding import natural
-from roundel.sweeps import HiddenStates, hidden
+from roundel.sweeps import HiddenStates, Layers, hidden
 
 LAYERS = 3
 GIVEN: dict[str, Any] = {
@@ -382,6 +382,7 @@ PASSING, KEPT = {"memory": "100K"}, {"memory": 1000, "work": "work"}
         ({}, [PASSING, KEPT]),
         (AUTO, [PASSING]),
         ({"bits": 4.5}, [KEPT]),
+        ({"scheme": "int4-g32-affine", "format": "mlx"}, [PASSING]),  # with embedding and head
         ({"scheme": "trellis2-s6", "include": ("*.?_proj",)}, [PASSING]),
         ({"prefix_aware": False}, [KEPT]),
     ],
@@ -400,6 +401,27 @@ def test_without_memory_it_is_the_same(settings, places, deep, whole, quantize, 
         loads.clear()
     left = {str(place["memory"]) for place in places} | {place["work"] for place in places if "work" in place}
     assert {path.name for path in tmp_path.iterdir()} == left | ({"with"} if settings else set())
+
+
+def test_a_head_is_in_memory_between_its_first_call_and_the_next_layer(deep, tmp_path) -> None:
+    model, weights = offload.load_on_demand(deep, device=torch.device("cpu"), dtype=torch.float32, folder=tmp_path)
+    whole, layers, ids = AutoModelForCausalLM.from_pretrained(deep), Layers(model, weights), torch.arange(9)[None]
+    hidden = layers.embed(ids)
+    for index in range(LAYERS):
+        with layers.loaded(index):
+            assert model.lm_head.weight.is_meta
+            hidden = layers.run(index, ids, hidden)
+    expected = whole(ids).logits
+    torch.testing.assert_close(layers.logits(ids, hidden), expected)
+    assert not model.lm_head.weight.is_meta
+    for _ in range(2):  # there, and not
+        with layers.replaced({"lm_head.weight": torch.zeros(expected.shape[-1], hidden.shape[-1])}):
+            assert not layers.logits(ids, hidden).any()
+            with layers.loaded(0):
+                assert not layers.logits(ids, hidden).any()
+        torch.testing.assert_close(layers.logits(ids, hidden), expected)
+        with layers.loaded(0):
+            assert model.lm_head.weight.is_meta
 
 
 def test_without_memory_it_goes_on_too(deep, whole, quantize, tmp_path) -> None:

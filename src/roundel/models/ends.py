@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from roundel.models.checkpoint import Checkpoint
 
-__all__ = ["End", "ends_of"]
+__all__ = ["End", "ends_of", "head_of_its_own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +41,11 @@ def ends_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[End]:
     if isinstance(head, nn.Linear) and not tied:
         found.append(End(name=names[id(head)], embeds=False, heads=True))
     return [end for end in found if (checkpoint.weight_of(end.name) or "").endswith(".weight")]
+
+
+def head_of_its_own(model: Any) -> list[str]:
+    """The output head, by name, if it is a linear without bias whose weight is not the embedding's; of a model without weights, too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.config.get_text_config().tie_word_embeddings:
+        return []
+    return [name for name, module in model.named_modules() if module is head and head.weight is not getattr(embedding, "weight", None)]

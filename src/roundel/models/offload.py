@@ -2,7 +2,8 @@
 
 Transformers finds out which stored tensors become which parameters and where it has to write converted ones (`device_map` with `disk`), and
 accelerate's loader reads them. Its hooks, which would load a layer's weights in every call, are taken off again: `loaded` does it once for
-a visit of the layer, however many batches pass it. Embedding, norms and output head are in memory.
+a visit of the layer, however many batches pass it. An output head that is no embedding comes with its first call, and goes when a layer
+comes; embedding and norms are in memory.
 
 Not done: a GPU's copies overlapping with computation.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roundel.errors import ModelError
+from roundel.models.ends import head_of_its_own
 from roundel.models.experts import SplitExperts
 from roundel.models.load import guarded, load_config, skeleton
 from roundel.models.plain import is_turned
@@ -44,6 +46,39 @@ class FileWeights:
     ) -> None:
         self._model, self._where, self._device, self._dtype = model, where, device, dtype
         self._folder, self._changed = folder, dict[str, Path]()
+        self._head: tuple[str, nn.Parameter | None] = "", None
+        """The name of the head's weight, and what it is while it is in memory."""
+
+    def bring_head(self, name: str) -> None:
+        """Calls of this module bring its weight, which stays until a layer's are loaded."""
+        self._head = f"{name}.weight", None
+        self._model.get_submodule(name).register_forward_pre_hook(self._with_head)
+
+    def _with_head(self, head: nn.Module, _args: object) -> None:
+        if head.weight.is_meta:
+            name, _ = self._head
+            self._put(name, self._read(name))
+            self._head = name, head.weight  # type: ignore[assignment]
+
+    def _without_head(self) -> None:
+        name, weight = self._head
+        if weight is not None and self._model.get_parameter(name) is weight:
+            self._put(name, weight.to("meta"))
+            self._head = name, None
+
+    def _read(self, name: str) -> Tensor:
+        """A parameter as its file has it.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        source, key = self._where[name]
+        value = source[key]
+        if value.is_floating_point():
+            value = value.to(self._dtype)
+            if not torch.isfinite(value).all():
+                raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")
+        return value.to(self._device)
 
     @contextmanager
     def loaded(self, modules: Sequence[str]) -> Iterator[None]:
@@ -56,15 +91,11 @@ class FileWeights:
         mine = [name for name in self._where if name.startswith(prefixes)]
         changed = load_file(self._changed[modules[0]]) if modules[0] in self._changed else {}
         shapes: dict[str, torch.Size] = {}
+        self._without_head()
         for name in mine:
-            source, key = self._where[name]
-            value = changed[name] if name in changed else source[key]
+            value = changed[name].to(self._device, self._dtype) if name in changed else self._read(name)
             shapes[name] = value.shape
-            if value.is_floating_point():
-                value = value.to(self._dtype)
-                if not torch.isfinite(value).all():
-                    raise ModelError(f"weight {name} holds NaN or infinite values; the checkpoint is damaged")
-            self._put(name, value.to(self._device))
+            self._put(name, value)
         for name in changed.keys() - self._where.keys():  # an expert's
             self._model.get_parameter(name).data.copy_(changed[name])
         try:
@@ -125,7 +156,8 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
         ModelError: as `load_model`.
     """
     empty = _skeleton(path)
-    places = _places(empty, "", frozenset(decoder_layers(empty)), str(device))
+    head = head_of_its_own(empty)
+    places = _places(empty, "", frozenset([*decoder_layers(empty), *head]), str(device))
     options: dict[str, Any] = {
         "config": load_config(path),
         "dtype": dtype,
@@ -152,11 +184,14 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
     if left:
         raise ModelError(f"{path}: {left[0]} cannot be loaded on demand; give more --memory")
     model.requires_grad_(False)
-    return model.eval(), FileWeights(model, where, device, dtype, folder)
+    weights = FileWeights(model, where, device, dtype, folder)
+    for name in head:
+        weights.bring_head(name)
+    return model.eval(), weights
 
 
 def _places(module: nn.Module, name: str, layers: frozenset[str], device: str) -> dict[str, str]:
-    """The decoder layers on the disk, and everything beside them on the device."""
+    """These modules on the disk, and everything beside them on the device."""
     if name in layers:
         return {name: "disk"}
     if not any(layer.startswith(f"{name}." if name else "") for layer in layers):

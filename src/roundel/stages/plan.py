@@ -23,6 +23,7 @@ from roundel.artifacts.work import HIDDEN, Work
 from roundel.errors import RoundelError, SchemeError
 from roundel.grids import parse_scheme
 from roundel.models.coverage import coverage_of
+from roundel.models.ends import head_of_its_own
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
 from roundel.progress import duration as spoken
@@ -47,6 +48,9 @@ PROGRAM = 520_000_000
 
 WEIGHTS, LOGITS = 1.5, 6
 """Copies of the weights in memory, of which half is the mapped file; slices of logits."""
+
+ROUNDED, FACTORS = 48, 26
+"""Bytes for each weight of a linear while it is rounded, and for each entry of its squares: moments, factors, and these in float64."""
 
 SLACK = 1.35
 """What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way."""
@@ -179,15 +183,17 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
 def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int) -> dict[str, int]:
     """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files.
 
-    The program; the weights (all, or those outside of the decoder layers and one layer); hidden states; and the largest of three: sums of
-    curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits. All with `SLACK`; and the codes.
+    The program; the weights (all, or those outside of the decoder layers and one layer or the output head); hidden states; and the largest
+    of three: sums of curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits. All with
+    `SLACK`; and the codes.
     """
     item, length = dtype.itemsize, source.length
     embedding: Any = source.model.get_input_embeddings()
     in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
-    weights = source.parameters * item
+    weights, head = source.parameters * item, 0
     if weights > budget // 2:
-        weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item
+        head = sum(source.model.get_parameter(f"{name}.weight").numel() for name in head_of_its_own(source.model)) * item
+        weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item - head
     by_layer: dict[str, list[nn.Linear]] = {}
     for name, linear in source.linears.items():
         by_layer.setdefault(next((layer for layer in names if name.startswith(f"{layer}.")), ""), []).append(linear)
@@ -195,10 +201,9 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     sums = max(4 * STATES * max(*own, min(sum(own), budget // PORTION // (4 * STATES))) for own in squares)
     wide = max(sum(each.in_features + each.out_features for each in own) for own in by_layer.values())
     collecting = sums + default_batch(length) * length * wide * item
-    rounding = max(
-        12 * each.weight.numel() * 4 + 7 * 8 * (each.in_features**2 + each.out_features**2) for own in by_layer.values() for each in own
-    )
-    logits = LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
+    linears = [each for own in by_layer.values() for each in own]
+    rounding = max(ROUNDED * each.weight.numel() + FACTORS * (each.in_features**2 + each.out_features**2) for each in linears)
+    logits = WEIGHTS * head + LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
     states = max(recipe.prefix_count, recipe.sequences) + recipe.eval_sequences
     hidden = (len(names) + 3) * states * length * embedding.embedding_dim * item
     codes = sum(each.weight.numel() for each in source.linears.values())

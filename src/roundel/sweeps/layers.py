@@ -206,7 +206,7 @@ class Layers:
             if parameter is not None and id(parameter) in wanted
         ]
         for module, key, parameter in places:
-            value = wanted[id(parameter)].to(parameter.device, parameter.dtype)
+            value = wanted[id(parameter)].to(self.device if parameter.is_meta else parameter.device, parameter.dtype)
             module._parameters[key] = nn.Parameter(value, requires_grad=False)
         try:
             yield
