@@ -1,5 +1,6 @@
 # make demo    install and quantize the embedded model, three ways, with the comparison printed
 # make test    install and run the tests
+# make test-slow    further cases of what the tests try, that would take them too long: other grids, models, numbers of processes; makes benchmarks/results/test-slow.json
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   installs llama.cpp (some five minutes) and compares its logits and text with ours
 # make bench-llama   llama.cpp's own quantizer and named mixes, in bytes and KL; make bench-llama MODEL=dir CALIBRATION=text HELDOUT=text OURS="files" (MODEL is the embedded one by default)
@@ -30,13 +31,16 @@ BIN := .venv/bin
 # Libraries are compiled when they are first imported (--no-compile), once and not in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos fuzz architectures peers studies docs doc-commands newcomer install clean
+.PHONY: demo test test-slow test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos fuzz architectures peers studies docs doc-commands newcomer install clean
 
 demo: install
 	$(BIN)/roundel demo
 
 test: install
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-slow: install
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow --results benchmarks/results/test-slow.json
 
 # What depends on other packages: formats, readers, Transformers, and whole runs.
 FAST := tests/unit tests/laws tests/e2e/test_determinism.py tests/e2e/test_architectures.py tests/e2e/test_export.py tests/e2e/test_gguf.py tests/e2e/test_errors.py

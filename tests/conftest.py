@@ -2,9 +2,11 @@
 
 import os
 import pkgutil
+import time
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
@@ -36,12 +38,29 @@ CHECKED = (
 
 LONG = ("test_triton.py", "test_work.py", "test_processes.py", "test_prefix_aware.py", "test_auto.py", "test_architectures.py")
 
+_BEGAN = time.monotonic()
 F = TypeVar("F", bound=Callable[..., object])
 _checked = jaxtyping.jaxtyped
 
 
 def _unchecked(**_given: object) -> Callable[[F], F]:
     return lambda function: function
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--results FILE`."""
+    parser.addoption("--results", help="Where to write how many tests passed, failed and were skipped, as JSON.")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What `--results` asks for."""
+    if file := config.getoption("results"):
+        counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+        from roundel.stages.report import versions
+        from roundel.store import write_json
+
+        seconds = round(time.monotonic() - _BEGAN, 1)
+        write_json(Path(file), {"kind": "tests", **counts, "seconds": seconds, "cores": os.cpu_count(), "versions": versions()})
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -93,7 +93,7 @@ def test_collected_factors_give_the_same_checkpoint_and_the_same_choices(model, 
     assert direct.report == reused.report
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("batch_size", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_batch_size_changes_a_choice_or_a_prediction(batch_size: int, chosen, model, quantize, tmp_path) -> None:
     other = quantize(model(), tmp_path / "out", scheme=SCHEME, batch_size=batch_size, **ENOUGH)
     assert choices(other) == choices(chosen)
@@ -143,6 +143,7 @@ def offering(monkeypatch: pytest.MonkeyPatch, candidates: Callable[[Sketch], dic
     monkeypatch.setattr(Auto, "candidates", offered)
 
 
+@pytest.mark.slow
 def test_where_the_first_factors_mislead_the_better_ones_are_taken(model, text, quantize, tmp_path, monkeypatch) -> None:
     """Only those of `down_proj`, whose width is 96. They are also indefinite, of which whoever does not take them hears nothing."""
 

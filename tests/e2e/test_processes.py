@@ -21,7 +21,7 @@ from roundel import processes
 from roundel.errors import ProcessesError
 from roundel.stages.rounding import natural
 
-GIVEN: dict[str, Any] = {"sequences": 24, "prefix_sequences": 24, "seq_len": 16, "eval_sequences": 5, "sweeps": 1}
+GIVEN: dict[str, Any] = {"sequences": 16, "prefix_sequences": 16, "seq_len": 16, "eval_sequences": 5, "sweeps": 1}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "natural": ("llama", {"scheme": "int3-g16", "curvature": "pilot", "prefix_aware": True, "natural_places": 1}),
     "chosen": ("llama", {"scheme": "int4-g32", "sequences": 64, "prefix_aware": True, "natural_places": 0}),
@@ -67,13 +67,13 @@ def source(model, tmp_path_factory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["natural", "chosen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("experts", "tiles"))])
 def test_the_same_codes_and_numbers(kind: str, source, text, command, tmp_path) -> None:
     name, settings = KINDS[kind]
     line = ["quantize", source(name), "--calibration", text, "--quiet", *options({**GIVEN, **settings})]
     assert command(*line, "-o", tmp_path / "1").code == 0
     report = json.loads((tmp_path / "1" / "roundel.json").read_text())
-    count = 3 if kind == "natural" else 2
+    count = 4 if kind == "natural" else 2
     found = ranks.run(count, *line, "-o", tmp_path / "several", step_tokens=64)
     assert [rank.code for rank in found] == [0] * count, found
     own = json.loads((tmp_path / "several" / "roundel.json").read_text())
@@ -107,7 +107,7 @@ def test_tuning_end_to_end_in_shards(tmp_path) -> None:
     assert two["evaluation"]["kl"]["mean"] == pytest.approx(one["evaluation"]["kl"]["mean"], rel=0.02)
 
 
-@pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), ("lattice2", "*.[kv]_proj")])
+@pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), pytest.param("lattice2", "*.[kv]_proj", marks=pytest.mark.slow)])
 def test_what_stays_whole_in_every_process(scheme, include, model, text, tmp_path) -> None:
     """Biases, norms and the embedding beside sharded codes or vectors."""
     settings = {
@@ -130,6 +130,7 @@ def test_what_stays_whole_in_every_process(scheme, include, model, text, tmp_pat
     assert two[1]["calibration_kl"] == pytest.approx(one[1]["calibration_kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_with_another_number(model, text, quantized, tmp_path) -> None:
     line = ["tune", quantized.path, "--calibration", text, "--quiet", *options({"tune_steps": 8, "tune_tokens": 64})]
     whole = ranks.run(2, *line, "-o", tmp_path / "whole", "--work", tmp_path / "first")
@@ -170,7 +171,9 @@ def test_one_error(model, text, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("victim", "after", "torchrun"), [(1, "curvature/*.safetensors", False), (0, "rounded/*.safetensors", True)], ids=["second", "torchrun"]
+    ("victim", "after", "torchrun"),
+    [(1, "curvature/*.safetensors", False), pytest.param(0, "rounded/*.safetensors", True, marks=pytest.mark.slow)],
+    ids=["second", "torchrun"],
 )
 def test_a_killed_process_ends_the_job_with_one_error_and_another_number_goes_on(
     victim, after, torchrun, model, text, command, tmp_path

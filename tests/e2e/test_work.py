@@ -202,7 +202,12 @@ def test_what_is_finished_is_not_done_again(deep, whole, quantize, tmp_path) -> 
 
 @pytest.mark.parametrize(
     "settings",
-    [AUTO, {"bits": 4.5}, {"scheme": "lattice2", "include": ("*.v_proj",)}, {"scheme": "nvfp4", "prefix_aware": False}],
+    [
+        AUTO,
+        {"scheme": "nvfp4", "prefix_aware": False},
+        pytest.param({"bits": 4.5}, marks=pytest.mark.slow),
+        pytest.param({"scheme": "lattice2", "include": ("*.v_proj",)}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_other_recipes_go_on_too(settings, deep, quantize, tmp_path) -> None:
@@ -381,9 +386,9 @@ PASSING, KEPT = {"memory": "100K"}, {"memory": 1000, "work": "work"}
     [
         ({}, [PASSING, KEPT]),
         (AUTO, [PASSING]),
-        ({"bits": 4.5}, [KEPT]),
         ({"scheme": "int4-g32-affine", "format": "mlx"}, [PASSING]),  # with embedding and head
-        ({"scheme": "trellis2-s6", "include": ("*.?_proj",)}, [PASSING]),
+        pytest.param({"bits": 4.5}, [KEPT], marks=pytest.mark.slow),
+        pytest.param({"scheme": "trellis2-s6", "include": ("*.?_proj",)}, [PASSING], marks=pytest.mark.slow),
         ({"prefix_aware": False}, [KEPT]),
     ],
     ids=str,
