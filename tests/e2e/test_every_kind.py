@@ -17,6 +17,8 @@ KINDS = {
 }
 """Beside those that other files look at (test_architectures, test_experts, test_plain, test_renamed, test_quantized_sources)."""
 
+SLOW = ("jetmoe", "mamba2", "lfm2", "bart")
+
 ROUNDED_BY_TRANSFORMERS = 5e-4
 """Experts that it decodes itself get 16 bits."""
 
@@ -27,7 +29,10 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("architectures")
 
 
-@pytest.mark.parametrize("kind", [kind for kinds in KINDS.values() for kind in kinds])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kinds in KINDS.values() for kind in kinds],
+)
 def test_quantized_and_read_back(kind: str, architectures: ModuleType, tmp_path: Path) -> None:
     row = architectures.one(kind, tmp_path, nearest=False)
     assert row["state"] == "quantized", row

@@ -24,6 +24,7 @@ from roundel.errors import SchemeError
 from roundel.models.experts import Part, SplitExperts, join_experts, parts_of, split_experts
 from roundel.models.load import load_model
 from roundel.rounding.round import dequantized
+from roundel.stages.rounding import natural
 
 Quantize = Callable[..., roundel.Quantized]
 CPU = torch.device("cpu")
@@ -221,9 +222,14 @@ def test_other_formats(source: Path, form: str, quantize: Quantize, tmp_path: Pa
 
 
 @pytest.mark.parametrize("places", [0, 1])
-def test_experts_among_prefix_aware_linears_and_natural_steps(places: int, source: Path, quantize: Quantize, tmp_path: Path) -> None:
+def test_experts_among_prefix_aware_linears_and_natural_steps(
+    places: int, source: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if source.name not in ("deepseek-v3", "llama4"):
         pytest.skip("the others differ in nothing that rounding sees")
+    if (source.name, places) == ("llama4", 0):
+        pytest.skip("what differs are the steps")
+    monkeypatch.setattr(natural, "STEP_TOKENS", 64)
     given = {"scheme": "int3-g32", "prefix_aware": True, "natural_places": places, "prefix_sequences": 12}
     result = quantize(source, tmp_path / "out", **given, memory="1K")
     aware = {name for name, row in result.details["layers"].items() if row.get("prefix_aware")}
