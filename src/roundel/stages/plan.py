@@ -46,13 +46,13 @@ WORTH_PLANNING = 50_000_000
 PROGRAM = 520_000_000
 """Bytes of Python, torch and Transformers."""
 
-WEIGHTS, LOGITS = 1.5, 6
-"""Copies of the weights in memory, of which half is the mapped file; slices of logits."""
+LOGITS = 6
+"""Slices of logits."""
 
 ROUNDED, FACTORS = 48, 26
 """Bytes for each weight of a linear while it is rounded, and for each entry of its squares: moments, factors, and these in float64."""
 
-SLACK = 1.35
+SLACK = 1.2
 """What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way."""
 
 
@@ -183,11 +183,11 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
 def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int) -> dict[str, int]:
     """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files.
 
-    The program; the weights (all, or those outside of the decoder layers and one layer or the output head); hidden states; and the largest
-    of three: sums of curvature of one layer with a batch of its activations, a linear while it is rounded, slices of logits. All with
-    `SLACK`; and the codes.
+    While the model is loaded, its weights beside the mapped files. Later, with `SLACK`, the program, the weights (all, or those outside of
+    the decoder layers and one layer), hidden states, and the largest of three: sums of curvature of one layer with a batch of its
+    activations, a linear while it is rounded, slices of logits with an output head that was on the disk.
     """
-    item, length = dtype.itemsize, source.length
+    item, length, stored = dtype.itemsize, source.length, sum(source.checkpoint.sizes.values())
     embedding: Any = source.model.get_input_embeddings()
     in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
     weights, head = source.parameters * item, 0
@@ -203,14 +203,18 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     collecting = sums + default_batch(length) * length * wide * item
     linears = [each for own in by_layer.values() for each in own]
     rounding = max(ROUNDED * each.weight.numel() + FACTORS * (each.in_features**2 + each.out_features**2) for each in linears)
-    logits = WEIGHTS * head + LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
+    logits = head + LOGITS * min(SLICE, length * embedding.num_embeddings) * 4
     states = max(recipe.prefix_count, recipe.sequences) + recipe.eval_sequences
     hidden = (len(names) + 3) * states * length * embedding.embedding_dim * item
     codes = sum(each.weight.numel() for each in source.linears.values())
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
     factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
+    working = SLACK * (PROGRAM + weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + tuning
+    loading = PROGRAM + weights + stored
+    if weights < source.parameters * item:  # pages of mapped files go where memory is short
+        loading = min(loading, max(budget, PROGRAM + weights))
     return {
-        "main": int(SLACK * (PROGRAM + WEIGHTS * weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + codes + tuning),
+        "main": int(max(loading, working)),
         "disk": int(factors + max(0, hidden - HIDDEN) + 4 * codes),
     }
 
