@@ -71,6 +71,12 @@ class Source:
     """What linears are quantized to already, where that is to be made better."""
     given_schemes: Mapping[str, str] = field(default_factory=dict)
     """Their schemes."""
+    fixed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """What makes other parameters of decoder layers as that quantized model has them, by name."""
+
+    def fixed_in(self, index: int) -> dict[str, Tensor]:
+        """Those of a group of layers."""
+        return {name: self.fixed[name]() for name in self.layers.inside(index, self.fixed)}
 
     @cached_property
     def layers(self) -> Layers:

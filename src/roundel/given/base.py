@@ -71,6 +71,12 @@ class Given(Mapping[str, RoundedWeight]):
     def __len__(self) -> int:
         return len(self.slots)
 
+    def held(self, stored: str) -> Tensor:
+        """The values of a tensor that is in it."""
+        value = self.value_of(stored)
+        assert value is not None
+        return value
+
     @property
     def files(self) -> list[Path]:
         """All of its files."""

@@ -118,9 +118,8 @@ def _slot(file: Path, tensor: ReaderTensor, scheme: str, shape: tuple[int, int],
 
     codes, scales = unpack(scheme, rows(slice(CHECKED)))
     own = parse_scheme(scheme).dequantize(codes, scales, (len(codes), shape[1]), torch.float32)
-    if not torch.equal(own, decoded(tensor, stored, slice(CHECKED))) or not all(
-        torch.isfinite(scale).all() for scale in unpack(scheme, rows())[1].values()
-    ):
+    finite = all(torch.isfinite(scale).all() for scale in unpack(scheme, rows())[1].values())
+    if not finite or not torch.equal(own, decoded(tensor, stored, slice(CHECKED))):
         raise ModelError(f"{tensor.name} of {file} is not what its type says, or holds NaN or infinite scales; the file is damaged")
 
     def read() -> RoundedWeight:

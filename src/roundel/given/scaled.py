@@ -108,12 +108,7 @@ def _nearest(s: Tensor, others: Mapping[str, Tensor]) -> str | None:
 
 
 def _as_in(given: Given, stored: str) -> Callable[[Tensor], Tensor]:
-    def taken(_own: Tensor) -> Tensor:
-        value = given.value_of(stored)
-        assert value is not None
-        return value
-
-    return taken
+    return lambda _own: given.held(stored)
 
 
 def _times(

@@ -30,9 +30,10 @@ JUDGED = 16
 
 
 def values_of_group(source: Source, index: int, own: Mapping[str, RoundedWeight]) -> dict[str, Tensor]:
-    """Weights of a group by parameter; of linears that could not be rounded, what they were quantized to."""
+    """Parameters of a group; of linears that could not be rounded, what they were quantized to, and so everything else."""
     names = source.layers.inside(index, source.linears)
-    return {f"{name}.weight": dequantized(own[name] if name in own else source.given[name]) for name in names}
+    rounded = {f"{name}.weight": dequantized(own[name] if name in own else source.given[name]) for name in names}
+    return source.fixed_in(index) | rounded
 
 
 class Judge:

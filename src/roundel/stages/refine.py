@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,15 @@ def _prepared(source: Source, given: Given, notes: Notes, *, transplant: bool) -
             source.skipped[name] = given.left.get(name, "not quantized in the file")
     if given.left:
         name, reason = next(iter(given.left.items()))
+        if transplant:
+            raise ModelError(f"--transplant: {name} of {given.path} would stay as it is, another model's: {reason}")
         notes.warn(f"{len(given.left)} quantized linears stay as they are, such as {name}: {reason}")
     if not transplant:
         for name in linears:
             check_near(name, dequantized(given[name]), source.checkpoint.read(source.checkpoint.weight_of(name) or name), given.path)
-    known = {source.checkpoint.weight_of(name) for name in [*linears, *given.left]}
+    known = {source.checkpoint.weight_of(name) for name in linears}
     outer: dict[str, Tensor] = {}
+    fixed: dict[str, Callable[[], Tensor]] = {}
     moved: dict[str, Tensor] = {}
     for name, _ in source.model.named_parameters():
         stored = source.checkpoint.stored(name)
@@ -237,12 +241,17 @@ def _prepared(source: Source, given: Given, notes: Notes, *, transplant: bool) -
                 )
         else:
             check_near(stored, value, own, given.path)
-        if not transplant and not name.startswith(inside):
+        if not transplant and name.startswith(inside):
+            fixed[name] = partial(given.held, stored)
+        elif not transplant:
             outer[name] = value
+    unread = [name for name in given.left if given.value_of(source.checkpoint.weight_of(name) or name) is None]
+    if unread:
+        notes.warn(f"values of {len(unread)} of them cannot be read, such as {unread[0]}: they count as the original's")
     known_ends = [end.name for end in ends_of(source.model, source.checkpoint) if end.name in given and end.name not in linears]
     moved = {stored: value for stored, value in moved.items() if stored not in map(source.checkpoint.weight_of, known_ends)}
     schemes = {name: given.slots[name].scheme for name in [*linears, *known_ends]}
-    ready = dataclasses.replace(source, linears=linears, given=given, given_schemes=schemes)
+    ready = dataclasses.replace(source, linears=linears, given=given, given_schemes=schemes, fixed=fixed)
     return ready, Ends(fixed=lambda: outer), moved
 
 

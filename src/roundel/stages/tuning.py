@@ -38,7 +38,7 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
     groups = range(len(source.layers))
     turns = 1 if recipe.tune == "end-to-end" else sum(bool(source.layers.inside(index, source.linears)) for index in groups)
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())
-    ends = rounded.ends.values()
+    stays = rounded.ends.values() | {name: value() for name, value in source.fixed.items()}
     wanted = recipe.tune_rest if recipe.tune_rest is not None else codes_stay or recipe.tune == "end-to-end"
     with notes.timed("tuning"), notes.progress.stage("tuning", turns * recipe.steps) as advance:
         job = Job(
@@ -48,8 +48,8 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
             unseen=judged_by,
             steps=recipe.steps,
             step_tokens=recipe.step_tokens,
-            others={name: kind for name, kind in rest_of(source).items() if name not in ends} if wanted else {},
-            moved={**rounded.others, **ends},
+            others={name: kind for name, kind in rest_of(source).items() if name not in stays} if wanted else {},
+            moved={**rounded.others, **stays},
             seed=recipe.seed,
             batch_size=batch_size,
             work=work.path if work.kept else None,
@@ -58,7 +58,7 @@ def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, n
         tuned = tune_end_to_end(job) if recipe.tune == "end-to-end" else tuned_by_first(job)
     if tuned.best_step == 0:
         notes.warn("tuning did not lower the KL on held-out calibration text: the codes are those of rounding")
-    moved = {name: value for name, value in tuned.parameters.items() if name not in ends}
+    moved = {name: value for name, value in tuned.parameters.items() if name not in stays}
     report = {
         "method": recipe.tune,
         "best_step": tuned.best_step,

@@ -20,7 +20,7 @@ Not done: groups of some, but not all layers, where only some exchange more; lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -97,8 +97,8 @@ class Layers:
         """Tokens that the model knows."""
         return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
-    def inside(self, index: int, modules: Mapping[str, nn.Module]) -> list[str]:
-        """Which of these modules belong to a group, in their order."""
+    def inside(self, index: int, modules: Iterable[str]) -> list[str]:
+        """Which of these modules, or parameters, belong to a group, in their order."""
         prefixes = tuple(f"{name}." for name in self.groups[index])
         return [name for name in modules if name.startswith(prefixes) or name in self.groups[index]]
 

@@ -117,6 +117,7 @@ def round_model(
             prefix = Prefix(
                 tokens=along,
                 outside=ends.values,
+                inside=source.fixed_in,
                 quickly=max(parse_scheme(scheme).bits for scheme in schemes.values()) <= COARSE,
                 strengths=Strengths(prefix=recipe.prefix_strength, stream=recipe.stream_strength, damping=recipe.prefix_damping),
                 steps=None

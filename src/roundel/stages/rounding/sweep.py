@@ -79,6 +79,8 @@ class Prefix:
     strengths: Strengths
     outside: Callable[[], Mapping[str, Tensor]] = dict
     """Makes other parameters as they are rounded, by name: the embedding, which may be large and is needed once."""
+    inside: Callable[[int], Mapping[str, Tensor]] = lambda _index: {}
+    """Makes parameters of a group that are not rounded, but other ones on the quantized path, by name."""
     steps: Steps | None = None
     """What the natural-gradient steps need besides; None: there are none."""
     quickly: bool = False
@@ -315,24 +317,25 @@ class _Paths:
         kept = {name: linear.weight.detach().clone() for name, linear in linears.items()}
         rounded: dict[str, RoundedWeight] = {}
         try:
-            for readers in _joined(order):
-                moments = self._moments(index, linears, readers, inputs[readers.names[0]], rests) if readers.per_token else None
+            with layers.replaced(self._prefix.inside(index)):
+                for readers in _joined(order):
+                    moments = self._moments(index, linears, readers, inputs[readers.names[0]], rests) if readers.per_token else None
 
-                def targets(names: Sequence[str], moments: Moments | None = moments) -> Mapping[str, Tensor]:
-                    if moments is not None:
-                        return moments.targets(names)
-                    return {name: kept[name].float() for name in names} if self._natural is not None else {}
+                    def targets(names: Sequence[str], moments: Moments | None = moments) -> Mapping[str, Tensor]:
+                        if moments is not None:
+                            return moments.targets(names)
+                        return {name: kept[name].float() for name in names} if self._natural is not None else {}
 
-                found = round_together(index, list(readers.names), targets, moments)
-                for name, weight in found.items():
-                    linears[name].weight.copy_(dequantized(weight))
-                rounded |= found
-                advance(len(readers.names))
-            if rounded:
-                judged(index, rounded)
-            afterq = self._new(f"rounded-{index + 1:03d}")
-            for rows in batches(self._rows, self._batch_size):
-                afterq.write(rows, self._run(index, self._ids(rows), self._xq.read(rows).to(device)))
+                    found = round_together(index, list(readers.names), targets, moments)
+                    for name, weight in found.items():
+                        linears[name].weight.copy_(dequantized(weight))
+                    rounded |= found
+                    advance(len(readers.names))
+                if rounded:
+                    judged(index, rounded)
+                afterq = self._new(f"rounded-{index + 1:03d}")
+                for rows in batches(self._rows, self._batch_size):
+                    afterq.write(rows, self._run(index, self._ids(rows), self._xq.read(rows).to(device)))
         finally:
             for name, original in kept.items():
                 linears[name].weight.copy_(original)
