@@ -85,6 +85,21 @@ def test_linears_of_types_without_a_grid_count_as_they_are(made, refined, other)
         assert found.report.kl_mean == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_would_be_refined_is_said_before_work(made, text, command, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(refine, "measure_curvature", None)
+    line = ["refine", made("gguf"), "--reference", made.wide, "-o", tmp_path / "out", "--calibration", text, "--seq-len", 32]
+    found = command(*line, "--dry-run", "--json", "-")
+    assert found.code == 0, found.err
+    about = json.loads(found.out)
+    assert about["schemes"] == {"q4_0": 11, "q8_0": 2, "q5_0": 1}
+    assert list(about["left"]) == [LEFT]
+    assert about["bytes"] == sum(map(len, files(made("gguf")).values()))
+    assert about["disk"] > 0
+    assert about["memory"] > 500_000_000
+    assert list(tmp_path.iterdir()) == []
+    assert command(*line, "--dry-run").out.count("would be refined") == 3
+
+
 def test_they_keep_another_model_out(made, refined, tmp_path) -> None:
     with pytest.raises(ModelError, match=f"--transplant: {LEFT}"):
         refined(made("gguf"), tmp_path / "out", transplant=True)

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,16 @@ from roundel.stages.evaluation import continue_written, evaluate_values, predict
 from roundel.stages.finish import weights_of
 from roundel.stages.judge import JUDGED, Judge, values_of_group
 from roundel.stages.notes import Notes
+from roundel.stages.plan import peak_memory
 from roundel.stages.report import Quantized, report_details
 from roundel.stages.rounding import Rounded, choose_schemes, round_model, rounding_digest
+from roundel.stages.space import bound, say_space
 from roundel.stages.text import default_batch, evaluation_tokens, fingerprinted, read_text
 from roundel.stages.tuning import tune_model
 from roundel.store import check_output, copy_files, staged_directory, write_json, write_shards, write_text
-from roundel.types import RoundedWeight
+from roundel.types import RoundedWeight, TokenBatch
 
-__all__ = ["refine"]
+__all__ = ["refinable", "refine"]
 
 ANY_SHAPE = "int8-channel"
 """A scheme that every linear fits."""
@@ -106,25 +109,11 @@ def refine(
     """
     notes, target = Notes(progress or Silent()), Path(output)
     check_output(target)
-    recipe = Recipe.of(**settings, scheme=ANY_SHAPE, format="dense", tune_rest=False)
-    if parse_curvature(recipe.curvature).row_groups > 1:
-        raise SchemeError(f"{recipe.curvature} has curvature of its own for groups of rows, which refine does not use; take another one")
+    recipe = _recipe(settings)
     with open_work(None if work is None else Path(work), beside=target, memory=memory) as place, notes.progress.job(weights_of(recipe)):
-        with notes.timed("load"):
-            source = load_source(str(reference), recipe, device, dtype, work=place, warn=notes.warn)
-            given = open_given(str(quantized), source)
-            if changes := scales_of(given, source.checkpoint, source.checkpoint.weight_of):
-                place_of = _scaled(source, changes, place.path / "scaled")
-                named = source
-                source = load_source(str(place_of), recipe, device, dtype, work=place, warn=notes.warn)
-                source = dataclasses.replace(source, name=named.name, origin=named.origin, quantized=named.quantized)
-                given = open_given(str(quantized), source)
-                notes.warn(f"channels of {len(changes)} tensors are scaled in {quantized}, as AWQ does: so they are in the original now")
-            source, ends, moved = _prepared(source, given, notes, transplant=transplant)
-        more = dataclasses.replace(recipe, eval_sequences=recipe.eval_sequences + JUDGED)
-        asked = {name: value for name, value in settings.items() if name != "eval_sequences"}
-        split = read_text(more, source, notes, given=asked)
-        judged, split = _set_apart(split)
+        job = _begun(quantized, reference, recipe, settings, notes, transplant=transplant, device=device, dtype=dtype, work=place)
+        source, given, ends, split = job.source, job.given, job.ends, job.split
+        say_space(recipe, source, split, None, notes, work=place)
         digest = f"{rounding_digest(recipe, source, split)} {given.digest} {transplant}"
         place.claim(hashlib.sha256(digest.encode()).hexdigest())
         batch = safe_batch(source, split, recipe, batch_size or default_batch(source.length))
@@ -132,7 +121,7 @@ def refine(
             texts = {"held out": split} | _other_text(recipe, source, split)
             before = {name: _measured(source, source.given, ends, own, notes, batch, place) for name, own in texts.items()}
         measured = measure_curvature(recipe, source, split, None, notes, batch_size=batch, work=place)
-        judge = None if transplant else Judge(source, ends.values, judged, batch_size=batch, store=place.passing("judge"))
+        judge = None if transplant else Judge(source, ends.values, job.judged, batch_size=batch, store=place.passing("judge"))
         chosen = choose_schemes(recipe, source, measured)
         given_ends, ends = ends, _ends_taken(ends, round_ends(recipe, source, chosen.ends, notes, work=place), judge)
         rounded = round_model(recipe, source, split, measured, chosen, ends, notes, batch_size=batch, work=place, judge=judge)
@@ -149,7 +138,7 @@ def refine(
                 ends.weights
             )
             changed = changed if better else {}
-            size = given.copy_to(staging, changed, moved if better else {})
+            size = given.copy_to(staging, changed, job.moved if better else {})
             found = (after if better else before)["held out"]
             details = report_details(
                 recipe,
@@ -180,6 +169,94 @@ def refine(
             write_json(staging / REPORT, details)
             _write_card(staging, details)
     return Quantized(path=target, report=found, details=details)
+
+
+def refinable(
+    quantized: str | Path,
+    *,
+    reference: str | Path,
+    output: str | Path,
+    transplant: bool = False,
+    memory: str | int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `refine` would change, and the memory and disk that it would take: it reads and checks everything, and writes nothing.
+
+    Returns:
+        `format`, `bytes`, `schemes` (how many linears have each), `left` (reasons), `memory`, `disk` (bytes, at most), `warnings`.
+
+    Raises:
+        RoundelError: what `refine` would refuse before its work.
+    """
+    notes, target = Notes(progress or Silent()), Path(output)
+    check_output(target)
+    recipe = _recipe(settings)
+    with open_work(None, beside=target, memory=memory) as place:
+        job = _begun(quantized, reference, recipe, settings, notes, transplant=transplant, device=device, dtype=dtype, work=place)
+        source = job.source
+        return {
+            "format": job.given.form,
+            "bytes": sum(file.stat().st_size for file in job.given.files),
+            "schemes": dict(Counter(source.given_schemes.values()).most_common()),
+            "left": dict(job.given.left),
+            "memory": peak_memory(source, source.layers.names, recipe, source.model.dtype, place.memory)["main"],
+            "disk": bound(recipe, source, job.split, place).total,
+            "warnings": notes.warnings,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """All that is known before the work."""
+
+    source: Source
+    given: Given
+    ends: Ends
+    """As they are in the file."""
+    moved: Mapping[str, Tensor]
+    """Of the stored tensors that are not quantized those that will change."""
+    split: Split
+    judged: TokenBatch
+
+
+def _recipe(settings: Mapping[str, Any]) -> Recipe:
+    recipe = Recipe.of(**settings, scheme=ANY_SHAPE, format="dense", tune_rest=False)
+    if parse_curvature(recipe.curvature).row_groups > 1:
+        raise SchemeError(f"{recipe.curvature} has curvature of its own for groups of rows, which refine does not use; take another one")
+    return recipe
+
+
+def _begun(
+    quantized: str | Path,
+    reference: str | Path,
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    notes: Notes,
+    *,
+    transplant: bool,
+    device: str,
+    dtype: str,
+    work: Work,
+) -> _Job:
+    """Both models and the text; what cannot be is refused here."""
+    with notes.timed("load"):
+        source = load_source(str(reference), recipe, device, dtype, work=work, warn=notes.warn)
+        given = open_given(str(quantized), source)
+        if changes := scales_of(given, source.checkpoint, source.checkpoint.weight_of):
+            place_of = _scaled(source, changes, work.path / "scaled")
+            named = source
+            source = load_source(str(place_of), recipe, device, dtype, work=work, warn=notes.warn)
+            source = dataclasses.replace(source, name=named.name, origin=named.origin, quantized=named.quantized)
+            given = open_given(str(quantized), source)
+            notes.warn(f"channels of {len(changes)} tensors are scaled in {quantized}, as AWQ does: so they are in the original now")
+        source, ends, moved = _prepared(source, given, notes, transplant=transplant)
+    more = dataclasses.replace(recipe, eval_sequences=recipe.eval_sequences + JUDGED)
+    split = read_text(more, source, notes, given={name: value for name, value in settings.items() if name != "eval_sequences"})
+    judged, split = _set_apart(split)
+    return _Job(source=source, given=given, ends=ends, moved=moved, split=split, judged=judged)
 
 
 def _scaled(source: Source, changes: Mapping[str, Callable[[Tensor], Tensor]], target: Path) -> Path:
@@ -267,7 +344,7 @@ def _ends_taken(given: Ends, found: Ends, judge: Judge | None) -> Ends:
     return dataclasses.replace(both, rows=rows) if after < before else given
 
 
-def _set_apart(split: Split) -> tuple[Any, Split]:
+def _set_apart(split: Split) -> tuple[TokenBatch, Split]:
     """Held-out text to judge layers by, and the rest."""
     count = min(JUDGED, len(split.heldout) // 2)
     whole = len(split.heldout)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
 
@@ -64,12 +65,16 @@ def refine(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: Batch = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check everything, say what would change and what memory and disk it takes, and end.")
+    ] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a quantized model of any tool better, in the same format and the same bytes."""
     from roundel.evaluate.card import with_error
     from roundel.progress import make_progress
+    from roundel.stages.refine import refinable
     from roundel.stages.refine import refine as run
 
     settings = explicit(
@@ -91,19 +96,14 @@ def refine(
         seed=seed,
     )
     settings |= {"include": tuple(include or ()), "exclude": tuple(exclude or ())}
-    result = run(
-        quantized,
-        reference=reference,
-        output=output,
-        transplant=transplant,
-        work=work,
-        memory=memory,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        progress=make_progress(quiet=quiet),
-        **settings,
-    )
+    settings |= {"transplant": transplant, "memory": memory, "device": device, "dtype": dtype, "progress": make_progress(quiet=quiet)}
+    if dry_run:
+        found = refinable(quantized, reference=reference, output=output, **settings)
+        emit(found, json_file)
+        if not quiet and str(json_file) != "-":
+            _show(quantized, found)
+        return
+    result = run(quantized, reference=reference, output=output, work=work, batch_size=batch_size, **settings)
     emit(result.details, json_file)
     if quiet or str(json_file) == "-":
         return
@@ -114,3 +114,11 @@ def refine(
         rows.append([f"KL, {name}", f"{before} before, {after} now"])
     print_rows(f"{quantized}, refined", rows)
     print(f"{result.path}: written; refined.json has every layer's numbers")
+
+
+def _show(quantized: str, found: dict[str, Any]) -> None:
+    rows = [[scheme, f"{count} would be refined"] for scheme, count in found["schemes"].items()]
+    rows += [[f"{count} stay", reason] for reason, count in Counter(found["left"].values()).most_common()]
+    rows.append(["bytes", f"{found['bytes']}, and as many of output"])
+    rows.append(["memory", f"{found['memory'] / 1e9:.2f} GB, and {found['disk'] / 1e9:.2f} GB of temporary files at most"])
+    print_rows(f"{quantized}, {found['format']}", rows)
