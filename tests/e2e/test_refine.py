@@ -19,7 +19,7 @@ from roundel.errors import ModelError
 from roundel.stages import refine
 from roundel.stages.judge import Judge
 
-SETTINGS = {"sequences": 8, "seq_len": 32, "eval_sequences": 8, "sweeps": 2, "curvature": "kfac", "prefix_sequences": 8}
+SETTINGS = {"sequences": 8, "seq_len": 32, "eval_sequences": 6, "sweeps": 1, "curvature": "kfac", "prefix_sequences": 8}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def made(quantize, tmp_path_factory) -> Made:
 def other(tmp_path_factory) -> Path:
     """Text that is measured on in the place of the standard library, which takes longer to read than a tiny model to be refined."""
     path = tmp_path_factory.mktemp("other") / "other.txt"
-    path.write_text(tiny.make_text(300, seed=1), encoding="utf-8")
+    path.write_text(tiny.make_text(200, seed=1), encoding="utf-8")
     return path
 
 
@@ -47,6 +47,7 @@ def refined(made, text, other, tmp_path_factory) -> Callable[..., roundel.Quanti
         output = output or tmp_path_factory.mktemp("refined") / "out"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(refine, "OTHER_TEXT", str(other))
+            patch.setattr(refine, "JUDGED", 6)
             result = roundel.refine(path, output=output, **{"reference": made.wide, "calibration": str(text), **SETTINGS, **settings})
         if isinstance(given, str):
             known[given] = result
