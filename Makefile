@@ -15,7 +15,7 @@
 # make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
-# make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Writes benchmarks/results/fuzz.json
+# make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Adds to benchmarks/results/fuzz.json
 # make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
 # make read-back  real models in int4 and as GGUF, loaded by plain Transformers: the very weights? make read-back MODELS="dir dir"
 # make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from roundel.stages.rounding import natural
 from roundel.store import write_text
 from roundel.tuning.saved import Saved
 
-__all__ = ["CALLS", "Bases"]
+__all__ = ["CALLS", "REFUSED", "Bases"]
 
 FORMS: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"scheme": "int4-g32"},
@@ -51,19 +51,26 @@ class StoppedError(BaseException):
     """Ends a job early."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bases:
     """Made once in a directory, and never changed."""
 
     path: Path
 
-    @cached_property
+    @property
     def model(self) -> Path:
-        """The original: one layer of widths that are multiples of 128."""
-        place = self.path / "model"
+        """The original: one layer."""
+        return self._model(64)
+
+    def original(self, form: str) -> Path:
+        """Of what is in a format; EXL3 has widths that are multiples of 128."""
+        return self._model(128 if form == "exl3" else 64)
+
+    def _model(self, width: int) -> Path:
+        place = self.path / f"model-{width}"
         if not place.exists():
             torch.manual_seed(0)
-            sizes = {**tiny.SIZES, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32}
+            sizes = {**tiny.SIZES, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "head_dim": width // 4}
             LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4)).save_pretrained(place)
             tiny.make_tokenizer(starts=False).save_pretrained(place)
         return place
@@ -79,16 +86,16 @@ class Bases:
             write_text(place / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return place
 
-    @cached_property
-    def source(self) -> Source:
+    @cache  # noqa: B019 (they live as long as the process)
+    def source(self, form: str) -> Source:
         """The original, loaded."""
-        return load_source(str(self.model), Recipe.of(scheme="int8-channel", format="dense"), "cpu", "float32")
+        return load_source(str(self.original(form)), Recipe.of(scheme="int8-channel", format="dense"), "cpu", "float32")
 
     def quantized(self, form: str) -> Path:
         """The original in a format."""
         place = self.path / form
         if not place.exists():
-            roundel.quantize(self.model, output=place, calibration=str(self.text), **SHORT, **FORMS[form])
+            roundel.quantize(self.original(form), output=place, calibration=str(self.text), **SHORT, **FORMS[form])
         return place
 
     @cached_property
@@ -112,18 +119,19 @@ class Bases:
         return place
 
 
-def _evaluate(bases: Bases, given: Path, scratch: Path) -> object:
+def _evaluate(bases: Bases, given: Path, scratch: Path, form: str) -> object:
     cache = bases.path / "cache"  # the original's logits: it is run once
-    return roundel.evaluate(given, reference=bases.model, data=str(bases.text / "plain.txt"), sequences=1, seq_len=16, cache=cache)
+    return roundel.evaluate(given, reference=bases.original(form), data=str(bases.text / "plain.txt"), sequences=1, seq_len=16, cache=cache)
 
 
 def _read(bases: Bases, given: Path, scratch: Path) -> object:
     return read(given)
 
 
-def _given(bases: Bases, given: Path, scratch: Path) -> object:
-    found = open_given(str(given), bases.source)
-    return dict(found), [found.value_of(name) for name in bases.source.checkpoint.files]
+def _given(bases: Bases, given: Path, scratch: Path, form: str) -> object:
+    source = bases.source(form)
+    found = open_given(str(given), source)
+    return dict(found), [found.value_of(name) for name in source.checkpoint.files]
 
 
 def _refine(bases: Bases, given: Path, scratch: Path) -> object:
@@ -172,7 +180,7 @@ def _from_factors(bases: Bases, given: Path, scratch: Path) -> object:
 
 
 def _imatrix(bases: Bases, given: Path, scratch: Path) -> object:
-    return roundel.export_imatrix(given, output=scratch / "imatrix.gguf", model=bases.model)
+    return roundel.export_imatrix(given, output=scratch / "out" / "imatrix.gguf", model=bases.model)
 
 
 def _resume(bases: Bases, given: Path, scratch: Path) -> object:
@@ -185,21 +193,33 @@ def _text(bases: Bases, given: Path, scratch: Path) -> object:
 
 
 Call = Callable[[Bases, Path, Path], object]
-CALLS: dict[str, tuple[Callable[[Bases], Path], Call, int]] = {
-    **{f"evaluate {form}": (lambda bases, form=form: bases.quantized(form), _evaluate, 4) for form in FORMS},
-    **{f"read {form}": (lambda bases, form=form: bases.quantized(form), _read, 10) for form in FORMS if form != "gguf"},
-    **{f"given {form}": (lambda bases, form=form: bases.quantized(form), _given, 10) for form in FORMS if "native" not in form},
-    **{f"refine {form}": (lambda bases, form=form: bases.quantized(form), _refine, 1) for form in ("gguf", "gptq")},
-    **{f"export {form}": (lambda bases, form=form: bases.quantized(form), _export, 4) for form in FORMS if form != "gguf"},
-    **{f"quantize {form}": (lambda bases, form=form: bases.quantized(form), _quantize, 1) for form in FORMS if form != "gguf"},
-    **{f"from_pretrained {form}": (lambda bases, form=form: bases.quantized(form), _transformers, 4) for form in FORMS if "native" in form},
-    "tune native-integers": (lambda bases: bases.quantized("native-integers"), _tune, 1),
-    "quantize model": (lambda bases: bases.model, _quantize, 2),
-    "factors": (lambda bases: bases.factors, _factors, 40),
-    "quantize from factors": (lambda bases: bases.factors, _from_factors, 1),
-    "work": (lambda bases: bases.work, _files, 40),
+Target = tuple[Callable[[Bases], Path], Call, float]
+DECODED = ("compressed-tensors", "gptq", "awq", "auto-round")
+"""What `quantize` takes for an original."""
+
+
+def _each(name: str, forms: Iterable[str], call: Callable[..., object], weight: float, *, told: bool = False) -> dict[str, Target]:
+    """Of each format; the call may be told which it is."""
+    return {f"{name} {form}": (partial(Bases.quantized, form=form), partial(call, form=form) if told else call, weight) for form in forms}
+
+
+CALLS: dict[str, Target] = {
+    **_each("evaluate", FORMS, _evaluate, 3, told=True),
+    **_each("read", [form for form in FORMS if form != "gguf"], _read, 8),
+    **_each("given", [form for form in FORMS if "native" not in form], _given, 8, told=True),
+    **_each("from_pretrained", [form for form in FORMS if "native" in form], _transformers, 4),
+    "factors": (lambda bases: bases.factors, _factors, 30),
     "imatrix": (lambda bases: bases.factors, _imatrix, 10),
-    "resume": (lambda bases: bases.work, _resume, 4),
+    "work": (lambda bases: bases.work, _files, 30),
     "text": (lambda bases: bases.text, _text, 20),
+    **_each("export", [form for form in FORMS if form != "gguf"], _export, 0.5),  # from here on whole runs
+    **_each("refine", ("gguf", "gptq"), _refine, 0.25),
+    **_each("quantize", [form for form in FORMS if form != "gguf"], _quantize, 0.25),
+    "quantize model": (lambda bases: bases.model, _quantize, 0.5),
+    "quantize from factors": (lambda bases: bases.factors, _from_factors, 0.5),
+    "tune native-integers": (partial(Bases.quantized, form="native-integers"), _tune, 0.25),
+    "resume": (lambda bases: bases.work, _resume, 1),
 }
 """By name: the directory, the call, and how often it is taken among others."""
+REFUSED = {f"quantize {form}" for form in FORMS if form not in (*DECODED, "gguf")}
+"""What is refused undamaged, too."""
