@@ -9,9 +9,9 @@
     memory    the process may have so much more memory than it begins with (RLIMIT_DATA); then there is enough
 
 Jobs are commands on a random model of three layers: `quantize` with all that it keeps (natural-gradient steps, tuning of both kinds, an
-allocation of bits, quantized ends), `collect`, `tune`, `export`. A job is a process forked off this one, in which all is imported already,
-that runs the command line's `main`, without the pictures of reports. File systems need the rights to mount them; what cannot be had is said
-in the result.
+allocation of bits, quantized ends), `collect`, `tune`, `refine` of what was rounded to nearest, `export`. A job is a process forked off
+this one, in which all is imported already, that runs the command line's `main`, without the pictures of reports. File systems need the
+rights to mount them; what cannot be had is said in the result.
 
 A unit of work is what a command need not do again: a group's curvature or codes, moved weights, hidden states of the backward sweep, sums
 of a factors directory, a saved state of tuning. It is lost if it was whole on the disk when the job ended and was made again.
@@ -49,7 +49,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from roundel import progress
 from roundel.commands.app import main as command_line
 from roundel.evaluate import plots
-from roundel.stages import collecting, export, quantize, tune  # noqa: F401 (before the forks)
+from roundel.stages import collecting, export, quantize, refine, tune  # noqa: F401 (before the forks)
 from roundel.stages.report import versions
 from roundel.stages.rounding import natural
 from roundel.store import write_json
@@ -63,6 +63,7 @@ TUNED = ["--tune-steps", "16", "--tune-tokens", "64"]
 UNITS = ("curvature/????.safetensors", "rounded/????.safetensors", "rounded/moved-????.safetensors", "ends/*", "hidden/curvature/*.bin")
 TUNING = "tuning.safetensors"
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
+NEAREST = ["--scheme", "int4-g32", "--format", "gptq", "--curvature", "identity", "--sweeps", "0", "--no-prefix-aware"]
 ROOM = 32 << 20
 MARGINS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8)
 """Of the memory that a job takes more than it begins with."""
@@ -119,6 +120,12 @@ JOBS = {
         options=(*TUNED, "--batch-size", "2"),
         stages=("tuning", "writing", "evaluation", "prediction"),
         given="made",
+    ),
+    "refine": Job(
+        command="refine",
+        options=(*TEXT, "--sweeps", "1", "--curvature", "kfac", "--natural-places", "1", *TUNED, "--tune", "end-to-end"),
+        stages=("curvature", "rounding", "tuning", "writing", "evaluation", "prediction"),
+        given="nearest",
     ),
     "export": Job(command="export", options=("--to", "native"), stages=("writing",), given="made", works=False),
 }
@@ -286,7 +293,7 @@ class Place:
         """Of all that the output holds but what says how long it took."""
         found = hashlib.sha256()
         for path in sorted(self.output.rglob("*")):
-            if path.is_file() and path.name not in ("roundel.json", "README.md", "report.html", "lock"):
+            if path.is_file() and path.name not in ("roundel.json", "refined.json", "README.md", "report.html", "lock"):
                 found.update(path.name.encode() + path.read_bytes())
         return found.hexdigest()
 
@@ -319,8 +326,9 @@ class Place:
 class Chaos:
     """The campaign: what jobs give undisturbed, and rows of what became of those that were disturbed."""
 
-    def __init__(self, scratch: Path, seed: int) -> None:
+    def __init__(self, scratch: Path, seed: int, names: list[str]) -> None:
         self.scratch, self.chance, self.rows = scratch, random.Random(seed), list[dict[str, Any]]()
+        self.jobs = {name: job for name, job in JOBS.items() if name in names}
         self.left_out: dict[str, str] = {}
         self._count = 0
         self.wanted: dict[str, str] = {}
@@ -335,7 +343,11 @@ class Chaos:
             (self.scratch / "text.txt").write_text(tiny.make_text(9000), encoding="utf-8")
             os._exit(0)
         assert os.wait()[1] == 0
-        for name, job in JOBS.items():
+        text = ["--calibration", str(self.scratch / "text.txt"), "--quiet"]
+        nearest = Process(["quantize", str(self.scratch / "model"), "-o", str(self.scratch / "nearest"), *TEXT, *NEAREST, *text]).wait()
+        if nearest.code:
+            raise SystemExit(nearest.said)
+        for name, job in ({"quantize": JOBS["quantize"]} | self.jobs).items():
             place = self.place()
             self.usual[name] = Process(self.line(job, place)).wait()
             if self.usual[name].code:
@@ -355,7 +367,8 @@ class Chaos:
 
     def line(self, job: Job, place: Place) -> list[str]:
         """The command."""
-        text = ["--calibration", str(self.scratch / "text.txt")] if job.given == "model" else []
+        text = ["--calibration", str(self.scratch / "text.txt")] if "--sequences" in job.options else []
+        text += ["--reference", str(self.scratch / "model")] if job.command == "refine" else []
         work = ["--work", str(place.work)] if job.works else []
         return [job.command, str(self.scratch / job.given), "-o", str(place.output), *job.options, *text, *work, "--quiet"]
 
@@ -379,7 +392,7 @@ class Chaos:
 
     def signals(self, count: int) -> None:
         """That many jobs, in turn, are hit; those that ended before do not count."""
-        names, hit = list(JOBS), 0
+        names, hit = list(self.jobs), 0
         while hit < count:
             name, kind = names[hit % len(names)], SIGNALS[hit // len(names) % len(SIGNALS)]
             place = self.place()
@@ -417,7 +430,7 @@ class Chaos:
         with self.mounted("full") as disk:
             if disk is None:
                 return
-            for name, job in JOBS.items():
+            for name, job in self.jobs.items():
                 for stage in job.stages:
                     place, part, ballast = self.place(disk), self.chance.uniform(0, 0.6), disk / "ballast"
                     shutil.copytree(self.scratch / "made", place.path / "other")
@@ -446,7 +459,7 @@ class Chaos:
         with self.mounted("read-only") as disk:
             if disk is None:
                 return
-            for name, job in JOBS.items():
+            for name, job in self.jobs.items():
                 place = self.place(disk)
                 run("mount", "-o", "remount,ro", str(disk))
                 ended = Process(self.line(job, place)).wait()
@@ -462,7 +475,7 @@ class Chaos:
             return
         calls = "pwritev,pwritev2,pwrite64,ftruncate,rename,renameat,renameat2"
         for number in range(count):
-            for name, job in JOBS.items():
+            for name, job in self.jobs.items():
                 place = self.place()
                 process = Process(self.line(job, place), waits=True)
                 nth = 1 + int(self.chance.expovariate(1 / (4.0 if number % 2 else 40.0)))
@@ -485,7 +498,7 @@ class Chaos:
 
     def together(self) -> None:
         """Two processes with everything the same, and two with work directories of their own."""
-        for name, job in JOBS.items():
+        for name, job in self.jobs.items():
             for same_work in (True, False) if job.works else (True,):
                 place = self.place()
                 lines = [self.line(job, place), self.line(job, place)]
@@ -502,7 +515,7 @@ class Chaos:
 
     def memory(self) -> None:
         """Each job, with less memory than it needs."""
-        for name, job in JOBS.items():
+        for name, job in self.jobs.items():
             for margin in MARGINS:
                 place = self.place()
                 most = self.usual[name].memory - status_bytes("VmSize")
@@ -581,15 +594,16 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=["signals", "full", "read-only", "errors", "together", "memory"], help="rows of others stay"
     )
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=JOBS, metavar="JOB", help="rows of others stay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     began, others = time.monotonic(), {}
     if given.output and given.output.exists():
         others = json.loads(given.output.read_text(encoding="utf-8"))
-        others["rows"] = [row for row in others["rows"] if row["kind"] not in given.only]
+        others["rows"] = [row for row in others["rows"] if row["kind"] not in given.only or row["job"] not in given.jobs]
     with tempfile.TemporaryDirectory() as name:
-        chaos = Chaos(Path(name), given.seed)
+        chaos = Chaos(Path(name), given.seed, given.jobs)
         chaos.prepare()
         campaigns = {
             "signals": lambda: chaos.signals(given.signals),

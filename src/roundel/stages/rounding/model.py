@@ -170,9 +170,10 @@ def _take_back(files: RoundedFiles, source: Source, start: float) -> None:
     curve = {-1: start} | {index: float(files.rows[names[0]]["judged_kl"]) for index, names in groups.items()}
     last = min(curve, key=curve.__getitem__)
     for index, names in groups.items():
-        taken = index <= last
-        weights = {name: files[name] if taken else source.given[name] for name in names}
-        files.save(index, weights, {name: {**files.rows[name], "taken": taken} for name in names})
+        if index > last and "taken" not in files.rows[names[0]]:  # an earlier process has not done so
+            files.save(index, {name: source.given[name] for name in names}, {name: {**files.rows[name], "taken": False} for name in names})
+        for name in names:
+            files.rows[name].setdefault("taken", True)
 
 
 def _at_a_time(names: Sequence[str], schemes: Mapping[str, str]) -> Iterator[list[str]]:
