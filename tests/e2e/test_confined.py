@@ -43,6 +43,8 @@ given = {"scheme": "int4-g32", "sweeps": 1, "natural_places": 0, **short}
 roundel.quantize(model, output=f"{place}/out", work=f"{place}/work", curvature="kfac", **given)
 roundel.export(f"{place}/out", output=f"{place}/exported", to="native")
 roundel.evaluate(f"{place}/out", reference=model, data=text, sequences=2, seq_len=16, cache=f"{place}/cache")
+refined = {"sweeps": 1, "natural_places": 0, "curvature": "kfac", **short}
+roundel.refine(f"{place}/out", reference=model, output=f"{place}/refined", work=f"{place}/work-2", **refined)
 print(json.dumps(found))
 """
 
@@ -87,6 +89,6 @@ def test_a_job_needs_no_network_and_writes_where_it_may(alone, model, text, tmp_
     assert place / "out" in written  # the hook sees what is done
     outside = {path for path in written if not any(path.is_relative_to(own) for own in (place, scratch)) and not is_cache(path)}
     assert outside == set()
-    assert {path.name for path in place.iterdir()} == {"factors", "out", "work", "exported", "cache"}
+    assert {path.name for path in place.iterdir()} == {"factors", "out", "work", "exported", "cache", "refined", "work-2"}
     assert list(scratch.iterdir()) == []
     assert listed(around) == before  # also by libraries that no hook sees

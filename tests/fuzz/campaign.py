@@ -46,7 +46,7 @@ ADDRESSES = 6 << 30
 """Bytes of address space that may be asked for beyond what is there at the beginning."""
 DRAWN = 16
 """Of so many pictures one is drawn."""
-STUCK = 120
+STUCK = 300
 """Seconds after which a change that did not stop by itself is a hang."""
 SAVED = 20
 """Seconds of work that can be lost."""
