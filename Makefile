@@ -12,7 +12,7 @@
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
 # make chaos     jobs killed, stopped, without disk, memory or rights at random moments, and gone on with: the same bytes? (an hour; file systems need root)
-# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
+# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one, WORKERS=1 on a busy machine
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
 # make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Adds to benchmarks/results/fuzz.json
@@ -45,11 +45,12 @@ test-slow: install
 # What depends on other packages: formats, readers, Transformers, and whole runs.
 FAST := tests/unit tests/laws tests/e2e/test_determinism.py tests/e2e/test_architectures.py tests/e2e/test_export.py tests/e2e/test_gguf.py tests/e2e/test_errors.py
 
+WORKERS = auto
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -W default $(FAST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -W default $(FAST)
 
 test-newest: .venv-newest/installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -W default $(FAST)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -W default $(FAST)
 
 dist-check: install
 	$(BIN)/python scripts/check_distributions.py --constraint constraints.txt

@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -456,11 +457,35 @@ def chaos() -> str:
     return f"{markdown(columns, cells)}\n\nSeed {found['seed']}, {found['seconds'] / 60:.0f} minutes.{left_out}"
 
 
+FUZZED = ("compressed-tensors", "native", "native-integers", "gptq", "awq", "auto-round", "mlx", "exl3", "gguf")
+FUZZ_THEIRS = ("Transformers' own error", "none of these")
+
+
 def fuzz() -> str:
     """How calls have ended that were given damaged files."""
     found = load("fuzz")
-    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["outcomes"].items(), key=lambda each: -each[1]))
-    return f"{found['mutations']} damaged files: {outcomes}; {len(found['failures'])} of them neither a result nor one error."
+    allowed = ("right", "refused", "theirs")
+    rows: dict[str, Counter[str]] = {}
+    for row in found["rows"]:
+        name = " ".join(word for word in row["call"].split() if word not in FUZZED)
+        rows.setdefault(name, Counter()).update({kind: count for kind, count in row.items() if kind != "call"})
+    cells = [
+        [name, str(own.total()), *(str(own[kind]) for kind in allowed), str(own.total() - sum(own[kind] for kind in allowed))]
+        for name, own in rows.items()
+    ]
+    commits = ", ".join(f"{count} at {commit}" for commit, count in _by_commit(found["stretches"]).items())
+    left = sum("mended" not in failure for failure in found["failures"])
+    minutes = found["seconds"] / 60
+    said = f"{found['mutations']} changes ({commits}) in {minutes:.0f} minutes of one process beside others, seed {found['seed']}."
+    said += f" Kinds of failure: {len(found['failures'])}, of which {left} are not mended."
+    return f"{markdown(('call', 'changes', 'right', 'refused', *FUZZ_THEIRS), cells)}\n\n{said}"
+
+
+def _by_commit(stretches: Rows) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for stretch in stretches:
+        found[stretch["commit"]] += stretch["mutations"]
+    return found
 
 
 def refined(name: str) -> str:

@@ -42,6 +42,20 @@ def test_same_seed_same_bytes(first, quantize, tmp_path, options) -> None:
     assert {k: v for k, v in again.details.items() if k not in volatile} == {k: v for k, v in result.details.items() if k not in volatile}
 
 
+@pytest.mark.parametrize("first", ["llama"], indirect=True)
+def test_two_threads(first, quantize, tmp_path) -> None:
+    """The same number gives the same bytes; another one may not, and is as good."""
+    source, result = first
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one, other = (quantize(source, tmp_path / name, scheme="int3-g32", seed=5) for name in ("one", "other"))
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(one.path) == contents(other.path)
+    assert abs(one.report.kl_mean - result.report.kl_mean) < result.report.kl_stderr
+
+
 def test_another_seed_gives_another_checkpoint(first, quantize, tmp_path) -> None:
     source, result = first
     other = quantize(source, tmp_path / "out", scheme="int3-g32", seed=6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import normalizers as norms
+from transformers import GemmaConfig
 
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
@@ -70,6 +71,8 @@ GEMMA3: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 8}
     ids=lambda config: "-".join(map(str, config.values()))[:40],
 )
 def test_supported_architectures(config: dict[str, Any]) -> None:
+    if config.get("hidden_act") == "gelu" and GemmaConfig(hidden_act="gelu").hidden_act == "gelu":
+        pytest.skip("this Transformers does not read Gemma's gelu as its approximation by tanh, so the model is refused")
     before = json.dumps(config)
     language_config(config)
     assert json.dumps(config) == before

@@ -203,7 +203,7 @@ def _is_fused(module: nn.Module) -> bool:
     kind = type(module).__name__
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     stacks = ["weight"] if WAYS.get(kind) is SplitMatrices else [first, "down_proj"]
-    known = hasattr(module, "_is_expert_parallel") or kind in OTHERS
+    known = hasattr(module, "is_transposed") or kind in OTHERS
     return known and all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in stacks)
 
 
