@@ -124,7 +124,7 @@ JOBS = {
     "refine": Job(
         command="refine",
         options=(*TEXT, "--sweeps", "1", "--curvature", "kfac", "--natural-places", "1", *TUNED, "--tune", "end-to-end"),
-        stages=("curvature", "rounding", "tuning", "writing", "evaluation", "prediction"),
+        stages=("curvature", "rounding", "tuning", "evaluation", "prediction"),  # it writes after the last, told by none
         given="nearest",
     ),
     "export": Job(command="export", options=("--to", "native"), stages=("writing",), given="made", works=False),

@@ -2,11 +2,11 @@
 
     python -m fuzz.campaign --seconds 600 -o benchmarks/results/fuzz.json      (`make fuzz`, from the repository's root)
 
-Changes are made in one process that has imported and compiled everything; another one watches it, tells a crash and a hang in native code
-from their change, and starts it anew. Edits are drawn from the seed and the number of changes before, so the same seed meets the same edits
-as long as the directories have the same bytes. A campaign goes on from the output that there is: counts add up, with the commits that
-they were made at, and what went wrong at an earlier commit is tried again. What goes wrong is printed with its edit, which belongs into
-`corpus.json` once it is mended.
+Changes are made in one process, after each call was made undamaged, so that all is imported and compiled; another one watches it, tells a
+crash and a hang in native code from their change, and starts it anew. Edits are drawn from the seed and the number of changes before, so
+the same seed meets the same edits as long as the directories have the same bytes. A campaign goes on from the output that there is: counts
+add up, with the commits that they were made at, and what went wrong at an earlier commit is tried again. What goes wrong is printed with
+its edit, which belongs into `corpus.json` once it is mended.
 
 Whole runs (quantize, export, tune, refine) take some thirty times as long as reading; they get 3 % of the changes. Of the pictures in
 their reports one in sixteen is drawn.
@@ -46,14 +46,14 @@ ADDRESSES = 6 << 30
 """Bytes of address space that may be asked for beyond what is there at the beginning."""
 DRAWN = 16
 """Of so many pictures one is drawn."""
-STUCK = 300
+STUCK = 900
 """Seconds after which a change that did not stop by itself is a hang."""
 SAVED = 20
 """Seconds of work that can be lost."""
 
 
-def one(name: str, edit: Edit | None, bases: Bases, scratch: Path) -> Outcome:
-    """What a call answers to one change, or to none."""
+def one(name: str, edit: Edit | None, bases: Bases, scratch: Path, *, patience: float = 1.0) -> Outcome:
+    """What a call answers to one change, or to none; it may take `patience` times as long as others."""
     base, call, _ = CALLS[name]
     source, given = base(bases), scratch / "given"
     for place in (given, scratch / "out"):
@@ -62,13 +62,13 @@ def one(name: str, edit: Edit | None, bases: Bases, scratch: Path) -> Outcome:
     size = sum(path.stat().st_size for path in given.rglob("*") if path.is_file())
     if edit is not None:
         apply(edit, given)
-    return outcome(lambda: call(bases, given, scratch), bases.path, size, theirs=name.startswith("from_pretrained"))
+    return outcome(lambda: call(bases, given, scratch), bases.path, size, theirs=name.startswith("from_pretrained"), patience=patience)
 
 
 def undamaged(name: str, bases: Bases, scratch: Path) -> None:
     """Makes what a call reads, and calls it."""
     CALLS[name][0](bases)
-    found = one(name, None, bases, scratch)
+    found = one(name, None, bases, scratch, patience=10)
     assert found.kind == ("refused" if name in REFUSED else "right"), (name, found)
 
 
@@ -131,6 +131,13 @@ class Campaign:
         write_json(self.output, self.found)
 
 
+def limited(more: int | None) -> None:
+    """This process may have so many bytes of addresses more than it has; None: as many as it likes."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard if more is None else taken + more, hard))
+
+
 def changed(campaign: Campaign, place: Path, seconds: float, only: str) -> None:
     """Changes for so long, or until this process is told to end."""
     torch.set_num_threads(1)
@@ -141,20 +148,28 @@ def changed(campaign: Campaign, place: Path, seconds: float, only: str) -> None:
     tempfile.tempdir = str(scratch)
     draw, pictures = plots._png, itertools.count()
     names = [name for name in CALLS if only in name]
-    for name in names:
-        undamaged(name, bases, scratch)  # everything is imported and compiled
+    warm: set[str] = set()
     plots._png = lambda figure: b"not drawn" if next(pictures) % DRAWN else draw(figure)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (taken + ADDRESSES, taken + ADDRESSES))
-    gc.collect()
-    gc.freeze()
+
+    def warmed(name: str) -> None:
+        if name not in warm:
+            warm.add(name)
+            (place / "pending").unlink(missing_ok=True)
+            limited(None)
+            undamaged(name, bases, scratch)  # all that it needs is imported and compiled
+            limited(ADDRESSES)
+            gc.collect()
+            gc.freeze()
+
     for known in campaign.unmended():
+        warmed(known["call"])
         if not one(known["call"], json.loads(known["edit"]), bases, scratch).bad:
             known["mended"] = campaign.here["commit"]
     random = Random(f"{campaign.found['seed']} {campaign.found['mutations']}")
     began = saved = now = time.monotonic()
     while now < began + seconds and not told:
         (name,) = random.choices(names, [CALLS[name][2] for name in names])
+        warmed(name)
         edit = random_edit(random, CALLS[name][0](bases), links=name == "resume")
         (place / "pending").write_text(json.dumps([name, edit]))
         got = one(name, edit, bases, scratch)

@@ -21,7 +21,7 @@ from roundel.errors import RoundelError
 __all__ = ["Outcome", "outcome"]
 
 SECONDS = 20
-"""Of the processor; ten times as many on the clock, since other processes may have it."""
+"""Of the processor; thirty times as many on the clock, since other processes may have it."""
 SPARE = 96 << 20
 """Bytes that any call may take."""
 TIMES = 40
@@ -82,14 +82,14 @@ def _from_numba() -> bool:
 _WATCH: list[_Watch] = []
 
 
-def outcome(call: Callable[[], object], scratch: Path, size: int, *, theirs: bool = False) -> Outcome:
+def outcome(call: Callable[[], object], scratch: Path, size: int, *, theirs: bool = False, patience: float = 1.0) -> Outcome:
     """Of a call on files of so many bytes, all in `scratch`; with `theirs` errors that pass no code of ours are those of Transformers."""
     if not _WATCH:
         _WATCH.append(_Watch())
     watch = _WATCH[0]
     watch.seen.clear()
     before = _peak(reset=True)
-    timers = {signal.SIGPROF: (signal.ITIMER_PROF, SECONDS), signal.SIGALRM: (signal.ITIMER_REAL, 10 * SECONDS)}
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, patience * SECONDS), signal.SIGALRM: (signal.ITIMER_REAL, 30 * patience * SECONDS)}
     old = {number: signal.signal(number, _over) for number in timers}
     for timer, seconds in timers.values():
         signal.setitimer(timer, seconds)
