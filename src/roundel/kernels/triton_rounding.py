@@ -359,7 +359,8 @@ def _walk(
             tl.store(places + count, place, mask=place < end)
             tl.store(changes + count, taken, mask=place < end)
             count += (place < end).to(tl.int32)
-            near = tl.load(H_in + place.to(tl.int64) * d_in + column, mask=inside & (place < end), other=0.0)
+            chosen = place + tl.zeros_like(column) < end  # a scalar's mask is refused by the interpreter of Triton 3.9
+            near = tl.load(H_in + place.to(tl.int64) * d_in + column, mask=inside & chosen, other=0.0)
             slope -= weight * (taken * near)
             start = place + 1
         tl.store(codes + here + column, code.to(tl.int8), mask=inside)
