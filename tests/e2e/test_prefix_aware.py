@@ -143,6 +143,7 @@ def test_no_batch_size_changes_the_codes(model, quantize, tmp_path) -> None:
     assert same(first, second)
 
 
+@pytest.mark.slow
 def test_with_bits_for_each_linear(model, quantize, tmp_path) -> None:
     given = {**SETTINGS, "sequences": 64, "seq_len": 16, "scheme": "int3-g16", "bits": 4.8}
     plain = quantize(model(), tmp_path / "plain", **{**given, "prefix_aware": False})
@@ -264,6 +265,7 @@ def _work(quantize, source: Path, place: Path, given: dict[str, Any]) -> Path:
     return place / "work"
 
 
+@pytest.mark.slow
 def test_a_block_that_several_layers_share(quantize, text, tmp_path) -> None:
     """Zamba's attention: one set of weights that is used by several layers."""
     config = ZambaConfig(

@@ -84,6 +84,7 @@ def test_the_same_codes_and_numbers(kind: str, source, text, command, tmp_path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "several"]
 
 
+@pytest.mark.slow
 def test_a_model_on_the_disk_and_hidden_states_in_files(model, text, command, tmp_path) -> None:
     line = ["quantize", model(), "--calibration", text, "--quiet", *options({**GIVEN, **KINDS["natural"][1]}), "--memory", "100K"]
     assert command(*line, "-o", tmp_path / "1").code == 0
@@ -107,7 +108,8 @@ def test_tuning_end_to_end_in_shards(tmp_path) -> None:
     assert two["evaluation"]["kl"]["mean"] == pytest.approx(one["evaluation"]["kl"]["mean"], rel=0.02)
 
 
-@pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), pytest.param("lattice2", "*.[kv]_proj", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "include"), [("int4-g32", "*"), ("lattice2", "*.[kv]_proj")])
 def test_what_stays_whole_in_every_process(scheme, include, model, text, tmp_path) -> None:
     """Biases, norms and the embedding beside sharded codes or vectors."""
     settings = {

@@ -53,6 +53,8 @@ __all__ = ["FastKron", "FastKronSums"]
 
 EXHAUSTED = 1e-5
 """What is left of an image after orthogonalisation, relative to the leading singular value, that is taken for rounding errors."""
+LARGEST = 1e35
+"""Of images and coefficients: sums of such vectors are formed in float32."""
 CLIPPED = 1e-6
 """Negative eigenvalues down to this multiple of the mean diagonal are left to damping."""
 
@@ -240,10 +242,10 @@ class FastKronSums(Sketch):
             return self.known
         Rv, Rtu = self._image_pair()
         trace = self.total_trace()
-        if not (trace > 0 and torch.isfinite(trace) and torch.isfinite(Rv).all() and torch.isfinite(Rtu).all()):
+        if not (trace > 0 and torch.isfinite(trace) and _norm(Rv) < LARGEST and _norm(Rtu) < LARGEST):
             return None
         found = self.known.extended(Rv, Rtu)
-        return found if torch.isfinite(found.R).all() and torch.isfinite(found.Rt).all() else None
+        return found if (found.R.abs() < LARGEST).all() and (found.Rt.abs() < LARGEST).all() else None
 
     def factors(self) -> KroneckerFactors:
         if self.images is None:
