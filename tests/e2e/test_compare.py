@@ -456,7 +456,7 @@ def test_a_single_held_out_sequence_and_no_sweeps(model, text, tmp_path) -> None
     assert [[[point[0] for point in points] for points in panels.values()] for panels in drawn] == [[["mean", "gptq"]] * 2, [["mean"]] * 2]
 
 
-@pytest.mark.parametrize("columns", [None, 40])
+@pytest.mark.parametrize("columns", [40, pytest.param(None, marks=pytest.mark.slow)])
 def test_command(columns: int | None, model, text, tmp_path, command, monkeypatch) -> None:
     if columns:
         monkeypatch.setenv("COLUMNS", str(columns))

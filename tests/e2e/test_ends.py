@@ -145,7 +145,7 @@ def test_a_mix_and_what_stands_for_types_that_do_not_fit(quantize, tmp_path) -> 
     assert result.details["coverage"]["share"] == 1
 
 
-@pytest.mark.parametrize("form", ["gguf", "mlx"])
+@pytest.mark.parametrize("form", ["gguf", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_a_target_size_is_hit_from_below(form, quantize, tmp_path) -> None:
     source = save_model(tmp_path / "source", "llama-tied", num_hidden_layers=3)
     scheme = "q4_k" if form == "gguf" else "int4-g64"

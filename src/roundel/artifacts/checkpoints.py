@@ -352,7 +352,7 @@ def weight_bytes(path: Path) -> int:
 
 def _decoded_gguf(file: Path, original: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A GGUF file, decoded here, as the architecture of `original`."""
-    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    config = read_config(original)
     tensors = gguf.read(file, config=config, tensors=_skeleton(original).state_dict())
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
         write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})

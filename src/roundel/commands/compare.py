@@ -169,7 +169,7 @@ def _finished(target: Path, settings: dict[str, Any]) -> tuple[list[dict[str, An
     try:
         stored = json.loads((target / "compare.json").read_text(encoding="utf-8"))
         rows, warnings = stored["rows"], stored.get("warnings", [])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{target}/compare.json cannot be read ({error}); start again in a new directory") from error
     for key, value in settings.items():
         # as text, since the order of the methods counts: the others are compared with the first

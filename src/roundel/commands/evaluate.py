@@ -421,7 +421,7 @@ def _recorded(path: Path, key: str) -> Any:
     """What the checkpoint's roundel.json says of its calibration text; None where it says nothing."""
     try:
         return json.loads((path / "roundel.json").read_text(encoding="utf-8"))["calibration"][key]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
