@@ -159,8 +159,8 @@ class CheckpointFormat(ABC):
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is that of a directory in this format."""
-        method: object = config.get(self.section, {}).get("quant_method")
-        return method == self.name
+        settings: object = config.get(self.section)
+        return isinstance(settings, Mapping) and settings.get("quant_method") == self.name
 
     def files(self, rounded: Mapping[str, RoundedWeight], tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         """Further JSON files of the directory, by name. `tensors` are those of each quantized linear, on the meta device."""
