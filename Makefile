@@ -1,5 +1,5 @@
 # make demo    install and quantize the embedded model, three ways, with the comparison printed
-# make test    install and run the tests
+# make test    install and run the tests; WORKERS=1 on a busy machine, for all of its kind
 # make test-slow    further cases of what the tests try, that would take them too long: other grids, models, numbers of processes; makes benchmarks/results/test-slow.json
 # make test-tasks   installs lm-evaluation-harness and compares its numbers with ours
 # make test-llama   installs llama.cpp (some five minutes) and compares its logits and text with ours
@@ -12,7 +12,7 @@
 # make bench   the benchmarks, as ratios measured side by side
 # make bench-scale   time and memory against depth, and a model larger than the memory it may use (half an hour; the second needs the rights to make a control group)
 # make chaos     jobs killed, stopped, without disk, memory or rights at random moments, and gone on with: the same bytes? (an hour; file systems need root)
-# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one, WORKERS=1 on a busy machine
+# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows; make test-oldest FLOORS=torch==2.13.0 for another version of one
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
 # make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Adds to benchmarks/results/fuzz.json
@@ -33,24 +33,27 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-oldest test-newest dist-check test-tasks test-llama test-mlx test-auto-round bench-llama bench-refine test-vllm check bench bench-scale bench-real read-back chaos fuzz architectures peers studies docs doc-commands newcomer install clean
 
+# How tests are spread over processes.
+WORKERS = auto
+SPREAD = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 demo: install
 	$(BIN)/roundel demo
 
 test: install
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
 test-slow: install
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m slow --results benchmarks/results/test-slow.json
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -m slow --results benchmarks/results/test-slow.json
 
 # What depends on other packages: formats, readers, Transformers, and whole runs.
 FAST := tests/unit tests/laws tests/e2e/test_determinism.py tests/e2e/test_architectures.py tests/e2e/test_export.py tests/e2e/test_gguf.py tests/e2e/test_errors.py
 
-WORKERS = auto
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -W default $(FAST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -W default $(FAST)
 
 test-newest: .venv-newest/installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -W default $(FAST)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(SPREAD) -W default $(FAST)
 
 dist-check: install
 	$(BIN)/python scripts/check_distributions.py --constraint constraints.txt

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import roundel
-from e2e import tiny
+from e2e import layouts, tiny
 from roundel.commands.app import main
 from roundel.evaluate import plots
 from roundel.recipes import Recipe
@@ -125,6 +125,12 @@ def quantized(
 ) -> roundel.Quantized:
     """The tiny Llama in 4 bits, with as many sweeps as the command takes; not to be changed."""
     return quantize(model(), tmp_path_factory.mktemp("quantized") / "out", scheme="int4-g32", sweeps=Recipe().sweeps)
+
+
+@pytest.fixture(scope="session")
+def made(quantize: Callable[..., roundel.Quantized], tmp_path_factory: pytest.TempPathFactory) -> layouts.Made:
+    """Quantized models in others' layouts, each made at the first call."""
+    return layouts.Made(layouts.save_wide(tmp_path_factory.mktemp("wide")), quantize, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

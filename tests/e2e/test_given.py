@@ -15,18 +15,13 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from e2e.layouts import LAYOUTS, LEFT, Made, files, save_wide
+from e2e.layouts import LAYOUTS, LEFT, files
 from roundel.artifacts.checkpoints import read
 from roundel.artifacts.source import load_source
 from roundel.given import open_given
 from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages import refine
-
-
-@pytest.fixture(scope="module")
-def made(quantize, tmp_path_factory) -> Made:
-    return Made(save_wide(tmp_path_factory.mktemp("wide")), quantize, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")

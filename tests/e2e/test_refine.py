@@ -14,17 +14,12 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import roundel
 from e2e import tiny
-from e2e.layouts import LEFT, NEAREST, Made, files, save_wide
+from e2e.layouts import LEFT, NEAREST, files
 from roundel.errors import ModelError
 from roundel.stages import refine
 from roundel.stages.judge import Judge
 
 SETTINGS = {"sequences": 8, "seq_len": 32, "eval_sequences": 6, "sweeps": 1, "curvature": "kfac", "prefix_sequences": 8}
-
-
-@pytest.fixture(scope="module")
-def made(quantize, tmp_path_factory) -> Made:
-    return Made(save_wide(tmp_path_factory.mktemp("wide")), quantize, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class FileWeights:
     def _with_head(self, head: nn.Module, _args: object) -> None:
         if head.weight.is_meta:
             name, _ = self._head
-            self._put(name, self._read(name))
+            self._put(name, self._ready(name))
             self._head = name, head.weight  # type: ignore[assignment]
 
     def _without_head(self) -> None:
@@ -66,14 +66,15 @@ class FileWeights:
             self._put(name, weight.to("meta"))
             self._head = name, None
 
-    def _read(self, name: str) -> Tensor:
-        """A parameter as its file has it.
+    def _ready(self, name: str, value: Tensor | None = None) -> Tensor:
+        """A parameter on its device: a value, or what its file has.
 
         Raises:
             ModelError: it is not finite.
         """
-        source, key = self._where[name]
-        value = source[key]
+        if value is None:
+            source, key = self._where[name]
+            value = source[key]
         if value.is_floating_point():
             value = value.to(self._dtype)
             if not torch.isfinite(value).all():
@@ -93,7 +94,7 @@ class FileWeights:
         shapes: dict[str, torch.Size] = {}
         self._without_head()
         for name in mine:
-            value = changed[name].to(self._device, self._dtype) if name in changed else self._read(name)
+            value = self._ready(name, changed.get(name))
             shapes[name] = value.shape
             self._put(name, value)
         for name in changed.keys() - self._where.keys():  # an expert's

@@ -191,7 +191,8 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     embedding: Any = source.model.get_input_embeddings()
     in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
     weights, head = source.parameters * item, 0
-    if weights > budget // 2:
+    on_demand = weights > budget // 2
+    if on_demand:
         head = sum(source.model.get_parameter(f"{name}.weight").numel() for name in head_of_its_own(source.model)) * item
         weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item - head
     by_layer: dict[str, list[nn.Linear]] = {}
@@ -211,7 +212,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
     working = SLACK * (PROGRAM + weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + tuning
     loading = PROGRAM + weights + stored
-    if weights < source.parameters * item:  # pages of mapped files go where memory is short
+    if on_demand:  # pages of mapped files go where memory is short
         loading = min(loading, max(budget, PROGRAM + weights))
     return {
         "main": int(max(loading, working)),
