@@ -184,11 +184,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically; of several processes the first does."""
+    """Writes a file atomically; of several processes the first does. Half of a surrogate pair, which JSON can name, is escaped as there."""
     if not processes.first():
         return
     with staged_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def copy_files(source: Path, target: Path, *, leave_out: set[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -41,6 +41,10 @@ __all__ = [
 
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 """Types of weights as they were trained, and of buffers."""
+
+DEEP = 1000
+"""Layers that are believed without as many weights."""
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 
@@ -209,12 +213,23 @@ def load_config(path: Path) -> PretrainedConfig:
     """config.json, read by Transformers, without a `quantization_config` that was left behind over plain weights.
 
     Raises:
-        ModelError: it cannot be read, or the architecture is unknown.
+        ModelError: it cannot be read, the architecture is unknown, or it has layers without end, each of which takes memory.
     """
+    if (path / "config.json").is_file():
+        _check_depth(path, read_config(path))
     config: PretrainedConfig = guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     if getattr(config, "quantization_config", None) is not None and quantization_of(path) is None:
         del config.quantization_config
     return config
+
+
+def _check_depth(path: Path, config: Mapping[str, Any]) -> None:
+    """Before lists and modules are made of every layer that config.json speaks of."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(path, value)
+        if name in DEPTHS and isinstance(value, int) and value > DEEP and value > (weights := len(Checkpoint.open(path).files)):
+            raise ModelError(f"{path / 'config.json'} says {name} = {value}; the directory has {weights} weights")
 
 
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:

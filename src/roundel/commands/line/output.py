@@ -18,7 +18,8 @@ def emit(details: dict[str, Any], json_file: Path | None) -> None:
     if json_file is None:
         return
     if str(json_file) == "-":
-        print(json.dumps(details, indent=2, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(details, indent=2, ensure_ascii=False, allow_nan=False)
+        print(text.encode(errors="backslashreplace").decode())  # as `roundel.store.write_text`
     else:
         from roundel.store import write_json
 
