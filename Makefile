@@ -16,7 +16,7 @@
 # make test-newest   the same with the newest versions
 # make dist-check    builds wheel and sdist, installs each in an empty environment and runs it there
 # make fuzz SECONDS=600   random damage to every kind of file that is read: a right result or one error? Adds to benchmarks/results/fuzz.json
-# make bench-real  KL against time of each effort on a real model: make bench-real MODEL=dir CALIBRATION=text HELDOUT=text (half an hour for SmolLM2-135M)
+# make bench-real  every method on real models, which it makes: make bench-real [MODEL=smollm2-135m] [ROWS=roundel:quick] [TEXTS=dir with c4.txt and wikitext2-test.txt]; days in all, goes on where it was
 # make read-back  real models in int4 and as GGUF, loaded by plain Transformers: the very weights? make read-back MODELS="dir dir"
 # make architectures   every causal architecture of Transformers, built small, quantized and read back; makes docs/architectures.md (half an hour)
 # make peers   other quantizers beside each other; make peers MODELS=dir TEXT=dir measures stories260K as well
@@ -104,7 +104,7 @@ bench-scale: install
 	$(BIN)/python benchmarks/larger_than_memory.py -o benchmarks/results/larger-than-memory.json
 
 bench-real: install
-	$(BIN)/python benchmarks/real.py $(MODEL) --calibration $(CALIBRATION) --heldout $(HELDOUT) -o benchmarks/results/real-$(notdir $(MODEL)).json
+	PYTHONPATH=benchmarks $(BIN)/python -m real.run $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(if $(ROWS),--rows $(ROWS)) $(if $(SCHEMES),--schemes $(SCHEMES))
 
 read-back: install
 	$(BIN)/python benchmarks/read_back.py $(MODELS) --effort quick --calibration stdlib --sequences 16 --seq-len 256 --prefix-sequences 32 --eval-sequences 8

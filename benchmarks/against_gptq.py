@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import run
 from peers.run import Bench, Work
-from real import run
 from sweeps import directory_of
 
 from roundel.artifacts.source import load_source

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from commands import read_json
 from gguf import GGUFReader, dequantize
-from real import read_json
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

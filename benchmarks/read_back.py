@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real import read_json, run
+from commands import read_json, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from roundel.artifacts.checkpoints import read

@@ -26,6 +26,7 @@ PEERS = {
     ("llm_compressor", "gptq"): "GPTQ (llm-compressor)",
     ("gptq_model", "gptaq"): "GPTAQ (GPTQModel)",
     ("llm_compressor", "gptq-mse"): "GPTQ, MSE scales (llm-compressor)",
+    ("autoround", "iters-50"): "AutoRound, 50 iterations",
     ("autoround", "iters-200"): "AutoRound, 200 iterations",
     ("autoround", "iters-1000"): "AutoRound, 1000 iterations",
 }
@@ -36,6 +37,7 @@ ARMS = {
     "blocks": "**Roundel, `--tune blocks`**",
     "end-to-end": "**Roundel, `--tune end-to-end`**",
 }
+TEXTS = ("c4", "wikitext2", "code")
 Rows = list[dict[str, Any]]
 
 
@@ -309,6 +311,43 @@ def real(name: str) -> str:
     return markdown(columns, cells)
 
 
+def methods(model: str) -> str:
+    """Every method on a real model, by scheme: means over seeds, the error over sequences."""
+    content = load(f"methods-{model}")
+    parts = []
+    for scheme in sorted({row["scheme"] for row in content["rows"]}, reverse=True):
+        rows = [row for row in content["rows"] if row["scheme"] == scheme and "error" not in row]
+        cells = []
+        for tool, method in {(row["tool"], row["method"]): None for row in rows}:
+            own = [row for row in rows if (row["tool"], row["method"]) == (tool, method)]
+
+            def mean(key: str, own: Rows = own) -> float:
+                return statistics.mean(row[key] for row in own)
+
+            texts = {
+                name: {key: statistics.mean(row["texts"][name][key] for row in own) for key in own[0]["texts"][name]} for name in TEXTS
+            }
+            cells.append(
+                [
+                    f"**Roundel, `--effort {method}`**" if tool == "roundel" else PEERS[tool, method],
+                    *(with_error(texts[name]["kl"], texts[name]["kl_stderr"]) for name in TEXTS),
+                    f"{texts['c4']['kl_p99']:.2g}, {texts['c4']['kl_p999']:.2g}",
+                    f"{100 * texts['c4']['top1']:.1f} %",
+                    " ".join(f"{texts[name]['perplexity']:.1f}" for name in TEXTS),
+                    f"{mean('bytes') / 1e6:.0f}",
+                    f"{mean('cpu_seconds') / 60:.0f}",
+                    f"{mean('peak_mib') * 2**20 / 1e9:.1f}",
+                    str(len(own)),
+                ]
+            )
+        original = " ".join(f"{rows[0]['texts'][name]['perplexity_original']:.1f}" for name in TEXTS)
+        heads = [scheme, "KL: C4", "WikiText-2", "code", "99, 99.9 % of tokens", "same top token", f"perplexities ({original})"]
+        parts.append(markdown([*heads, "MB", "CPU min", "GB", "seeds"], sorted(cells, key=lambda row: -float(row[1].split()[0]))))
+    failed = [row for row in content["rows"] if "error" in row]
+    parts += [f"Not run: {PEERS[row['tool'], row['method']]} at {row['scheme']}: {row['error']}." for row in failed]
+    return "\n\n".join(parts)
+
+
 def front(name: str) -> str:
     """The rows of `real` that a newcomer asks for: what is lost, in which time."""
     found = load(name)
@@ -519,6 +558,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-demo": lambda: peers("demo", 64),
     "real-smollm2-135m": lambda: real("real-smollm2-135m"),
     "front-smollm2-135m": lambda: front("real-smollm2-135m"),
+    "methods-smollm2-135m": lambda: methods("smollm2-135m"),
     "planned": lambda: planned("planned"),
     "sweeps": sweeps,
     "processes": lambda: several("processes"),

@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, tuple[int, ...]]] = {
         "iq4_nl": (4,),
         "iq4_xs": (4,),
     },
-    "autoround": dict.fromkeys(("iters-200", "iters-1000"), (2, 3, 4)),
+    "autoround": dict.fromkeys(("iters-50", "iters-200", "iters-1000"), (2, 3, 4)),
 }
 """Each peer's methods, and the bits that they exist for. Those of llama.cpp are block types, listed beside the nearest number of bits."""
 
@@ -335,7 +335,13 @@ class Bench:
         }
 
     def judge(self, work: Work, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
-        """Whether the row is fair, and its KL."""
+        """The row's KL, and whether it is fair."""
+        placed = self.placed(work, directory, result)
+        measured = compare_models(self.twin, self.reference, self.heldout(work.seed), batch_size=default_batch(self.length))
+        return {"kl": measured.kl_mean, "kl_stderr": measured.kl_stderr, "top1": measured.top1_agreement, **placed}
+
+    def placed(self, work: Work, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+        """Puts a peer's weights into `twin`; whether the row is fair."""
         wanted = {f"{name}.weight" for name in self.source.linears}
         flags = []
         if work.peer == "llamacpp":
@@ -352,15 +358,7 @@ class Bench:
         if extra := {name for name in quantized | set(written) if self.state[name].ndim == 2} - wanted:
             flags.append(f"{len(extra)} other matrices are changed: {min(extra)}")
         self.twin.load_state_dict({**self.state, **{name: value.reshape(self.state[name].shape) for name, value in written.items()}})
-        measured = compare_models(self.twin, self.reference, self.heldout(work.seed), batch_size=default_batch(self.length))
-        return {
-            "kl": measured.kl_mean,
-            "kl_stderr": measured.kl_stderr,
-            "top1": measured.top1_agreement,
-            "quantized": len(quantized),
-            "bits_per_weight": bits,
-            "flags": flags,
-        }
+        return {"quantized": len(quantized), "bits_per_weight": bits, "flags": flags}
 
     def from_gguf(self, path: Path, work: Work) -> tuple[dict[str, Tensor], float]:
         """The weights of the quantized linears in llama.cpp's file, and their stored bits per weight."""
