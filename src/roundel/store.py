@@ -35,6 +35,7 @@ __all__ = [
     "staged_file",
     "storage",
     "umask",
+    "write_config",
     "write_json",
     "write_shards",
     "write_text",
@@ -181,6 +182,11 @@ def umask() -> int:
 def write_json(path: Path, value: Any) -> None:
     """Writes an indented JSON file atomically, as `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a model's settings as they were read: older ones of the Hub have Infinity among their numbers, as Mamba `time_step_limit`."""
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

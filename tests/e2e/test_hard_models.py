@@ -97,3 +97,14 @@ def test_a_vocabulary_of_one_token(quantize, tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match="no usable gradient"):
         quantize(tmp_path / "model", tmp_path / "out", **GIVEN, curvature="kfac")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "native", "gguf"])
+def test_settings_that_are_infinite_are_written_as_they_are(form, changed, quantize, tmp_path: Path) -> None:
+    """Transformers has written `time_step_limit` of Mamba and its kin so."""
+    source = changed()
+    config = json.loads((source / "config.json").read_text()) | {"time_step_limit": [0.0, math.inf]}
+    (source / "config.json").write_text(json.dumps(config))
+    scheme = "q8_0" if form == "gguf" else "int8-g32"
+    found = quantize(source, tmp_path / "out", **{**GIVEN, "scheme": scheme}, format=form, curvature="identity")
+    assert json.loads((found.path / "config.json").read_text())["time_step_limit"] == [0.0, math.inf]

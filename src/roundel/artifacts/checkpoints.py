@@ -37,7 +37,7 @@ from roundel.models.linears import matrix_modules
 from roundel.models.load import load_config, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS
 from roundel.rounding.round import dequantized
-from roundel.store import copy_files, storage, write_json, write_shards
+from roundel.store import copy_files, storage, write_config, write_json, write_shards
 from roundel.types import RoundedWeight
 
 __all__ = [
@@ -122,7 +122,7 @@ def write(
                 config=frame.config,
                 advance=advance,
             )
-        write_json(staging / "config.json", frame.config)
+        write_config(staging / "config.json", frame.config)
         return path.stat().st_size
     modules = {stored: module for module, stored in frame.weights.items()}
     packer = FORMATS.get(form)
@@ -157,7 +157,7 @@ def write(
         config[packer.section] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
         for file, content in packer.files(rounded, packed).items():
             write_json(staging / file, content)
-    write_json(staging / "config.json", config)
+    write_config(staging / "config.json", config)
     return total
 
 
@@ -356,5 +356,5 @@ def _decoded_gguf(file: Path, original: Path, device: torch.device, dtype: torch
     tensors = gguf.read(file, config=config, tensors=_skeleton(original).state_dict())
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
         write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
-        write_json(Path(scratch) / "config.json", config)
+        write_config(Path(scratch) / "config.json", config)
         return load_model(Path(scratch), device=device, dtype=dtype)

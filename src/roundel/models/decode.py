@@ -22,7 +22,7 @@ from roundel.errors import ModelError, damaged
 from roundel.models.checkpoint import Checkpoint
 from roundel.models.load import PLAIN, guarded, load_model, quantization_settings, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS, Layout, Packed, find, layout_of
-from roundel.store import copy_files, staged_directory, write_json, write_shards
+from roundel.store import copy_files, staged_directory, write_config, write_shards
 
 __all__ = ["decoded"]
 
@@ -100,7 +100,7 @@ def _weight_by_weight(
     config = read_config(path)
     for owner in (config, config.get("text_config", {})):
         owner.pop("quantization_config", None)
-    write_json(staging / "config.json", config)
+    write_config(staging / "config.json", config)
 
 
 def _weights(name: str, kinds: dict[str, str], shapes: dict[str, list[int]], settings: dict[str, Any]) -> int:
