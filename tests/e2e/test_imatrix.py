@@ -18,11 +18,15 @@ from transformers import AutoModelForCausalLM
 import roundel
 from e2e import tiny
 from e2e.conftest import SETTINGS, exactly
+from e2e.test_experts import original
 from roundel.artifacts.factors import FactorsDirectory
+from roundel.artifacts.imatrix_sums import imatrix_sums
+from roundel.artifacts.source import load_source
 from roundel.calibration import split_tokens, windows
 from roundel.errors import FactorsError, ModelError, OutputError, StorageError
 from roundel.formats import imatrix as imatrix_format
 from roundel.models import load_tokenizer
+from roundel.recipes import Recipe
 from roundel.stages.collecting import collect_factors
 from roundel.stages.export import export_imatrix
 
@@ -194,3 +198,80 @@ def test_what_cannot_be_exported_is_refused(collected, model, tmp_path, monkeypa
     with pytest.raises(OutputError, match="exists"):
         roundel.export_imatrix(factors, output=target)
     assert target.read_bytes() == b"precious"
+
+
+@pytest.fixture(scope="module")
+def matrix(collected, tmp_path_factory) -> Path:
+    """Of the calibration text, as llama-imatrix would measure it."""
+    path = tmp_path_factory.mktemp("matrix") / "m.gguf"
+    export_imatrix(collected("activation"), output=path)
+    return path
+
+
+def test_rounding_with_a_file_is_that_with_its_text(model, quantize, matrix, tmp_path) -> None:
+    settings = {"scheme": "int3-g16", "prefix_aware": False}
+    with exactly():
+        given = quantize(model(), tmp_path / "given", curvature=f"imatrix:{matrix}", **settings)
+        live = quantize(model(), tmp_path / "live", curvature="imatrix", **settings)
+        none = quantize(model(), tmp_path / "none", curvature="identity", **settings)
+    weights = [load_file(found.path / "model.safetensors") for found in (given, live, none)]
+    codes = [name for name in weights[0] if name.endswith("weight_packed")]
+    same = [torch.equal(weights[0][name], weights[1][name]) for name in codes]
+    assert sum(same) >= 0.9 * len(codes)  # sums in another type: a value at a boundary may go the other way
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in codes)
+    assert json.loads((given.path / "roundel.json").read_text())["recipe"]["curvature"] == f"imatrix:{matrix}"
+
+
+def test_a_file_goes_with_what_needs_gradients_and_with_work(model, quantize, matrix, tmp_path) -> None:
+    settings = {"bits": 4.0, "schemes": ("int3-g16", "int4-g16"), "format": "native", "curvature": f"imatrix:{matrix}"}
+    first = quantize(model(), tmp_path / "first", work=tmp_path / "work", **settings)
+    again = quantize(model(), tmp_path / "again", work=tmp_path / "work", **settings)
+    assert (first.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(matrix.read_bytes() + b" ")
+    shutil.move(other, matrix)
+    with pytest.raises(StorageError, match="another job"):
+        quantize(model(), tmp_path / "third", work=tmp_path / "work", **settings)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("missing", "No such file"), ("text", "importance matrix"), ("width", "another model"), ("names", "none of the linears")],
+)
+def test_files_that_are_refused(fault: str, message: str, model, quantize, matrix, tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    if fault == "text":
+        path.write_text("no matrix")
+    elif fault != "missing":
+        name = "blk.0.attn_q.weight" if fault == "width" else "blk.9.attn_q.weight"
+        values = {name: torch.ones(7)}
+        imatrix_format.write(
+            path, imatrix_format.Imatrix(architecture="llama", dataset="", sequences=1, seq_len=1, values=values, counts={name: 1})
+        )
+    with pytest.raises((FactorsError, StorageError), match=message):
+        quantize(model(), tmp_path / "out", scheme="int4-g32", curvature=f"imatrix:{path}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_have_the_sums_of_their_place(tmp_path) -> None:
+    tokenizer = tiny.make_tokenizer(starts=False)
+    original("qwen3-moe", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = load_source(str(tmp_path / "model"), Recipe(scheme="int4-g32"), "cpu", "float32")
+    down = sorted(name for name in source.linears if name.startswith("model.layers.0.") and name.endswith("down_proj"))
+    count, width = len(down), source.linears[down[0]].in_features
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    sums = torch.arange(count * width, dtype=torch.float32).reshape(count, width)
+    writer.add_tensor("blk.0.ffn_down_exps.weight.in_sum2", sums.numpy())
+    writer.add_tensor("blk.0.ffn_down_exps.weight.counts", torch.arange(count, dtype=torch.float32)[:, None].numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    others = len(source.linears) - count
+    found = imatrix_sums(Recipe(scheme="int4-g32", curvature=f"imatrix:{tmp_path / 'm.gguf'}"), source)
+    assert found is not None
+    assert set(source.linears) == set(down)
+    assert len([name for name, reason in source.skipped.items() if reason == "not in m.gguf"]) == others
+    for k in range(count):
+        (sketch,) = found.sketches([f"model.layers.0.mlp.experts.{k}.down_proj"], torch.device("cpu")).values()
+        assert torch.equal(sketch.sums["squares"], sums[k])
+        assert sketch.rows == k

@@ -27,7 +27,7 @@ MORE += [
     "guided:groups=6",
     "diagonal:of=guided",
 ]
-TOKEN_INDEPENDENT = {"identity", "activation", "kfac", "sketch-a", "diagonal:of=sketch-a"}
+TOKEN_INDEPENDENT = {"identity", "activation", "imatrix", "kfac", "sketch-a", "diagonal:of=sketch-a"}
 TOKEN_INDEPENDENT |= {"guided", "guided:groups=1", "guided:groups=6", "diagonal:of=guided"}
 CLOSELY, EXACTLY = {"rtol": 1e-4, "atol": 1e-5}, {"rtol": 0, "atol": 0}
 every_estimator = pytest.mark.parametrize("name", [*ESTIMATORS, *MORE])
@@ -291,6 +291,7 @@ def test_every_estimator_of_one_pass_by_its_definition() -> None:
     expected = {
         "identity": [(eye_out, eye_in)],
         "activation": [(eye_out, unit(xx))],
+        "imatrix": [(eye_out, unit(torch.diag(xx.diagonal())))],
         "kfac": [(unit(gg), unit(xx))],
         "sketch-b": [(unit(GGt), unit(GtG))],
         "mean": [((unit(gg) + unit(GGt)) / 2, (unit(xx) + unit(GtG)) / 2)],

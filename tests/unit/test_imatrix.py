@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
 from laws.problems import draw
-from roundel.errors import ModelError
-from roundel.formats.imatrix import Imatrix, architecture, tensor_names, write
+from roundel.errors import FactorsError, ModelError
+from roundel.formats.imatrix import Imatrix, architecture, read, tensor_names, write
 
 NAMES = ["blk.1.ffn_down.weight", "blk.0.attn_q.weight", "blk.11.attn_q.weight"]
 
@@ -43,6 +44,54 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert list(sums.shape) == [len(matrix.values[name])]
         assert counts.data.tolist() == [408.0]
         torch.testing.assert_close(torch.tensor(sums.data) / 408, matrix.values[name].float(), rtol=1e-6, atol=0)
+
+
+def test_files_of_both_forms_are_read(tmp_path: Path) -> None:
+    matrix = example()
+    write(tmp_path / "m.gguf", matrix)
+    old = len(NAMES).to_bytes(4, "little")
+    for name in NAMES:
+        values = (3 * matrix.values[name]).float().numpy()  # times chunks
+        old += len(name).to_bytes(4, "little") + name.encode()
+        old += (3).to_bytes(4, "little") + len(values).to_bytes(4, "little") + values.tobytes()
+    (tmp_path / "m.dat").write_bytes(old + (99).to_bytes(4, "little") + b"rest")
+    for found in (read(tmp_path / "m.gguf"), read(tmp_path / "m.dat")):
+        assert set(found) == set(NAMES)
+        for name in NAMES:
+            sums, counts = found[name]
+            assert sums.shape == (1, len(matrix.values[name]))
+            torch.testing.assert_close(sums[0] / counts, matrix.values[name].float(), rtol=1e-6, atol=0)
+
+
+def test_sums_of_experts_are_one_row_each(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    writer.add_tensor("blk.0.ffn_down_exps.weight.in_sum2", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.add_tensor("blk.0.ffn_down_exps.weight.counts", np.array([[5], [0], [7]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ((sums, counts),) = read(tmp_path / "m.gguf").values()
+    assert counts.tolist() == [5, 0, 7]
+    assert sums.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"GGUF", b"\1\0\0\0\4\0\0\0name\1\0\0\0\xff\0\0\0", b"\xff\xff\xff\x7f", b"\1\0\0\0\xff\xff\xff\xff" + bytes(20), bytes(4)],
+)
+def test_what_is_no_importance_matrix_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.dat").write_bytes(content)
+    with pytest.raises(FactorsError, match="importance matrix"):
+        read(tmp_path / "m.dat")
+
+
+def test_sums_that_are_none_are_refused(tmp_path: Path) -> None:
+    matrix = example()
+    matrix.values["blk.0.attn_q.weight"][0] = -1
+    write(tmp_path / "m.gguf", matrix)
+    with pytest.raises(FactorsError, match="no sums of squares"):
+        read(tmp_path / "m.gguf")
 
 
 def test_equal_matrices_give_equal_bytes(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ Per matrix `M` there are two float32 tensors, `M.in_sum2` `(d_in,)`, a sum over 
 use the quotient. Keys: `general.type` is "imatrix", `imatrix.datasets` the texts' names, `imatrix.chunk_count` and `imatrix.chunk_size`
 sequences and tokens in each (llama.cpp pull request 9400). `general.architecture` is there because GGUF asks for it.
 
-Cost: nothing. Not done: matrices of several experts; matrices whose columns llama.cpp's converter reorders; the old binary form.
+Files of others are read as well (`read`): sums of experts one after the other, `(experts, d_in)` with `(experts, 1)` counts, and the older
+binary form (`.dat`): the number of matrices; for each the length of its name, the name, the number of chunks, the number of values and the
+values, means times chunks, all in 32 bits.
+
+Cost: nothing. Not done: writing matrices of several experts; matrices whose columns llama.cpp's converter reorders.
 """
 
 from __future__ import annotations
@@ -21,12 +25,16 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from roundel.errors import ModelError
+from roundel.errors import FactorsError, ModelError, damaged
 
-__all__ = ["Imatrix", "architecture", "tensor_names", "write"]
+__all__ = ["Imatrix", "architecture", "read", "tensor_names", "write"]
+
+OLD_CHUNK = 512
+"""Tokens of a chunk in the older form, which does not say it: llama.cpp's default."""
 
 _OTHER_NAMES = {
     "cohere": "command-r",
@@ -87,6 +95,57 @@ def tensor_names(architecture: str, modules: Iterable[str]) -> dict[str, str]:
     known = gguf.get_tensor_name_map(kind, blocks)
     found = {module: known.get_name(f"{module.replace('language_model.', '')}.weight", (".weight",)) for module in modules}
     return {module: name for module, name in found.items() if name is not None and not name.endswith(_REORDERED)}
+
+
+def read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums of squares over tokens and numbers of tokens by GGUF tensor: `(experts, d_in)` and `(experts,)`, one expert for plain matrices.
+
+    Raises:
+        FactorsError: it is no importance matrix, or damaged.
+    """
+    with damaged(FactorsError, path, "expected an importance matrix of llama.cpp"):
+        content = path.read_bytes()
+        found = _read_gguf(path) if content[:4] == b"GGUF" else _read_old(content)
+        for name, (sums, counts) in found.items():
+            if not sums.numel() or counts.shape != sums.shape[:1] or not (sums >= 0).all() or not torch.isfinite(sums).all():
+                raise FactorsError(f"{path}: the sums of {name} are no sums of squares; the file is damaged")
+            if not (counts >= 0).all() or not torch.isfinite(counts).all():
+                raise FactorsError(f"{path}: the counts of {name} are none; the file is damaged")
+    if not found:
+        raise FactorsError(f"{path} has no sums of any matrix: expected an importance matrix of llama.cpp")
+    return found
+
+
+def _read_gguf(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sums are `(d_in,)` or `(experts, d_in)` as numpy has them, the counts `(1,)` or `(experts, 1)`."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    found = {}
+    for name in (name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")):
+        counts = torch.from_numpy(np.array(tensors[f"{name}.counts"].data, dtype=np.float32)).flatten()
+        sums = torch.from_numpy(np.array(tensors[f"{name}.in_sum2"].data, dtype=np.float32))
+        found[name] = (sums.reshape(len(counts), -1), counts)
+    return found
+
+
+def _read_old(content: bytes) -> dict[str, tuple[Tensor, Tensor]]:
+    """A matrix of several experts has their values one after the other, and does not say how many they are: it comes as one row."""
+
+    def number(at: int) -> int:
+        return int.from_bytes(content[at : at + 4], "little", signed=True)
+
+    found, at = {}, 4
+    for _ in range(number(0)):
+        length = number(at)
+        name = content[at + 4 : at + 4 + length].decode("utf-8")
+        at += 4 + length
+        chunks, size = number(at), number(at + 4)
+        at += 8
+        if length < 1 or chunks < 1 or size < 1 or at + 4 * size > len(content):
+            raise ValueError("it ends too early")
+        values = torch.from_numpy(np.frombuffer(content, dtype="<f4", count=size, offset=at).astype(np.float32))
+        found[name] = ((values * OLD_CHUNK)[None], torch.tensor([float(chunks * OLD_CHUNK)]))
+        at += 4 * size
+    return found
 
 
 def write(path: Path, matrix: Imatrix) -> None:

@@ -18,10 +18,10 @@ of one portion, `STATES` matrices of the size of each factor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from roundel import processes
 from roundel.artifacts import factors as factor_files
 from roundel.artifacts.curvatures import Curvatures, LinearCurvature
 from roundel.artifacts.factors import FactorsDirectory
+from roundel.artifacts.imatrix_sums import imatrix_sums
 from roundel.artifacts.source import Source
 from roundel.artifacts.work import Work
 from roundel.calibration import Split
@@ -60,6 +61,14 @@ UNSEEN = 99
 """The portion of linears that never ran on the text."""
 
 
+class Sums(Protocol):
+    """What was summed up before."""
+
+    def sketches(self, names: Iterable[str], device: torch.device) -> dict[str, Sketch]:
+        """Those of some linears."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What the rounding stage reads."""
@@ -75,13 +84,13 @@ def measure_curvature(
     recipe: Recipe,
     source: Source,
     split: Split,
-    stored: FactorsDirectory | None,
+    stored: Sums | None,
     notes: Notes,
     *,
     batch_size: int,
     work: Work,
 ) -> Measured:
-    """What each linear is rounded with, collected from the text or from sums that are `stored`.
+    """What each linear is rounded with, collected from the text or from sums that are `stored` or in the file that the recipe names.
 
     Linears that no gradient reached are moved to `source.skipped`.
 
@@ -89,6 +98,7 @@ def measure_curvature(
         NumericalError: no linear is left.
     """
     curvatures = Curvatures(path=work.curvature, factor_type=recipe.factor_type)
+    stored = stored if stored is not None else imatrix_sums(recipe, source)
     with notes.timed("curvature"):
         tokens, linears, rows = split.used, source.linears, _own_rows(recipe, split)
         total = steps(source.layers, linears) * len(rows)
@@ -178,7 +188,7 @@ def _measure(
     recipe: Recipe,
     source: Source,
     split: Split,
-    stored: FactorsDirectory | None,
+    stored: Sums | None,
     curvatures: Curvatures,
     batch_size: int,
     memory: int,

@@ -56,7 +56,8 @@ def quantize(
         str,
         typer.Option(
             help="auto, identity, activation (GPTQ), kfac, sketch-a[:rounds=N], sketch-b[:rounds=N], mean, pilot, "
-            "power[:rounds=N], fastkron[:steps=N][:batch=N], guided[:groups=N], diagonal[:of=NAME] or triangular[:rounds=N][:shrinkage=X]."
+            "power[:rounds=N], fastkron[:steps=N][:batch=N], guided[:groups=N], diagonal[:of=NAME], "
+            "triangular[:rounds=N][:shrinkage=X], or llama.cpp's: imatrix[:FILE]."
         ),
     ] = DEFAULT.curvature,
     labels: Annotated[

@@ -14,6 +14,7 @@ from roundel.curvature.sketches.diagonal import Diagonal
 from roundel.curvature.sketches.fastkron import FastKron
 from roundel.curvature.sketches.guided import Guided
 from roundel.curvature.sketches.identity import Identity
+from roundel.curvature.sketches.imatrix import Imatrix
 from roundel.curvature.sketches.kfac import Kfac
 from roundel.curvature.sketches.mean import Mean
 from roundel.curvature.sketches.pilot import Pilot
@@ -33,6 +34,7 @@ __all__ = [
     "FastKron",
     "Guided",
     "Identity",
+    "Imatrix",
     "Kfac",
     "Mean",
     "Pilot",
@@ -47,6 +49,7 @@ __all__ = [
 ESTIMATORS: dict[str, type[Estimator]] = {
     "auto": Auto,
     "identity": Identity,
+    "imatrix": Imatrix,
     "activation": Activation,
     "kfac": Kfac,
     "sketch-a": SketchA,
@@ -65,7 +68,7 @@ _PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "NAME"}
 
 
 def parse_curvature(spec: str) -> Estimator:
-    """The estimator of a name with settings, such as `kfac`, `sketch-a:rounds=3` or `triangular:rounds=1:shrinkage=0.3`.
+    """The estimator of a name with settings, such as `kfac`, `sketch-a:rounds=3`, `triangular:rounds=1:shrinkage=0.3`; or `imatrix:FILE`.
 
     Raises:
         SchemeError: unknown name or setting, or a value that the setting cannot have.
@@ -74,6 +77,8 @@ def parse_curvature(spec: str) -> Estimator:
     if name not in ESTIMATORS:
         raise SchemeError(f"unknown curvature {name!r}: expected one of {', '.join(ESTIMATORS)}")
     kind = ESTIMATORS[name]
+    if kind is Imatrix:
+        return Imatrix(file=settings)
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}

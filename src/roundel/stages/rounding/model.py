@@ -13,6 +13,7 @@ from torch import Tensor
 from roundel import processes
 from roundel.artifacts.curvatures import LinearCurvature
 from roundel.artifacts.factors import model_fingerprint
+from roundel.artifacts.imatrix_sums import digest, imatrix_file
 from roundel.artifacts.rounded import RoundedFiles, shared
 from roundel.artifacts.source import Source, device_of
 from roundel.artifacts.work import Work
@@ -213,4 +214,6 @@ def rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
     decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_")) and name != "effort"}
     decisive["prefix_aware"] = recipe.corrects(split.calibration.ids.numel())
     given = [decisive, model_fingerprint(source.checkpoint), data_hash(split.everything), str(source.model.dtype)]
+    if (file := imatrix_file(recipe)) is not None:
+        given.append(digest(file))
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
