@@ -105,22 +105,10 @@ def test_a_model_against_itself_has_no_divergence(command, model, text) -> None:
 
 def test_quiet_prints_nothing(model, text, tmp_path) -> None:
     """In a process of its own, because Transformers' bars and logs go to the standard error that it finds when it is imported."""
-    arguments = [
-        "--calibration",
-        text,
-        *SHORT,
-        "--eval-data",
-        text,
-        "--sequences",
-        40,
-        "--eval-sequences",
-        40,
-        "--scheme",
-        "int4-g32",
-        "--quiet",
-        "-o",
-        tmp_path / "out",
-    ]
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    texts = ["--calibration", short, "--eval-data", short]
+    arguments = [*texts, *SHORT, "--scheme", "int4-g32", "--quiet", "-o", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-m", "roundel", "quantize", model(), *map(str, arguments)],
         capture_output=True,

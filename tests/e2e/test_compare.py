@@ -78,7 +78,7 @@ def in_the_order_of_auto(recipe: Recipe, *args: Any, **settings: Any) -> Split:
 @pytest.mark.parametrize(
     ("method", "sequences", "scheme"),
     [
-        ("auto", 64, "int3-g32"),
+        pytest.param("auto", 64, "int3-g32", marks=pytest.mark.slow),
         ("auto", 16, "int4-g64"),
         ("gptq", 16, "int4-g64"),
         ("gptq", 64, "int3-g32"),

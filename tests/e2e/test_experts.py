@@ -193,7 +193,7 @@ def test_an_expert_without_a_token_takes_the_curvature_of_the_others(source: Pat
     assert "saw fewer than 4 rows a column" in warning
 
 
-@pytest.mark.parametrize("form", ["native", "dense", "gptq"])
+@pytest.mark.parametrize("form", ["native", pytest.param("dense", marks=pytest.mark.slow), "gptq"])
 def test_other_formats(source: Path, form: str, quantize: Quantize, tmp_path: Path) -> None:
     if (source.name, form) == ("nemotron-h", "gptq"):
         pytest.skip("its widths do not fill GPTQ's words")
@@ -221,7 +221,7 @@ def test_other_formats(source: Path, form: str, quantize: Quantize, tmp_path: Pa
         assert torch.equal(module.dequantized() if form == "native" else module.weight, weight)
 
 
-@pytest.mark.parametrize("places", [0, 1])
+@pytest.mark.parametrize("places", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_experts_among_prefix_aware_linears_and_natural_steps(
     places: int, source: Path, quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

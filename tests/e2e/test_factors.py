@@ -126,6 +126,7 @@ def test_files_appear_group_by_group_from_the_last_and_are_whole(collect, tmp_pa
     assert seen == [["header.json", last], ["header.json", first, last]]
 
 
+@pytest.mark.slow
 def test_a_real_kill_at_random_points(collect, text, tmp_path) -> None:
     """By the default estimator, with enough sequences that some are held out, of a model of eight layers."""
     model, target = tmp_path / "model", tmp_path / "killed"

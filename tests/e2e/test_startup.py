@@ -91,7 +91,10 @@ def native(model, quantize, tmp_path_factory) -> Path:
     [
         "import roundel; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import roundel",
-        "import transformers.quantizers.auto as auto; import roundel; assert 'roundel' in auto.AUTO_QUANTIZER_MAPPING",
+        pytest.param(
+            "import transformers.quantizers.auto as auto; import roundel; assert 'roundel' in auto.AUTO_QUANTIZER_MAPPING",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["roundel first", "transformers first", "registries first"],
 )

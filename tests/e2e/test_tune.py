@@ -33,7 +33,9 @@ def much_text(tmp_path_factory) -> str:
     return str(text)
 
 
-@pytest.mark.parametrize(("method", "scheme"), [("end-to-end", "int2-g16-asym"), ("blocks", "lattice2")])
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("end-to-end", "int2-g16-asym"), pytest.param("blocks", "lattice2", marks=pytest.mark.slow)]
+)
 def test_the_loss_on_other_text_falls(model, quantize, tmp_path, much_text, method: str, scheme: str) -> None:
     few = 8 if method == "blocks" else 40
     text = {"calibration": much_text, "sequences": 160 if method == "blocks" else 300, "eval_sequences": 40, "tune_tokens": 1024}

@@ -249,6 +249,7 @@ def line(model: Path, text: Path, place: Path) -> list[str]:
     return ["quantize", str(model), "-o", str(place / "out"), "--work", str(place / "work"), *given]
 
 
+@pytest.mark.slow
 def test_real_kills_on_the_command_line(deep, text, quantize, tmp_path) -> None:
     expected = quantize(deep, tmp_path / "whole", **{**GIVEN, "natural_places": 0})
     generator = random.Random(11)
