@@ -22,6 +22,7 @@ from roundel.artifacts.rounded import RoundedFiles
 from roundel.artifacts.source import Source, load_source
 from roundel.artifacts.work import Work
 from roundel.calibration import read_documents, windows
+from roundel.formats import imatrix
 from roundel.given import open_given
 from roundel.models import load_tokenizer
 from roundel.models.load import quiet
@@ -110,6 +111,24 @@ class Bases:
         return place
 
     @cached_property
+    def matrix(self) -> Path:
+        """llama.cpp's importance matrix in both of its forms."""
+        place = self.path / "matrix"
+        if not place.exists():
+            place.mkdir()
+            values = {f"blk.0.{part}.weight": torch.arange(1.0, 65) for part in ("attn_q", "ffn_up")}
+            matrix = imatrix.Imatrix(
+                architecture="llama", dataset="text", sequences=4, seq_len=16, values=values, counts=dict.fromkeys(values, 64)
+            )
+            imatrix.write(place / "m.gguf", matrix)
+            old = [len(values).to_bytes(4, "little")]
+            for name, own in values.items():
+                numbers = (size.to_bytes(4, "little") for size in (1, len(own)))
+                old += [len(name).to_bytes(4, "little"), name.encode(), *numbers, own.numpy().tobytes()]
+            (place / "m.dat").write_bytes(b"".join(old))
+        return place
+
+    @cached_property
     def work(self) -> Path:
         """Of a job that was stopped in its tuning, with codes and curvature kept."""
         place = self.path / "work"
@@ -183,6 +202,10 @@ def _imatrix(bases: Bases, given: Path, scratch: Path) -> object:
     return roundel.export_imatrix(given, output=scratch / "out" / "imatrix.gguf", model=bases.model)
 
 
+def _matrix(bases: Bases, given: Path, scratch: Path) -> object:
+    return [imatrix.read(path) for path in sorted(given.iterdir())]
+
+
 def _resume(bases: Bases, given: Path, scratch: Path) -> object:
     return roundel.quantize(bases.model, output=scratch / "out", work=given, calibration=str(bases.text), **JOB)
 
@@ -210,6 +233,7 @@ CALLS: dict[str, Target] = {
     **_each("from_pretrained", [form for form in FORMS if "native" in form], _transformers, 4),
     "factors": (lambda bases: bases.factors, _factors, 30),
     "imatrix": (lambda bases: bases.factors, _imatrix, 10),
+    "matrix": (lambda bases: bases.matrix, _matrix, 5),
     "work": (lambda bases: bases.work, _files, 30),
     "text": (lambda bases: bases.text, _text, 20),
     **_each("export", [form for form in FORMS if form != "gguf"], _export, 0.5),  # from here on whole runs
