@@ -530,7 +530,8 @@ class Chaos:
                 if ended.code == 0:
                     row["same_bytes"] = place.digest() == self.wanted[name]
                 else:
-                    row["clear"] = ended.code == 6 and ended.one_error
+                    row["aborted"] = ended.code == -signal.SIGABRT and "bad_alloc" in ended.said  # by native code, as the page says
+                    row["clear"] = row["aborted"] or (ended.code == 6 and ended.one_error)
                     row["no_output"] = job.command == "collect" or not place.output.exists()
                     self.again(name, place, row)
                 self.note("memory", name, row, place)
@@ -633,6 +634,7 @@ def result(chaos: Chaos, others: dict[str, Any], seed: int, seconds: int) -> dic
             "same_bytes": sum(row.get("same_bytes", False) for row in own),
             "units_kept": sum(row.get("units_kept", 0) for row in own),
             "units_lost": sum(row.get("units_lost", 0) for row in own),
+            "aborted": sum(row.get("aborted", False) for row in own),
             "faults": dict(Counter(fault for row in own for fault in row["faults"])),
         }
         for kind in dict.fromkeys(row["kind"] for row in rows)

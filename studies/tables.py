@@ -491,9 +491,11 @@ def chaos() -> str:
     for kind, own in found["summary"].items():
         broken = ", ".join(f"{count} {fault}" for fault, count in own["faults"].items()) or "none"
         cells.append([DISTURBED[kind], *(str(own[key]) for key in ("disturbed", "same_bytes", "units_kept", "units_lost")), broken])
+    aborted = sum(own.get("aborted", 0) for own in found["summary"].values())
+    native = f" With too little memory {aborted} jobs were ended by native code, by a signal." if aborted else ""
     left_out = "".join(f" Left out: {kind}, {reason}." for kind, reason in found["left_out"].items())
     columns = ("what happened", "jobs", "same bytes in the end", "units of work on the disk", "lost", "promises broken")
-    return f"{markdown(columns, cells)}\n\nSeed {found['seed']}, {found['seconds'] / 60:.0f} minutes.{left_out}"
+    return f"{markdown(columns, cells)}\n\nSeed {found['seed']}, {found['seconds'] / 60:.0f} minutes.{native}{left_out}"
 
 
 FUZZED = ("compressed-tensors", "native", "native-integers", "gptq", "awq", "auto-round", "mlx", "exl3", "gguf")

@@ -128,6 +128,8 @@ def damaged(kind: type[RoundelError], what: object, then: str = "it is damaged")
     except BaseException as error:
         if not of_reading(error):
             raise
+        if "cannot allocate memory" in str(error).lower():  # of a map of the file, which is as large as that: no fault of its content
+            raise MemoryLimitError(error) from error
         raise kind(f"{what} cannot be read ({reason_of(error)}): {then}") from error
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import roundel
-from roundel.errors import MemoryLimitError, is_out_of_memory
+from roundel.errors import MemoryLimitError, ModelError, damaged, is_out_of_memory
 from roundel.stages import collecting, curvature, finish, passes
 from roundel.stages import quantize as stage
 from roundel.sweeps import Layers
@@ -130,6 +130,13 @@ def test_memory_that_ends_anywhere_else_is_one_error_on_the_command_line(command
     assert outcome.code == 6
     assert outcome.err.startswith("error: out of memory: try")
     assert outcome.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged() -> None:
+    with pytest.raises(MemoryLimitError), damaged(ModelError, "x.safetensors"):
+        raise RuntimeError("unable to mmap 527096 bytes from file <x.safetensors>: Cannot allocate memory (12)")
+    with pytest.raises(ModelError), damaged(ModelError, "x.safetensors"):
+        raise RuntimeError("can't allocate memory: you tried to allocate 72057594037927936 bytes")
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
