@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from e2e import tiny
-from roundel.errors import NumericalError
+from e2e.test_experts import original
+from roundel.errors import ModelError, NumericalError
 
 GIVEN: dict[str, Any] = {
     "scheme": "int3-g16",
@@ -108,3 +109,14 @@ def test_settings_that_are_infinite_are_written_as_they_are(form, changed, quant
     scheme = "q8_0" if form == "gguf" else "int8-g32"
     found = quantize(source, tmp_path / "out", **{**GIVEN, "scheme": scheme}, format=form, curvature="identity")
     assert json.loads((found.path / "config.json").read_text())["time_step_limit"] == [0.0, math.inf]
+
+
+def test_a_model_that_does_not_run_is_one_error(quantize, tmp_path: Path) -> None:
+    """Latent attention with fewer heads of keys than of queries: its weights fit, its products do not."""
+    tokenizer = tiny.make_tokenizer(starts=False)
+    original("deepseek-v3", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": config["num_attention_heads"] // 2}))
+    with pytest.raises(ModelError, match=r"the model cannot be run \(RuntimeError: .*\): is its config.json right\?"):
+        quantize(tmp_path / "model", tmp_path / "out", **GIVEN)

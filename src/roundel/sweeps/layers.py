@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from roundel.errors import ModelError
+from roundel.errors import ModelError, RoundelError, is_out_of_memory, reason_of
 
 __all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers", "text_lists"]
 
@@ -216,11 +216,22 @@ class Layers:
 
     @torch.no_grad()
     def verified(self) -> bool:
-        """Whether the groups, run one by one, give what the whole model gives, bit for bit, on a few tokens."""
+        """Whether the groups, run one by one, give what the whole model gives, bit for bit, on a few tokens.
+
+        Raises:
+            ModelError: it cannot be run at all.
+        """
         ids = torch.randint(self.vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(self.device)
         seen: list[Tensor] = []
         with self._patched({i: self._observed(i, seen) for i in range(len(self.names))}):
-            whole = self.model(input_ids=ids, use_cache=False).logits
+            try:
+                whole = self.model(input_ids=ids, use_cache=False).logits
+            except Exception as error:  # whatever an architecture raises whose settings do not go together
+                if isinstance(error, RoundelError) or is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"the model cannot be run ({type(error).__name__}: {reason_of(error)}): is its config.json right?"
+                ) from error
         firsts = [self.names.index(group[0]) for group in self.groups]
         if len(seen) != len(self.names):
             return False
