@@ -179,7 +179,10 @@ def read_config(path: Path) -> dict[str, Any]:
         ModelError: there is none, or it is no JSON object.
     """
     with damaged(ModelError, path / "config.json", "expected a JSON object, as in a Hugging Face model directory"):
-        return dict(json.loads((path / "config.json").read_text(encoding="utf-8")).items())
+        config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")).items())
+        if not isinstance(config.get("model_type", ""), str):
+            raise TypeError(f"model_type is {config['model_type']}")
+    return config
 
 
 def quantization_settings(path: Path) -> dict[str, Any]:
