@@ -1,6 +1,8 @@
 """`roundel plan`: what it says of sizes is what `quantize` makes, and it needs no weights."""
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ MIXTURE = {
 }
 RATES = Timing(
     what="nothing",
+    waited=0.0,
     gradients=1e-12,
     forward=1e-12,
     moments=1e-12,
@@ -53,6 +56,26 @@ RATES = Timing(
     head=1e-12,
     reading=1e-10,
 )
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch, model) -> None:
+    monkeypatch.setattr(planning, "timing_of", lambda *_given: dataclasses.replace(RATES, waited=0.5))
+    (warning,) = (line for line in plan(model(), scheme="int4-g32")["warnings"] if "other programs" in line)
+    assert "for 50% of the time" in warning
+
+
+def test_time_that_others_took_does_not_count() -> None:
+    began, alone = time.monotonic(), timing.undisturbed()
+    sum(range(1_000_000))
+    passed, own = time.monotonic() - began, timing.undisturbed() - alone
+    assert own <= passed + 1e-3
+
+
+def test_a_given_matrix_costs_no_gradients(untimed, model, tmp_path) -> None:
+    plain = plan(model(), scheme="int4-g32", curvature="imatrix")["seconds"]
+    given = plan(model(), scheme="int4-g32", curvature=f"imatrix:{tmp_path / 'm.gguf'}")["seconds"]
+    assert 0 < given.pop("curvature") < plain.pop("curvature")
+    assert given == plain
 
 
 @pytest.fixture

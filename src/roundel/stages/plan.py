@@ -43,6 +43,9 @@ __all__ = ["duration", "peak_memory", "plan", "say_plan"]
 WORTH_PLANNING = 50_000_000
 """Quantized weights from which on a job says at its beginning how long it will take."""
 
+BUSY = 0.2
+"""What part of the time other programs may have had the processors while a layer was timed."""
+
 PROGRAM = 520_000_000
 """Bytes of Python, torch and Transformers."""
 
@@ -99,6 +102,11 @@ def plan(
     place = pick_device(device)
     kind, budget = pick_dtype(dtype, place, notes.warn), memory_budget(memory)
     timing = timing_of(source, names, recipe, place, kind)
+    if timing.waited > BUSY:
+        notes.warn(
+            f"other programs had the processors for {timing.waited:.0%} of the time that was tried: the seconds are those of a machine "
+            "that does nothing else, and too many even so; plan again when it is idle"
+        )
 
     def taken(recipe: Recipe) -> dict[str, float]:
         return seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)

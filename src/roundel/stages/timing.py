@@ -6,6 +6,9 @@ the text, and what the output head costs are told apart by that, and each is tak
 of more than `TIMED` weights would take too long: then a narrow one is timed, and taken to the model's widths. Natural-gradient steps and
 tuning are counted in passes of that kind, sampling of text in readings of the weights.
 
+Seconds that the process has waited for a processor, because other programs had it, do not count (`undisturbed`): a plan is of a machine
+that does nothing else, and warns where they were many.
+
 Cost: some seconds. Not done: several processes; what a GPU does better with wide layers than with a narrow one.
 """
 
@@ -15,6 +18,7 @@ import dataclasses
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
 
+from roundel.artifacts.imatrix_sums import imatrix_file
 from roundel.artifacts.source import Source, outlined
 from roundel.artifacts.work import HIDDEN, Work
 from roundel.artifacts.written import Written
@@ -89,6 +94,8 @@ class Timing:
 
     what: str
     """Which layer was timed."""
+    waited: float
+    """What part of the time of trying other programs had the processors."""
     gradients: float
     forward: float
     moments: float
@@ -157,7 +164,7 @@ def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[
         found["text"] = draws * max(
             timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * timing.forward * (units.forward + units.head)
         )
-    found["curvature"] = collected * (timing.gradients * units.gradients + head)
+    found["curvature"] = 0.0 if imatrix_file(recipe) else collected * (timing.gradients * units.gradients + head)
     found["curvature"] += timing.factors * units.cubes + timing.overhead * units.linears
     compared = DRAFTS if parse_curvature(recipe.curvature).held_out(recipe.sequences) else 0
     compared = compared if recipe.bits is None else len(recipe.used_schemes)
@@ -214,6 +221,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     def run(count: int, vocabulary: int, sweeps: int, length: int) -> tuple[dict[str, float], Units]:
         given = dataclasses.replace(
             recipe,
+            curvature="imatrix" if imatrix_file(recipe) else recipe.curvature,  # the file is not this model's
             sequences=count,
             prefix_sequences=count,
             eval_sequences=2 * count,
@@ -234,6 +242,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
             return _stages(alone, given, Path(scratch)), units_of(alone, length)
 
     run(FEW, VOCABULARY, 1, 16)  # compiled and warm
+    began, began_alone = time.monotonic(), undisturbed()
     few, units = run(FEW, VOCABULARY, sweeps, length)
     more, _ = run(2 * FEW, VOCABULARY, sweeps, length)
     wide, wider = run(FEW, MORE_VOCABULARY, 0, length)
@@ -249,6 +258,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     swept = min(max(few["rounding"] - wide["rounding"], 0.0), 0.9 * fixed)
     return Timing(
         what=what,
+        waited=1 - (undisturbed() - began_alone) / (time.monotonic() - began),
         gradients=each_token("curvature", units.gradients),
         forward=each_token("evaluation", units.forward) / 2,  # twice as many sequences are held out
         moments=each_token("rounding", units.moments),
@@ -286,7 +296,7 @@ def _layer_alone(
 def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     """Seconds of each stage over a model of one layer and random text."""
     recipe = dataclasses.replace(recipe, embedding="none", head="none")
-    notes, work = Notes(Silent()), Work(path=folder / "work", kept=False, memory=1 << 34, hidden=HIDDEN)
+    notes, work = Notes(Silent(), undisturbed), Work(path=folder / "work", kept=False, memory=1 << 34, hidden=HIDDEN)
     work.path.mkdir()
     ids = torch.randint(
         source.layers.vocabulary,
@@ -308,20 +318,29 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     return notes.seconds
 
 
+def undisturbed() -> float:
+    """A clock that stands still while the thread that has waited longest waits for a processor (where Linux tells)."""
+    waits = [0]
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has ended
+            waits.append(int(task.read_text(encoding="ascii").split()[1]))
+    return time.monotonic() - max(waits) / 1e9
+
+
 def _inverting(device: torch.device) -> float:
     """Seconds for a cube of the width of a matrix that is factorised in float64."""
     width = 1024
     matrix = torch.eye(width, dtype=torch.float64, device=device) + 1e-4
     torch.linalg.cholesky(matrix).sum().item()
-    began = time.perf_counter()
+    began = undisturbed()
     torch.linalg.cholesky(matrix).sum().item()
-    return (time.perf_counter() - began) / width**3
+    return (undisturbed() - began) / width**3
 
 
 def _reading(device: torch.device) -> float:
     """Seconds for a byte that is read from memory, by one sum over a quarter of a gigabyte."""
     values = torch.zeros(1 << 26, device=device)
     values.sum().item()
-    began = time.perf_counter()
+    began = undisturbed()
     values.sum().item()
-    return (time.perf_counter() - began) / values.nbytes
+    return (undisturbed() - began) / values.nbytes
