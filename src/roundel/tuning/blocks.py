@@ -64,9 +64,10 @@ def tune_blocks(job: Job) -> Tuned:
     state, moved, history = dict(rounded), dict(job.moved), list[dict[str, Any]]()
     if (found := saved.load()) is not None:
         tensors, notes = found
-        state |= unpacked(tensors, kinds_of(rounded))
-        moved |= others_of(tensors)
-        history = notes["history"]
+        with saved.read():
+            state |= unpacked(tensors, kinds_of(rounded))
+            moved |= others_of(tensors, source.model)
+            history = notes["history"]
     finished = {row["layer"] for row in history}
     linears = [[name for name in rounded if name.startswith(f"{layer}.")] for layer in layers.names]
     left = [layer for layer, names in zip(layers.names, linears, strict=True) if names and layer not in finished]

@@ -92,9 +92,10 @@ def tune_end_to_end(job: Job) -> Tuned:
     saved = job.saved("end-to-end", rows, drawn=share)
     if (found := saved.load()) is not None:
         tensors, notes = found
-        history, best_step = notes["history"], notes["best_step"]
-        optimiser.restore(tensors, history[-1]["step"])
-        best, moved = unpacked(tensors, kinds_of(rounded)), others_of(tensors)
+        with saved.read():
+            history, best_step = notes["history"], notes["best_step"]
+            optimiser.restore(tensors, history[-1]["step"])
+            best, moved = unpacked(tensors, kinds_of(rounded)), others_of(tensors, source.model)
         job.advance(optimiser.taken)
     else:
         best, moved, best_step = dict(rounded), stored_values(small, others), 0

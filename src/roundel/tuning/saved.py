@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from roundel import processes
 from roundel.errors import StorageError, damaged
@@ -68,12 +69,16 @@ class Saved:
         """
         if self.path is None or not self.path.exists():
             return None
-        with damaged(StorageError, self.path, "remove it to start again"), safe_open(self.path, framework="pt") as handle:
+        with self.read(), safe_open(self.path, framework="pt") as handle:
             notes = dict(json.loads((handle.metadata() or {}).get("roundel", "{}")))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
         if notes.get("digest") != self.digest:
             raise StorageError(f"{self.path} is of another run: another model, text or setting; choose another --work, or remove it")
         return tensors, notes
+
+    def read(self) -> AbstractContextManager[None]:
+        """Within the context whatever does not fit is one error about the file."""
+        return damaged(StorageError, self.path, "remove it to start again")
 
     def save(self, tensors: Callable[[], Mapping[str, Tensor]], notes: Mapping[str, Any]) -> None:
         """Replaces the file, of several processes the first does; `tensors`, which all call, is only called if there is one.
@@ -98,9 +103,17 @@ def packed(rounded: Mapping[str, RoundedWeight], others: Mapping[str, Tensor] | 
     return tensors | {f"{OTHER}{name}": value for name, value in (others or {}).items()}
 
 
-def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other parameters that `packed` was given."""
-    return {name.removeprefix(OTHER): value for name, value in tensors.items() if name.startswith(OTHER)}
+def others_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The other parameters that `packed` was given, those of a model.
+
+    Raises:
+        ValueError: one has another shape than the model's.
+    """
+    found = {name.removeprefix(OTHER): value for name, value in tensors.items() if name.startswith(OTHER)}
+    for name, value in found.items():
+        if value.shape != model.get_parameter(name).shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}")
+    return found
 
 
 def unpacked(tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[str, tuple[int, int]]]) -> dict[str, RoundedWeight]:
