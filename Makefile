@@ -151,8 +151,8 @@ install: .venv/installed
 .venv-oldest/installed: pyproject.toml scripts/floors.py
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) scripts/floors.py $(FLOORS) > .venv-oldest/floors.txt
-	.venv-oldest/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint .venv-oldest/floors.txt --editable . \
-		beartype hypothesis pytest pytest-xdist datasets pyyaml
+	.venv-oldest/bin/pip install --quiet --no-compile --disable-pip-version-check --only-binary :all: --constraint .venv-oldest/floors.txt --editable . \
+		beartype hypothesis pytest pytest-xdist 'datasets>=3,<5' pyyaml
 	touch $@
 
 .venv-newest/installed: pyproject.toml
