@@ -69,6 +69,10 @@ MARGINS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8)
 """Of the memory that a job takes more than it begins with."""
 
 
+ABORTS = ("bad_alloc", "LLVM ERROR: out of memory")
+"""What native code says that ends a process for lack of memory, as docs/guarantees.md has it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A command, which is given the model, the text, what was made before and where to write to."""
@@ -530,7 +534,7 @@ class Chaos:
                 if ended.code == 0:
                     row["same_bytes"] = place.digest() == self.wanted[name]
                 else:
-                    row["aborted"] = ended.code == -signal.SIGABRT and "bad_alloc" in ended.said  # by native code, as the page says
+                    row["aborted"] = ended.code == -signal.SIGABRT and any(word in ended.said for word in ABORTS)
                     row["clear"] = row["aborted"] or (ended.code == 6 and ended.one_error)
                     row["no_output"] = job.command == "collect" or not place.output.exists()
                     self.again(name, place, row)

@@ -90,7 +90,9 @@ def split_conversions(model: nn.Module, conversions: Sequence[Any]) -> list[Any]
         for source, projection in zip(entry.source_patterns, PROJECTIONS[stack], strict=True):
             own = source.removesuffix("weight").replace("*.", r"(\d+)\.")
             renaming = WeightRenaming(own, rf"{parent}.\1.{projection}.")
-            renaming.scope_prefix, renaming.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+            for name in ("scope_prefix", "base_model_prefix"):
+                if hasattr(entry, name):  # not in the oldest versions
+                    setattr(renaming, name, getattr(entry, name))
             added.append(renaming)
     return [*kept, *added]
 
