@@ -404,8 +404,15 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Fingerprint:
-        """Inverse of `as_json`."""
-        return cls(hashes=frozenset(map(int, stored["hashes"])), modulus=int(stored["modulus"]))
+        """Inverse of `as_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        hashes, modulus = frozenset(map(int, stored["hashes"])), int(stored["modulus"])
+        if not 0 < modulus < 1 << 63 or not all(0 <= value < 1 << 64 for value in hashes):
+            raise ValueError("a hash or their modulus is no number of 64 bits")
+        return cls(hashes=hashes, modulus=modulus)
 
     def overlap(self, other: Fingerprint) -> float:
         """The fraction of this text's windows that the other text has too."""
