@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from roundel.types import TokenBatch
 __all__ = [
     "Fingerprint",
     "Split",
+    "cache_of",
     "chat_opening",
     "data_hash",
     "opening_of",
@@ -53,6 +55,9 @@ MESSAGE = "the user's message"
 
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 """What a chat template raises that does not take a conversation."""
+
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""Names that Transformers' models have for what they keep of earlier tokens."""
 
 SAMPLES_PER_PASS = 64
 """Sequences sampled together from the model; fixed, so that the samples do not depend on any batch size."""
@@ -323,6 +328,23 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
+def cache_of(model: nn.Module) -> str | None:
+    """By which name the model gives and takes what it keeps of earlier tokens; None: all tokens have to be run again for each new one.
+
+    Tried on three tokens, since architectures differ in names and in what they keep, and some cannot be given it back.
+    """
+    tried = torch.arange(3)[None].to(next(model.parameters()).device) % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    whole = model(input_ids=tried, use_cache=False).logits[:, -1]
+    for name in CACHES:
+        with suppress(Exception):  # whatever an architecture raises
+            kept = model(input_ids=tried[:, :2], use_cache=True)[name]
+            last = model(input_ids=tried[:, 2:], use_cache=True, **{name: kept}).logits[:, -1]
+            if torch.allclose(last, whole, rtol=0, atol=0.05 * float(whole.abs().max())):
+                return name
+    return None
+
+
+@torch.no_grad()
 def sample_from_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -339,6 +361,7 @@ def sample_from_model(
     """
     opening = chat_opening(tokenizer)[:length]
     device = next(model.parameters()).device
+    name = cache_of(model)
     rows = []
     for first in range(0, count, SAMPLES_PER_PASS):
         generators = [np.random.default_rng((seed, k)) for k in range(first, min(first + SAMPLES_PER_PASS, count))]
@@ -346,10 +369,10 @@ def sample_from_model(
         bos = tokenizer.bos_token_id
         starts = [opening[0] if opening else int(g.integers(vocabulary)) if bos is None else bos for g in generators]
         ids = torch.tensor(starts)[:, None]
-        cache = None
+        kept: dict[str, Any] = {}
         for _ in range(length - 1):
-            out = model(input_ids=ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=(ids[:, -1:] if kept else ids).to(device), use_cache=name is not None, **kept)
+            kept = {} if name is None else {name: out[name]}
             if ids.shape[1] < len(opening):
                 ids = torch.cat([ids, torch.full_like(ids[:, :1], opening[ids.shape[1]])], dim=1)
                 continue

@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+from e2e import tiny
 from e2e.tiny import BOS, VOCABULARY
 from oracles.tiny import label_gradient
+from roundel import calibration
 from roundel.calibration import sample_from_model
 from roundel.models import load_model, load_tokenizer
 from roundel.types import TokenBatch
@@ -69,3 +72,22 @@ def test_labels_are_not_the_sampled_text(model) -> None:
         gradient = label_gradient(loaded(input_ids=samples).logits, TokenBatch(ids=samples, sequence_ids=(0, 1, 2, 3)), 0)
     labels = gradient.argmin(-1)
     assert (labels[:, :-1] == samples[:, 1:]).float().mean() < 0.5
+
+
+KEPT = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**tiny.MODERN)),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)),
+    "nothing": lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=1, n_head=2)),
+}
+"""Models by what they keep of earlier tokens."""
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_is_sampled_does_not_depend_on_what_is_kept(kind: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = KEPT[kind]().double().eval(), tiny.make_tokenizer(starts=False)
+    assert (calibration.cache_of(model) is None) == (kind == "nothing")
+    found = sample_from_model(model, tokenizer, 3, 16, seed=1)
+    monkeypatch.setattr(calibration, "cache_of", lambda _model: None)
+    assert torch.equal(sample_from_model(model, tokenizer, 3, 16, seed=1), found)
+    assert len(found.unique()) > 8

@@ -21,7 +21,8 @@ from torch import nn
 
 from roundel.artifacts.checkpoints import load_written, weight_bytes
 from roundel.artifacts.source import positions as positions_of
-from roundel.errors import SchemeError
+from roundel.calibration import cache_of
+from roundel.errors import ModelError, SchemeError
 from roundel.models import load_model, locate
 from roundel.models.load import pick_device, pick_dtype
 from roundel.progress import Progress, Silent
@@ -119,12 +120,14 @@ def _run(model: nn.Module, batch: int, length: int, tokens: int) -> tuple[float,
     device = next(model.parameters()).device
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(length)).to(device)
+    if (name := cache_of(model)) is None:
+        raise ModelError("the model keeps nothing of earlier tokens that it could be given again: decoding cannot be timed")
     with torch.inference_mode():
         began = _now(device)
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         filled = _now(device)
         for _ in range(tokens):
-            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=out.logits[:, -1:].argmax(-1), use_cache=True, **{name: out[name]})
         ended = _now(device)
     return (filled - began) / (batch * length), (ended - filled) / (batch * tokens)
 
