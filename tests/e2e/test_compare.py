@@ -108,6 +108,7 @@ def test_a_row_is_what_quantize_measures(
         assert row["tokens_sha256"] == result.details["calibration"]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_choice_is_that_of_quantize(model, text, quantize, tmp_path, monkeypatch) -> None:
     """Nearest rounding is the first candidate, so that not all stand."""
 
@@ -223,6 +224,7 @@ class Interrupting(Progress):
         return [message for message in self.said if message.startswith("---")]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_was(model, quantize, tmp_path, monkeypatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny.make_text(1200), encoding="utf-8")

@@ -165,6 +165,7 @@ def test_a_target_size_is_hit_from_below(form, quantize, tmp_path) -> None:
         Recipe.of(**given, target_size="1M", bits=4.0)
 
 
+@pytest.mark.slow
 def test_with_a_target_size_they_are_chosen_with_everything_else(quantize, tmp_path) -> None:
     """No worse, by the prediction, than what llama.cpp's rule for them leaves to the linears: the same drafts, the same bytes."""
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=1, initializer_range=0.05)

@@ -166,7 +166,7 @@ def _done(directory: Path) -> int:
     return len(list(directory.glob("sums-*.safetensors")))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, ENOUGH], ids=["few", "enough"])
+@pytest.mark.parametrize("settings", [SETTINGS, pytest.param(ENOUGH, marks=pytest.mark.slow)], ids=["few", "enough"])
 def test_halves_merged_equal_the_whole(settings: dict[str, Any], collect, tmp_path) -> None:
     whole = collect("whole", **settings)
     halves = [collect(f"half-{k}", part=(k, 2), **settings) for k in (1, 2)]

@@ -437,6 +437,7 @@ def test_transformers_reads_mixtures(mixture: tuple[Path, Any], tmp_path: Path) 
         assert (model(IDS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_a_mixture_in_a_whole_run(quantize: Any, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "qwen3-moe")
     exact = {name: tensor.half().float() for name, tensor in load_file(source / "model.safetensors").items()}  # as the rest is in GGUF

@@ -158,6 +158,7 @@ def test_pages_escape_what_they_show() -> None:
     assert "<tr class=total><td>x</td></tr>" in html
 
 
+@pytest.mark.slow
 def test_the_same_twice(inspected, factors, tmp_path) -> None:
     _, output = inspected
     inspect(factors, sequences=HELD_OUT, scheme="int3-g32", batch_size=4, spectrum_passes=6, output=tmp_path / "again")

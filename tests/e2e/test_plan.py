@@ -116,6 +116,7 @@ def test_a_configuration_is_enough(untimed, tmp_path: Path) -> None:
     assert not any(path.suffix == ".safetensors" for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 def test_experts_are_counted_and_cost_what_their_tokens_do(untimed, tmp_path: Path) -> None:
     found = plan(outline(tmp_path / "model", MIXTURE), scheme="int4-g128")
     assert found["linears"] == 4 * (4 + 3 * 128)

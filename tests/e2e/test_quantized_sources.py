@@ -242,7 +242,7 @@ def test_parts_that_do_not_fit_together_are_named(model, tmp_path: Path) -> None
         decoded(tmp_path, "awq", tmp_path / "work")
 
 
-@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "another"])
+@pytest.mark.parametrize("method", ["fp8", *(pytest.param(other, marks=pytest.mark.slow) for other in ("gptq", "bitsandbytes", "another"))])
 def test_settings_that_were_left_behind_over_plain_weights_are_none(method, model, quantize: Quantize, tmp_path: Path) -> None:
     path = tmp_path / "model"
     AutoModelForCausalLM.from_pretrained(model()).save_pretrained(path)

@@ -126,6 +126,7 @@ def test_bits_are_allocated_within_the_average(model, quantize, tmp_path, seen) 
         assert torch.equal(loaded[name], dequantized(seen[name, scheme])), name
 
 
+@pytest.mark.slow
 def test_mixed_schemes_lose_less_than_the_best_single_one(model, quantize, tmp_path) -> None:
     """Measured on other text, as predicted."""
     text = tmp_path / "text.txt"

@@ -128,7 +128,7 @@ def test_the_total_is_that_of_the_block_diagonal_fisher() -> None:
     assert whole.j_ratio_stderr == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [V_PROJ, DOWN_PROJ])
+@pytest.mark.parametrize("name", [V_PROJ, pytest.param(DOWN_PROJ, marks=pytest.mark.slow)])
 def test_the_cosine_is_that_of_the_exact_fisher(name: str) -> None:
     """One text, many draws of its labels, in small batches: with a sequence's own square it would be far off."""
     model, tokens, draws = tiny_llama(), random_tokens(1, 5, seed=3), 800
