@@ -16,6 +16,7 @@ report. Bytes are those of the weights with what their scheme adds and of all el
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -91,8 +92,8 @@ class Table:
         source = load_source(model, recipe, "cpu", "float32")
         self.model, self.kept = model, kept
         self.calibration, self.heldout = texts_of(texts, source.tokenizer, kept)
-        own = {"calibration": str(self.calibration), "eval_data": str(kept / "heldout.txt")}
-        self.bench = Bench(source, Recipe(**{**recipe.as_json(), **own, "schemes": (), "include": (), "exclude": ()}), timeout)
+        own = dataclasses.replace(recipe, calibration=str(self.calibration), eval_data=str(kept / "heldout.txt"))
+        self.bench = Bench(source, own, timeout)
 
     def about(self) -> dict[str, Any]:
         """What all rows share; rows of another table may not stand beside them."""
@@ -200,10 +201,11 @@ def main() -> None:
         directory = made(name, given.kept / name) if name in MODELS else Path(name)
         target = given.results / f"methods-{directory.name}.json"
         table = Table(directory, given.texts, given.kept / f"{directory.name}-work", given.timeout)
-        content: dict[str, Any] = {**table.about(), "cores": os.cpu_count(), "rows": []}
+        about = table.about()
+        content: dict[str, Any] = {**about, "cores": os.cpu_count(), "rows": []}
         if target.is_file():
             stored = read_json(target)
-            if other := [key for key, value in table.about().items() if stored[key] != value]:
+            if other := [key for key, value in about.items() if stored[key] != value]:
                 sys.exit(f"{target} was measured with another {', '.join(other)}: give other --results")
             content["rows"] = stored["rows"]
         for key in wanted(given.rows, given.schemes, given.seeds):

@@ -30,6 +30,7 @@ __all__ = [
     "common",
     "copy_files",
     "hidden_beside",
+    "json_text",
     "locked",
     "staged_directory",
     "staged_file",
@@ -179,9 +180,14 @@ def umask() -> int:
     return mask
 
 
+def json_text(value: Any) -> str:
+    """Indented JSON, in which half of a surrogate pair, that a string can have and UTF-8 cannot, is escaped."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes an indented JSON file atomically, as `write_text`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

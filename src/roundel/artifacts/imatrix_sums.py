@@ -8,7 +8,6 @@ their place among the others.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,11 @@ from roundel.curvature import Sketch, parse_curvature
 from roundel.curvature.sketches import Imatrix
 from roundel.errors import FactorsError
 from roundel.formats import imatrix
+from roundel.formats.gguf_tensors import EXPERT
 from roundel.recipes import Recipe
 from roundel.store import storage
 
-__all__ = ["ImatrixSums", "imatrix_file", "imatrix_sums"]
-
-EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+__all__ = ["ImatrixSums", "digest", "imatrix_file", "imatrix_sums"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +69,21 @@ def imatrix_sums(recipe: Recipe, source: Source) -> ImatrixSums | None:
     Raises:
         FactorsError: the file is no importance matrix, or one of another model.
         ModelError: llama.cpp has no names for the model's matrices.
-        StorageError: the file cannot be read.
     """
     if (file := imatrix_file(recipe)) is None:
         return None
-    with storage(file, "reading"), file.open("rb"):
-        pass
     stored = imatrix.read(file)
-    parts = {name: EXPERT.fullmatch(name) for name in source.linears}
-    modules = {name: f"{part[1]}.{part[3]}" if part else name for name, part in parts.items()}
+    modules = {name: EXPERT.sub(".experts.", name) for name in source.linears}
     names = imatrix.tensor_names(imatrix.architecture(source.config["model_type"]), dict.fromkeys(modules.values()))
     sums: dict[str, tuple[Tensor, float]] = {}
     for name, module in modules.items():
         if (tensor := names.get(module)) not in stored:
             continue
-        (own, counts), width, part = stored[tensor], source.linears[name].in_features, parts[name]
+        (own, counts), width, part = stored[tensor], source.linears[name].in_features, EXPERT.search(name)
         if part and len(counts) == 1 and own.numel() % width == 0:  # the older form
             own = own.reshape(-1, width)
             counts = counts.expand(len(own))
-        at = int(part[2]) if part else 0
+        at = int(part[1]) if part else 0
         if own.shape[1] != width or at >= len(own):
             raise FactorsError(f"{file}: {tensor} has {' x '.join(map(str, own.shape))} columns, {name} {width}: it is of another model")
         sums[name] = (own[at], float(counts[at]))

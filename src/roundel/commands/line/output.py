@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ def emit(details: dict[str, Any], json_file: Path | None) -> None:
     """
     if json_file is None:
         return
-    if str(json_file) == "-":
-        text = json.dumps(details, indent=2, ensure_ascii=False, allow_nan=False)
-        print(text.encode(errors="backslashreplace").decode())  # as `roundel.store.write_text`
-    else:
-        from roundel.store import write_json
+    from roundel.store import json_text, write_json
 
+    if str(json_file) == "-":
+        print(json_text(details))
+    else:
         write_json(json_file, details)
 
 
