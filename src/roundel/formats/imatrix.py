@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.errors import FactorsError, ModelError, damaged
+from roundel.formats.gguf_reader import Reader
 
 __all__ = ["Imatrix", "architecture", "read", "tensor_names", "write"]
 
@@ -118,7 +119,7 @@ def read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _read_gguf(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """The sums are `(d_in,)` or `(experts, d_in)` as numpy has them, the counts `(1,)` or `(experts, 1)`."""
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in Reader(path).tensors}
     found = {}
     for name in (name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")):
         counts = torch.from_numpy(np.array(tensors[f"{name}.counts"].data, dtype=np.float32)).flatten()

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor
+from gguf import ReaderTensor
 from torch import Tensor
 
 from roundel.artifacts.source import Source
 from roundel.errors import ModelError
 from roundel.formats.gguf_blocks import PACKERS, unpack
+from roundel.formats.gguf_reader import Reader
 from roundel.formats.gguf_tensors import EXPERT, Counterparts, data_of, decoded, tensors_of
 from roundel.given.base import Given, Patch, Slot
 from roundel.grids import ScalarGrid, parse_scheme
@@ -59,7 +60,7 @@ def open_gguf(path: Path, source: Source) -> Given:
             if name in tensors:
                 raise ModelError(f"{name} is in {tensors[name][0].name} and in {file.name}: give the file of one model")
             tensors[name] = (file, tensor)
-    kind = GGUFReader(next(iter(tensors.values()))[0]).get_field("general.architecture") if tensors else None
+    kind = Reader(next(iter(tensors.values()))[0]).get_field("general.architecture") if tensors else None
     if kind is None or kind.contents() != counterparts.architecture:
         named = "none" if kind is None else kind.contents()
         raise ModelError(f"{path} is of the architecture {named}, and its original would be {counterparts.architecture}: another model")
