@@ -71,6 +71,8 @@ def tune(
         old = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.report["recipe"].items()}
         recipe = Recipe(**{**old, "tune": "end-to-end", "format": stored.form, **settings})
         name = str(model or stored.report["model"]["name"])
+        if (allocation := stored.report.get("allocation")) is not None and recipe.bits is None:
+            raise ValueError("it has an allocation of bits and no number of them")
     if recipe.tune == "none":
         raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
 
@@ -92,7 +94,7 @@ def tune(
             weights={name: weight for name, weight in stored.rounded.items() if name not in ends.rows},
             layers={name: row for name, row in stored.report["layers"].items() if name not in ends.rows},
             ends=ends,
-            carried={"allocation": stored.report.get("allocation"), "tuned_from": str(path)},
+            carried={"allocation": allocation, "tuned_from": str(path)},
             others=_moved(source, stored),
         )
         seen = fingerprinted(split, notes)
