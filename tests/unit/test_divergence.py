@@ -134,6 +134,14 @@ def test_the_direction_is_from_the_reference_to_the_model() -> None:
         compare_models(reference, model, tokens, batch_size=1)
 
 
+def test_a_perplexity_that_no_number_holds_is_one_error() -> None:
+    """Found by changes to a checkpoint's scales: the report could not be written."""
+    damaged = Table(torch.tensor([[0.0, 2000.0]]).expand(2, 2))
+    tokens = TokenBatch(ids=torch.zeros(1, 4, dtype=torch.int64), sequence_ids=(0,))
+    with pytest.raises(ModelError, match="perplexity beyond 1e308"):
+        compare_models(damaged, damaged, tokens, batch_size=1)
+
+
 def test_one_sequence_has_no_standard_error() -> None:
     found = compare_models(tiny_llama(1), tiny_llama(2), random_tokens(1, 8), batch_size=1)
     assert math.isnan(found.kl_stderr)

@@ -176,13 +176,15 @@ class Comparison:
         """Of all sequences so far.
 
         Raises:
-            ModelError: a logit was not finite.
+            ModelError: a logit was not finite, or the text is so unlikely that no number holds its perplexity.
         """
         divergence = torch.stack(self._kl).double()
         if not torch.isfinite(divergence).all():
             raise ModelError("a model gives logits that are not finite; try --dtype float32")
         sequence_means, flat = divergence.mean(1), divergence.flatten()
         perplexities = torch.stack(self._nll).double().mean((0, 2)).exp()
+        if not torch.isfinite(perplexities).all():
+            raise ModelError("the text has a perplexity beyond 1e308 by one of the models: its weights are damaged")
         return Divergence(
             kl_mean=flat.mean().item(),
             kl_stderr=_stderr(sequence_means),

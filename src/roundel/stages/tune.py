@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,13 @@ def tune(
         split = read_text(recipe, source, notes)
         batch = batch_size or default_batch(source.length)
         with damaged(ModelError, path / "roundel.json"):
-            source.skipped.update(stored.report.get("skipped", {}))
-        rows = {name: row for name, row in stored.report["layers"].items() if "end" in row}
+            source.skipped.update(_reasons(stored.report))
+            layers = _rows(stored.report)
+        rows = {name: row for name, row in layers.items() if "end" in row}
         ends = Ends(weights={name: stored.rounded[name] for name in rows}, rows=rows)
         rounded = Rounded(
             weights={name: weight for name, weight in stored.rounded.items() if name not in ends.rows},
-            layers={name: row for name, row in stored.report["layers"].items() if name not in ends.rows},
+            layers={name: row for name, row in layers.items() if name not in ends.rows},
             ends=ends,
             carried={"allocation": allocation, "tuned_from": str(path)},
             others=_moved(source, stored),
@@ -100,6 +103,32 @@ def tune(
         seen = fingerprinted(split, notes)
         rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
         return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)
+
+
+def _rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of all linears, as the next report will have them.
+
+    Raises:
+        ValueError: what it computes with is no number.
+    """
+    rows: dict[str, dict[str, Any]] = report["layers"]
+    for name, row in rows.items():
+        for key in ("bits_per_weight", "predicted_kl", "proxy_loss", "damping"):
+            if not isinstance(row.get(key), int | float) or not math.isfinite(row[key]):
+                raise ValueError(f"{key} of {name} is no number")
+    return rows
+
+
+def _reasons(report: Mapping[str, Any]) -> dict[str, str]:
+    """Why linears were left as they were.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    skipped: dict[str, str] = report.get("skipped", {})
+    if not all(isinstance(reason, str) for reason in skipped.values()):
+        raise ValueError("skipped has no reasons")
+    return skipped
 
 
 def _is_original(source: Source, stored: Stored) -> bool:
