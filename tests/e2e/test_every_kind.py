@@ -17,7 +17,7 @@ KINDS = {
 }
 """Beside those that other files look at (test_architectures, test_experts, test_plain, test_renamed, test_quantized_sources)."""
 
-SLOW = ("jetmoe", "longcat_flash", "mamba2", "lfm2", "bart")
+SLOW = ("granitemoe", "zamba2", "jetmoe", "longcat_flash", "mamba2", "lfm2", "bart")
 
 ROUNDED_BY_TRANSFORMERS = 5e-4
 """Experts that it decodes itself get 16 bits."""

@@ -89,7 +89,10 @@ def native(model, quantize, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import roundel; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import roundel; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
         "from transformers import AutoModelForCausalLM; import roundel",
         pytest.param(
             "import transformers.quantizers.auto as auto; import roundel; assert 'roundel' in auto.AUTO_QUANTIZER_MAPPING",
