@@ -180,8 +180,10 @@ Factors = KroneckerFactors | GroupedFactors
 class RoundingProblem:
     """Find codes whose error `E = W - W_hat` makes `1/2 tr(E^T H_out E H_in)` small.
 
-    Here the factors are damped and positive definite: `L_out`, `L_in` are their unit lower triangular LDL factors. `scale` turns the
-    (undamped) loss into nats per token; `damping` is what was really added, relative to the mean diagonal.
+    Here the factors are damped and positive definite: `L_out`, `L_in` are their unit lower triangular LDL factors, of rows and columns in
+    `order_out`, `order_in` (None: as they are), and `D_in` is the diagonal of the input side's, column by column as in `W`: what an error
+    there costs after what others take back. `scale` turns the (undamped) loss into nats per token; `damping` is what was really added,
+    relative to the mean diagonal.
     """
 
     W: Float[Tensor, "d_out d_in"]
@@ -189,8 +191,11 @@ class RoundingProblem:
     H_in: Float[Tensor, "d_in d_in"]
     L_out: Float[Tensor, "d_out d_out"]
     L_in: Float[Tensor, "d_in d_in"]
+    D_in: Float[Tensor, " d_in"]
     scale: float
     damping: float
+    order_out: Int[Tensor, " d_out"] | None = None
+    order_in: Int[Tensor, " d_in"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -36,7 +36,10 @@ def ldlq(W: Tensor, L_in: Tensor, grid: Grid, step: Tensor) -> Tensor:
 
 
 def transposed(problem: RoundingProblem) -> RoundingProblem:
-    return replace(problem, W=problem.W.T.contiguous(), H_out=problem.H_in, H_in=problem.H_out, L_out=problem.L_in, L_in=problem.L_out)
+    factors = KroneckerFactors(H_out=problem.H_in, H_in=problem.H_out, scale=1.0)
+    turned = make_problem(problem.W.T.contiguous(), factors, damping=0.0, dtype=problem.W.dtype)
+    assert torch.equal(turned.L_out, problem.L_in)
+    return turned
 
 
 @pytest.mark.parametrize("implementation", [feedback, feedback_waves])
@@ -84,6 +87,54 @@ def test_what_is_left_is_the_grids_own_error(d_out: int, d_in: int, seed: int) -
     assert eta.abs().max() <= step / 2 + 1e-9
     D_out, D_in = ldl(problem.H_out)[1], ldl(problem.H_in)[1]
     assert problem.loss(E) == pytest.approx(0.5 * (D_out[:, None] * D_in * eta**2).sum().item(), rel=1e-8)
+
+
+def uneven(d: int, seed: int) -> Tensor:
+    """A covariance whose diagonal spans orders of magnitude, as activations have it."""
+    spread = draw(d, seed=seed + 7).exp()
+    return covariance(d, seed) * spread[:, None] * spread
+
+
+def factors_for(d_out: int, d_in: int, seed: int) -> KroneckerFactors:
+    return KroneckerFactors(H_out=uneven(d_out, 4 * seed), H_in=uneven(d_in, 4 * seed + 2), scale=1.0)
+
+
+@pytest.mark.parametrize("implementation", [feedback, feedback_waves])
+@pytest.mark.parametrize("scheme", ["int3-channel", "int3-g4-asym"])
+@given(d_out=st.integers(1, 20), d_in=widths, seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_an_order_is_that_of_the_reordered_problem(implementation, scheme: str, d_out: int, d_in: int, seed: int) -> None:
+    """Codes lie where they did, and the largest diagonal is decided first: feedback begins at the end."""
+    grid, W, factors = parse_scheme(scheme), draw(d_out, d_in, seed=seed), factors_for(d_out, d_in, seed)
+    problem = make_problem(W, factors, damping=0.1, dtype=torch.float64, ordered=True)
+    rows, columns = problem.order_out, problem.order_in
+    assert (problem.H_in.diagonal()[columns].diff() >= 0).all()
+    natural = make_problem(W, factors, damping=0.1, dtype=torch.float64)
+    assert torch.equal(problem.H_in, natural.H_in)
+    scales = scales_for(problem, grid)
+    codes = implementation(problem, grid, scales)
+    E = W - grid.dequantize(codes, scales, (d_out, d_in), torch.float64)
+    eta = problem.L_out.T @ E[rows][:, columns] @ problem.L_in
+    D_out = ldl(problem.H_out[rows][:, rows])[1]
+    assert problem.loss(E) == pytest.approx(0.5 * (D_out[:, None] * problem.D_in[columns] * eta**2).sum().item(), rel=1e-8)
+    if scheme == "int3-channel":
+        reordered = with_factors(W[rows][:, columns], problem.H_out[rows][:, rows], problem.H_in[columns][:, columns], damping=0.0)
+        assert torch.equal(implementation(reordered, grid, {"scale": scales["scale"][rows]}), codes[rows][:, columns])
+
+
+def test_the_order_and_what_errors_cost_after_feedback_lower_the_loss() -> None:
+    """Geometric mean over 20 problems, of feedback with the same scales and of the whole rounding: .67 and .89 of the natural order's."""
+    grid, W = parse_scheme("int3-g8"), draw(24, 48, seed=0)
+    fed, swept = [], []
+    for seed in range(20):
+        factors = factors_for(24, 48, seed)
+        both = [make_problem(W, factors, damping=0.1, dtype=torch.float64, ordered=ordered) for ordered in (True, False)]
+        scales = scales_for(both[1], grid)
+        fed.append([loss(problem, grid, of(grid, codes=feedback(problem, grid, scales), scales=scales)) for problem in both])
+        swept.append([round_weight(problem, grid, sweeps=4, scale_dtype=torch.float32).trace[-1] for problem in both])
+    for losses, at_most in ((fed, 0.75), (swept, 0.93)):
+        with_order, without = torch.tensor(losses).log().mean(0).exp().tolist()
+        assert with_order < at_most * without
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

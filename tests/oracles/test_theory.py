@@ -25,7 +25,9 @@ def ldl_of(H: Tensor) -> tuple[Tensor, Tensor]:
 
 def problem_of(W: Tensor, L_out: Tensor, L_in: Tensor) -> RoundingProblem:
     """With `D = I`."""
-    return RoundingProblem(W=W, H_out=L_out @ L_out.T, H_in=L_in @ L_in.T, L_out=L_out, L_in=L_in, scale=1.0, damping=0.0)
+    return RoundingProblem(
+        W=W, H_out=L_out @ L_out.T, H_in=L_in @ L_in.T, L_out=L_out, L_in=L_in, D_in=torch.ones(len(L_in)), scale=1.0, damping=0.0
+    )
 
 
 # snd(kron(A, B)) = snd(A) + snd(B) - 1, and what it means for rounding

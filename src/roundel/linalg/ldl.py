@@ -8,7 +8,7 @@ each target shifted by the strict lower parts, `L_out^T E L_in` equals the grid'
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from roundel.errors import NumericalError
@@ -59,15 +59,18 @@ def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "
 
 
 def damped_cholesky(
-    H: Float[Tensor, "d d"], damping: float, dtype: torch.dtype = torch.float64
+    H: Float[Tensor, "d d"], damping: float, dtype: torch.dtype = torch.float64, order: Int[Tensor, " d"] | None = None
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"], float]:
-    """The same with the Cholesky factor. Memory: these two matrices, and nothing else of their size."""
+    """The same with the Cholesky factor, of rows and columns in another order if one is given.
+
+    Memory: these two matrices, and nothing else of their size.
+    """
     if not torch.isfinite(H).all():
         raise NumericalError("a curvature factor holds values that are not finite; try float32 (--dtype float32) or other calibration text")
-    damped = H.to(dtype, copy=True)
+    damped = H.to(dtype, copy=True) if order is None else H[order[:, None], order].to(dtype)
     _average(damped)
     diagonal = damped.diagonal().clone()
-    mean, used = diagonal.mean(), damping
+    mean, used = H.diagonal().to(dtype).mean(), damping  # summed in the same order whatever `order` is
     while used <= 100:
         damped.diagonal().copy_(diagonal + used * mean)
         if (factor := _cholesky(damped)) is not None:

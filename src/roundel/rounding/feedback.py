@@ -8,10 +8,14 @@ Problem: choose `W_hat` so that `L_out^T E L_in` is no more than the grid's own 
 recomputed: the published loop costs O(d_out^2 d_in^2 / tile). With `L_out = I` this is LDLQ, code for code; with both
 identities it is nearest rounding.
 
+Rows and columns are decided in the order of the problem (`RoundingProblem.order_in`), the largest diagonal first: what costs most is
+rounded while most others can still take back its error. Codes and scales stay in their places, so no format knows of it. With scales that
+are searched under what errors then cost (`D_in`) that is 5 % of the proxy loss after all sweeps (`docs/log.md`, 24), for some copies.
+
 Two twins with the same order of feedback: `feedback_waves`, the plain torch specification, goes over anti-diagonals from the bottom
 right, whose entries do not depend on each other; `kernels.feedback` goes over tiles, general products outside a tile and numba inside.
 
-Flops: `d_out d_in (d_out + d_in)` multiply-adds; memory: three matrices of the weight's size.
+Flops: `d_out d_in (d_out + d_in)` multiply-adds; memory: six matrices of the weight's size.
 """
 
 from __future__ import annotations
@@ -32,21 +36,20 @@ __all__ = ["feedback", "feedback_waves"]
 def feedback(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> Int[Tensor, "d_out d_in"]:
     """Codes by two-sided feedback: numba on the CPU, Triton on a GPU that has it, the torch specification elsewhere."""
     if problem.W.device.type == "cpu" or (problem.W.is_cuda and find_spec("triton")):
-        step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
-        arguments = (problem.W, problem.L_out, problem.L_in, step, offset, grid.level_table(), *grid.code_range)
+        W, step, offset = _in_order(problem, grid, scales)
+        arguments = (W, problem.L_out, problem.L_in, step, offset, grid.level_table(), *grid.code_range)
         if problem.W.is_cuda:
             from roundel.kernels import triton_rounding  # an optional dependency
 
-            return triton_rounding.feedback(*arguments)
-        return kernels.feedback(*arguments)
+            return _in_place(problem, triton_rounding.feedback(*arguments))
+        return _in_place(problem, kernels.feedback(*arguments))
     return feedback_waves(problem, grid, scales)
 
 
 def feedback_waves(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> Int[Tensor, "d_out d_in"]:
     """The specification: `d_out + d_in - 1` waves, each one vectorised step."""
-    W = problem.W
+    W, step, offset = _in_order(problem, grid, scales)
     d_out, d_in = W.shape
-    step, offset = grid.affine(scales, problem.shape, W.dtype)
     below_out, below_in = problem.L_out.tril(-1), problem.L_in.tril(-1)
     from_columns, from_rows = torch.zeros_like(W), torch.zeros_like(W)
     codes = torch.zeros(W.shape, dtype=torch.int8, device=W.device)
@@ -59,4 +62,20 @@ def feedback_waves(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -
         Y = E + from_columns[i, j]
         from_rows[:, j] += below_out[i].T * Y
         from_columns[i] += E[:, None] * below_in[j]
-    return codes
+    return _in_place(problem, codes)
+
+
+def _in_order(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight and each entry's step and offset, in the order of the problem's factors."""
+    step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
+    if problem.order_out is None or problem.order_in is None:
+        return problem.W, step, offset
+    index = (problem.order_out[:, None], problem.order_in)
+    return problem.W[index], step[index], None if offset is None else offset[index]
+
+
+def _in_place(problem: RoundingProblem, codes: Tensor) -> Tensor:
+    """Codes in the order of the weight."""
+    if problem.order_out is None or problem.order_in is None:
+        return codes
+    return torch.empty_like(codes).index_put_((problem.order_out[:, None], problem.order_in), codes)

@@ -5,29 +5,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from roundel.linalg.ldl import damped_ldl
+from roundel.linalg.ldl import damped_cholesky
 from roundel.types import KroneckerFactors, RoundingProblem
 
 __all__ = ["make_problem"]
 
 
-def make_problem(W: Tensor, factors: KroneckerFactors, *, damping: float, dtype: torch.dtype = torch.float32) -> RoundingProblem:
+def make_problem(
+    W: Tensor, factors: KroneckerFactors, *, damping: float, dtype: torch.dtype = torch.float32, ordered: bool = False
+) -> RoundingProblem:
     """Damps each factor by `damping` times its mean diagonal, ten times more while it is not positive definite, and factorises it.
 
     Factorised in float64, handed on in `dtype`. Cost `(d_out^3 + d_in^3) / 3`.
 
+    Args:
+        ordered: rows and columns are decided with the largest diagonal first, for grids that round each weight by itself.
+
     Raises:
         NumericalError: a factor is not finite or cannot be made positive definite.
     """
-    H_out, L_out, used_out = _factorised(factors.H_out, damping, dtype)
-    H_in, L_in, used_in = _factorised(factors.H_in, damping, dtype)
+    H_out, L_out, _, order_out, used_out = _factorised(factors.H_out, damping, dtype, ordered)
+    H_in, L_in, D_in, order_in, used_in = _factorised(factors.H_in, damping, dtype, ordered)
     return RoundingProblem(
-        W=W.to(dtype), H_out=H_out, H_in=H_in, L_out=L_out, L_in=L_in, scale=factors.scale, damping=max(used_out, used_in)
+        W=W.to(dtype),
+        H_out=H_out,
+        H_in=H_in,
+        L_out=L_out,
+        L_in=L_in,
+        D_in=D_in,
+        scale=factors.scale,
+        damping=max(used_out, used_in),
+        order_out=order_out,
+        order_in=order_in,
     )
 
 
-def _factorised(H: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    wide, L, used = damped_ldl(H, damping)
+def _factorised(H: Tensor, damping: float, dtype: torch.dtype, ordered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """`H` damped, `L` in the order of decisions, `D` and `H` in that of the weight, the order, and the damping."""
+    order = H.diagonal().argsort(stable=True) if ordered else None
+    wide, C, used = damped_cholesky(H, damping, order=order)
     damped = wide.to(dtype)
     del wide
-    return damped, L.to(dtype), used
+    diagonal = C.diagonal().clone()
+    L, D = C.div_(diagonal).to(dtype), diagonal.square().to(dtype)
+    if order is not None:
+        damped, found = torch.empty_like(damped).index_put_((order[:, None], order), damped), D
+        D = torch.empty_like(D).index_put_((order,), found)
+    return damped, L, D, order, used

@@ -51,7 +51,7 @@ def round_weights(
 ) -> list[RoundedWeight]:
     """Rounds several weights, each as if alone; grids of tiles code one wave of all of them at once.
 
-    Scales are searched with the diagonal of `H_in` as weights, then two-sided feedback gives the first codes, then each of at most
+    Scales are searched with `D_in` as weights, then two-sided feedback gives the first codes, then each of at most
     `sweeps` rounds refits the scales and revisits every code. The loss after each is recorded in `trace` and never rises.
     Where there are `starts` the same is also tried from these, and what loses less is taken.
     """
@@ -69,7 +69,7 @@ def round_weights(
 
 def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype, start: Start | None) -> Coding[RoundedWeight]:
     kept = None if start is None or start.searches else start.scales
-    scales: Scales = grid.fit_scales(problem.W, problem.H_in.diagonal(), scale_dtype) if kept is None else kept
+    scales: Scales = grid.fit_scales(problem.W, problem.D_in, scale_dtype) if kept is None else kept
     codes = yield from _feedback(problem, grid, scales)
     return (yield from _swept(problem, grid, sweeps, State.of(problem, grid, scales, codes), refits=start is None or start.refits))
 

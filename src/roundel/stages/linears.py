@@ -123,7 +123,9 @@ def _parts(recipe: Recipe, grid: Grid, linear: Linear, device: torch.device) -> 
         if rotation is not None:
             basis = rotation.rotate_factors(factors)
         target = W if linear.target is None else linear.target[rows].to(device)
-        problem = make_problem(rotation.rotate_weight(target) if rotation else target, basis, damping=linear.damping)
+        problem = make_problem(
+            rotation.rotate_weight(target) if rotation else target, basis, damping=linear.damping, ordered=not isinstance(grid, TileGrid)
+        )
         parts.append(_Part(W=W, factors=factors, rotation=rotation, problem=problem, start=_start(linear.start, device)))
     return parts
 
