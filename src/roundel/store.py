@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from roundel import processes
-from roundel.errors import OutputError, StorageError
+from roundel.errors import NumericalError, OutputError, StorageError
 
 __all__ = [
     "check_output",
@@ -181,8 +182,25 @@ def umask() -> int:
 
 
 def json_text(value: Any) -> str:
-    """Indented JSON, in which half of a surrogate pair, that a string can have and UTF-8 cannot, is escaped."""
+    """Indented JSON, in which half of a surrogate pair, that a string can have and UTF-8 cannot, is escaped.
+
+    Raises:
+        NumericalError: a number is NaN or infinite; JSON has neither.
+    """
+    if (place := _not_finite(value)) is not None:
+        raise NumericalError(f"{place} would be no number: something that it was computed from is too large or damaged")
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
+
+
+def _not_finite(value: Any) -> str | None:
+    """Where in nested values a number is NaN or infinite: names and places with dots between them."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, each in inner:
+        if (place := _not_finite(each)) is not None:
+            return f"{name}.{place}".rstrip(".")
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

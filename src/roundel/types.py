@@ -9,6 +9,7 @@ Orientation everywhere: weights, codes and errors are `(d_out, d_in)` as in `tor
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -135,6 +136,14 @@ class KroneckerFactors:
     def row_groups(self) -> list[tuple[slice, KroneckerFactors]]:
         """Rows of the weight and their own factors: one group of all rows."""
         return [(slice(0, self.H_out.shape[0]), self)]
+
+    def loss(self, E: Float[Tensor, "d_out d_in"]) -> float:
+        """`scale * 1/2 tr(E^T H_out E H_in)`, nats per token, summed in float64; all in float64 where float32 does not hold it."""
+        found = torch.sum(self.H_out @ E @ self.H_in * E, dtype=torch.float64).item()
+        if not math.isfinite(found):
+            wide = E.double()
+            found = torch.sum(self.H_out.double() @ wide @ self.H_in.double() * wide).item()
+        return 0.5 * self.scale * found
 
     @classmethod
     def normalised(cls, H_out: Tensor, H_in: Tensor, *, trace: float) -> KroneckerFactors:

@@ -53,3 +53,9 @@ def test_normalised_factors_keep_the_trace(d_out: int, d_in: int, seed: int, siz
 def test_an_unusable_trace_gives_scale_zero(trace: float) -> None:
     factors = KroneckerFactors.normalised(torch.eye(2), torch.eye(3), trace=trace)
     assert factors.scale == 0
+
+
+def test_a_loss_that_float32_does_not_hold_is_formed_in_float64() -> None:
+    factors = KroneckerFactors(H_out=torch.eye(2), H_in=torch.eye(3), scale=1e-3)
+    E = torch.full((2, 3), 1e30)
+    assert factors.loss(E) == pytest.approx(0.5e-3 * 6e60, rel=1e-6)

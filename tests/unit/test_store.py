@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from roundel import store
-from roundel.errors import ModelError, OutputError, StorageError, damaged
+from roundel.errors import ModelError, NumericalError, OutputError, StorageError, damaged
 from roundel.store import check_output, copy_files, staged_directory, storage, write_json, write_shards
 from roundel.sweeps import HiddenStates
 
@@ -105,7 +105,7 @@ def test_write_json_replaces_atomically(tmp_path: Path) -> None:
     write_json(path, {"ä": 1})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
     assert "ä" in path.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(NumericalError, match="a would be no number"):
         write_json(path, {"a": float("nan")})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
@@ -120,6 +120,12 @@ def produced(unit: str) -> dict[str, torch.Tensor]:
 
 
 SIZES = dict.fromkeys("uvwxy", 32)
+
+
+def test_a_number_that_json_cannot_hold_is_one_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match=r"^layers\.model\.q_proj\.1\.loss would be no number"):
+        write_json(tmp_path / "x.json", {"seed": 1, "layers": {"model.q_proj": [{}, {"loss": float("inf")}]}})
+    assert not any(tmp_path.iterdir())
 
 
 def test_few_bytes_are_one_file_without_an_index(tmp_path: Path) -> None:

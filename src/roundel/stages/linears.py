@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -145,8 +146,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
     weights, proxy_loss = [], 0.0
     for part, weight in zip(parts, found, strict=True):
         E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
-        curved = part.factors.H_out @ E @ part.factors.H_in
-        proxy_loss += 0.5 * part.factors.scale * torch.sum(curved * E, dtype=torch.float64).item()
+        proxy_loss += part.factors.loss(E)
         scales = {key: scale.cpu() for key, scale in weight.scales.items()}
         weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
     result = stacked(weights)
@@ -161,7 +161,7 @@ def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[
         "damping": max(part.problem.damping for part in parts),
         "proxy_loss": proxy_loss,
         "sweeps": len(result.trace) - 1,
-        "loss_after_sweeps": result.trace[-1] / result.trace[0] if result.trace[0] > 0 else 1.0,
+        "loss_after_sweeps": result.trace[-1] / result.trace[0] if 0 < result.trace[0] < math.inf else 1.0,
     }
     return result, row
 
