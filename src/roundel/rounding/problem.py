@@ -48,7 +48,8 @@ def _factorised(H: Tensor, damping: float, dtype: torch.dtype, ordered: bool) ->
     del wide
     diagonal = C.diagonal().clone()
     L, D = C.div_(diagonal).to(dtype), diagonal.square().to(dtype)
+    del C
     if order is not None:
-        damped, found = torch.empty_like(damped).index_put_((order[:, None], order), damped), D
-        D = torch.empty_like(D).index_put_((order,), found)
+        damped = torch.empty_like(damped).index_put_((order[:, None], order), damped)
+        D = torch.empty_like(D).index_put_((order,), D)
     return damped, L, D, order, used
