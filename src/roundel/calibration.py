@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roundel.demo.corpus import documents as stdlib_documents
 from roundel.errors import DataError
+from roundel.store import is_there
 from roundel.types import TokenBatch
 
 __all__ = [
@@ -104,12 +105,12 @@ def _documents(spec: str) -> Iterator[str | list[Any]]:
     path = Path(spec)
     if spec in ("stdlib", "stdlib-heldout"):
         yield from stdlib_documents("calibration" if spec == "stdlib" else "heldout")
-    elif path.exists():
+    elif is_there(path):
         yield from _path_documents(path)
     else:
         location, options = _parse_options(spec)
         path = Path(location)
-        if path.exists():
+        if is_there(path):
             unknown = sorted(set(options) - {"field", "num"})
             if unknown:
                 raise DataError(f"option {unknown[0]!r} is for Hub datasets; files take field=NAME and num=N")

@@ -31,6 +31,7 @@ __all__ = [
     "common",
     "copy_files",
     "hidden_beside",
+    "is_there",
     "json_text",
     "locked",
     "staged_directory",
@@ -48,16 +49,24 @@ TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """How files begin that say what may be done with a model."""
 
 
+def is_there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """`path.exists()`, `is_dir()` or `is_file()`, and False for a name that is too long for the file system, where those raise an error."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
 def check_output(target: Path) -> None:
     """Refuses a target that cannot become a new directory.
 
     Raises:
         OutputError: it exists and is not an empty directory, or its parent cannot be written to.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_there(target) and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists and is not an empty directory; choose another or remove it")
     parent = target.absolute().parent
-    while not parent.exists():
+    while not is_there(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{target} cannot be made: {parent} is not a directory that you may write to")

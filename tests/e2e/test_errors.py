@@ -57,6 +57,16 @@ def test_no_such_directory(fails, tmp_path) -> None:
     assert "a Hub id like" in fails(source="nowhere")
 
 
+def test_names_that_no_file_system_takes(fails, command, model, tmp_path) -> None:
+    name = "a" * 300
+    assert "no model at" in fails(source=name)
+    assert "too long" in fails(out=tmp_path / name, code=4)
+    assert "no file or directory" in fails("--calibration", name)
+    for line in (("export", name, "-o", tmp_path / "x", "--to", "dense"), ("refine", name, "--reference", model(), "-o", tmp_path / "x")):
+        found = command(*line)
+        assert (found.code, found.err.count("\n")) == (2, 1), found
+
+
 def test_hub_cannot_be_reached(fails) -> None:
     """Offline (HF_HUB_OFFLINE in tests/conftest.py), so no network is needed to fail."""
     message = fails(source="nobody-at-all/no-such-model")

@@ -37,7 +37,7 @@ from roundel.models.linears import matrix_modules
 from roundel.models.load import load_config, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS
 from roundel.rounding.round import dequantized
-from roundel.store import copy_files, storage, write_config, write_json, write_shards
+from roundel.store import copy_files, is_there, storage, write_config, write_json, write_shards
 from roundel.types import RoundedWeight
 
 __all__ = [
@@ -249,7 +249,7 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    if not (path / "roundel.json").is_file():
+    if not is_there(path / "roundel.json", Path.is_file):
         raise ModelError(f"{path} has no roundel.json: expected a directory that roundel quantize has written")
     with damaged(ModelError, path / "roundel.json"):
         report = json.loads((path / "roundel.json").read_text(encoding="utf-8"))

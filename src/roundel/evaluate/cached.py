@@ -29,7 +29,7 @@ from torch import Tensor
 from roundel import processes
 from roundel.errors import StorageError
 from roundel.evaluate.divergence import ModelLogits, Part
-from roundel.store import staged_directory, storage, write_json
+from roundel.store import is_there, staged_directory, storage, write_json
 from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
@@ -136,7 +136,7 @@ class LogitCache:
         if not processes.first():
             return
         shutil.rmtree(self.path / key, ignore_errors=True)  # without about.json it is none of ours, or damaged
-        if not self.path.is_dir():
+        if not is_there(self.path, Path.is_dir):
             return
         entries = sorted((path for path in self.path.iterdir() if (path / "about.json").is_file()), key=lambda path: path.stat().st_mtime)
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}

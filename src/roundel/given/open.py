@@ -10,6 +10,7 @@ from roundel.given.base import Given
 from roundel.given.directory import open_directory
 from roundel.given.gguf import gguf_files, open_gguf
 from roundel.models import locate
+from roundel.store import is_there
 
 __all__ = ["open_given"]
 
@@ -21,8 +22,8 @@ def open_given(model: str, source: Source) -> Given:
         ModelError: it cannot be read, is none of these, or of another model.
     """
     path = Path(model)
-    if path.is_file() and path.suffix != ".gguf":
+    if is_there(path, Path.is_file) and path.suffix != ".gguf":
         raise ModelError(f"{path}: expected a .gguf file, or a directory")
-    path = path if path.is_file() else locate(model, ["*"])
+    path = path if is_there(path, Path.is_file) else locate(model, ["*"])
     with damaged(ModelError, path):
         return open_gguf(path, source) if gguf_files(path) else open_directory(path, source)

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from roundel.errors import MemoryLimitError, ModelError, damaged, is_out_of_memory, of_reading, reason_of
 from roundel.models.checkpoint import Checkpoint
+from roundel.store import is_there
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,8 +60,8 @@ def locate(model: str, files: Sequence[str] = _FILES) -> Path:
         ModelError: neither exists, or the directory has no config.json.
     """
     path = DEMO if model == "demo" else Path(model)
-    if not path.is_dir():
-        if path.exists() or path.is_absolute() or model.count("/") != 1 or model.startswith("."):
+    if not is_there(path, Path.is_dir):
+        if is_there(path) or path.is_absolute() or model.count("/") != 1 or model.startswith("."):
             raise ModelError(
                 f"no model at {model!r}: expected a directory with config.json and *.safetensors, or a Hub id like Qwen/Qwen3-0.6B"
             )
