@@ -199,6 +199,7 @@ def main() -> None:
         if name in MODELS and (unfair := set(given.schemes) & set(MODELS[name].same_blocks)):
             parser.error(f"{name} was decoded from blocks like those of {', '.join(sorted(unfair))}, which would look too good")
         directory = made(name, given.kept / name) if name in MODELS else Path(name)
+        given.results.mkdir(parents=True, exist_ok=True)
         target = given.results / f"methods-{directory.name}.json"
         table = Table(directory, given.texts, given.kept / f"{directory.name}-work", given.timeout)
         about = table.about()

@@ -94,7 +94,7 @@ def test_a_model_on_the_disk_and_hidden_states_in_files(model, text, command, tm
 
 
 def test_tuning_end_to_end_in_shards(tmp_path) -> None:
-    settings = {"scheme": "int3-g64", "curvature": "kfac", "sequences": 12, "seq_len": 64, "eval_sequences": 8, "sweeps": 0}
+    settings = {"scheme": "int3-g64", "curvature": "identity", "sequences": 12, "seq_len": 64, "eval_sequences": 8, "sweeps": 0}
     line = ["quantize", "demo", "--quiet", *options({**settings, "tune": "end-to-end", "tune_steps": 6, "tune_tokens": 320})]
     for count in (1, 2):
         found = ranks.run(count, *line, "-o", tmp_path / str(count), exact=True)
