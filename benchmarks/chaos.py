@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -252,7 +253,7 @@ class Process:
         """Until it has ended."""
         _, status = os.waitpid(self.pid, 0)
         told, said = (_read(file) for file in (self._notes, self._error))
-        said = said.replace(f"{tempfile.gettempdir()}/", "")
+        said = re.sub(rf"{re.escape(tempfile.gettempdir())}/(tmp\w+/)?", "", said)
         found = Ended(code=os.waitstatus_to_exitcode(status), said=said, seconds=time.monotonic() - self._began)
         for line in told.splitlines():
             kind, _, rest = line.partition(" ")

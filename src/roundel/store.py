@@ -196,9 +196,13 @@ def json_text(value: Any) -> str:
     Raises:
         NumericalError: a number is NaN or infinite; JSON has neither.
     """
-    if (place := _not_finite(value)) is not None:
-        raise NumericalError(f"{place} would be no number: something that it was computed from is too large or damaged")
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace").decode()
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise NumericalError(
+            f"{_not_finite(value)} would be no number: something that it was computed from is too large or damaged"
+        ) from error
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _not_finite(value: Any) -> str | None:

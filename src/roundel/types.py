@@ -190,7 +190,7 @@ class RoundingProblem:
     """Find codes whose error `E = W - W_hat` makes `1/2 tr(E^T H_out E H_in)` small.
 
     Here the factors are damped and positive definite: `L_out`, `L_in` are their unit lower triangular LDL factors, of rows and columns in
-    `order_out`, `order_in` (None: as they are), and `D_in` is the diagonal of the input side's, column by column as in `W`: what an error
+    `order` (None: as they are), and `D_in` is the diagonal of the input side's, column by column as in `W`: what an error
     there costs after what others take back. `scale` turns the (undamped) loss into nats per token; `damping` is what was really added,
     relative to the mean diagonal.
     """
@@ -203,8 +203,7 @@ class RoundingProblem:
     D_in: Float[Tensor, " d_in"]
     scale: float
     damping: float
-    order_out: Int[Tensor, " d_out"] | None = None
-    order_in: Int[Tensor, " d_in"] | None = None
+    order: tuple[Int[Tensor, " d_out"], Int[Tensor, " d_in"]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -266,7 +266,6 @@ def _work(quantize, source: Path, place: Path, given: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_block_that_several_layers_share(quantize, text, tmp_path) -> None:
     """Zamba's attention: one set of weights that is used by several layers."""
     config = ZambaConfig(

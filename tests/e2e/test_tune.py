@@ -83,7 +83,7 @@ FORMATS_OF = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "lattice2", "q4_0", pytest.param("nvfp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", [pytest.param(each, marks=[pytest.mark.slow] if each == "nvfp4" else []) for each in FORMATS_OF])
 def test_tuned_weights_go_into_every_format(model, quantize, tmp_path, scheme: str) -> None:
     """Also norms, and vectors in place of signs; `quantize` has measured the KL of what its own format's reader gives."""
     form = "native" if scheme == "q4_0" else "auto"

@@ -107,7 +107,7 @@ def test_an_order_is_that_of_the_reordered_problem(implementation, scheme: str, 
     """Codes lie where they did, and the largest diagonal is decided first: feedback begins at the end."""
     grid, W, factors = parse_scheme(scheme), draw(d_out, d_in, seed=seed), factors_for(d_out, d_in, seed)
     problem = make_problem(W, factors, damping=0.1, dtype=torch.float64, ordered=True)
-    rows, columns = problem.order_out, problem.order_in
+    rows, columns = problem.order
     assert (problem.H_in.diagonal()[columns].diff() >= 0).all()
     natural = make_problem(W, factors, damping=0.1, dtype=torch.float64)
     assert torch.equal(problem.H_in, natural.H_in)

@@ -122,7 +122,7 @@ class Engine:
     """A file, loaded."""
 
     def __init__(self, library: ctypes.CDLL, model: int, context: int) -> None:
-        self.library, self.context = library, context
+        self.calls, self.context = library, context
         self.vocabulary = library.llama_model_get_vocab(model)
         self.rows: int = library.llama_vocab_n_tokens(self.vocabulary)
 
@@ -130,15 +130,15 @@ class Engine:
         """At each of these tokens, `(tokens, vocabulary)`; the `after` tokens before them have been read."""
         assert 0 < len(ids) <= CONTEXT - after
         if after == 0:
-            self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        batch = self.library.llama_batch_init(len(ids), 0, 1)
+            self.calls.llama_memory_clear(self.calls.llama_get_memory(self.context), True)
+        batch = self.calls.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for k, token in enumerate(ids):
             batch.token[k], batch.pos[k], batch.n_seq_id[k], batch.seq_id[k][0], batch.logits[k] = token, after + k, 1, 0, 1
-        status = self.library.llama_decode(self.context, batch)
-        self.library.llama_batch_free(batch)
+        status = self.calls.llama_decode(self.context, batch)
+        self.calls.llama_batch_free(batch)
         assert status == 0, f"llama_decode returned {status}"
-        found = ctypes.cast(self.library.llama_get_logits(self.context), ctypes.POINTER(FLOAT * (len(ids) * self.rows)))
+        found = ctypes.cast(self.calls.llama_get_logits(self.context), ctypes.POINTER(FLOAT * (len(ids) * self.rows)))
         return torch.frombuffer(found.contents, dtype=torch.float32).view(len(ids), self.rows).clone()
 
     def greedy(self, ids: list[int], tokens: int) -> list[int]:
@@ -152,7 +152,7 @@ class Engine:
         """With the tokens that the model adds by itself; names of special tokens stand for those where `special`."""
         raw = text.encode()
         room = (INT * (len(raw) + 8))()
-        count = self.library.llama_tokenize(self.vocabulary, raw, len(raw), room, len(room), True, special)
+        count = self.calls.llama_tokenize(self.vocabulary, raw, len(raw), room, len(room), True, special)
         assert count >= 0, f"llama_tokenize returned {count}"
         return list(room[:count])
 

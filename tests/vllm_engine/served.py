@@ -37,6 +37,6 @@ def open_engine(request):
             "int pack_factor, str isa_hint) -> ()"
         )
         library.impl("cpu_gemm_wna16", product, "CPU")
-        open_engine.library = library  # as long as the process lives
+        open_engine.kept = library  # as long as the process lives
         print("served] Using a product in torch in place of CPUWNA16LinearKernel's", flush=True)
     return runpy.run_path(os.environ["ROUNDEL_VLLM_SIDE"])["open_engine"](request)

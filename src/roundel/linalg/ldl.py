@@ -13,7 +13,7 @@ from torch import Tensor
 
 from roundel.errors import NumericalError
 
-__all__ = ["block_lower", "damped_cholesky", "damped_ldl", "ldl"]
+__all__ = ["block_lower", "damped_cholesky", "damped_ldl", "ldl", "of_cholesky"]
 
 
 STRIP = 512
@@ -23,6 +23,11 @@ def ldl(H: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " 
     """`(L, D)` in float64, or None where `H` is not numerically positive definite."""
     if (C := _cholesky(H.double())) is None:
         return None
+    return of_cholesky(C)
+
+
+def of_cholesky(C: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+    """`(L, D)` of the matrix with this Cholesky factor, `L` in its place."""
     diagonal = C.diagonal().clone()
     return C.div_(diagonal), diagonal**2
 
@@ -55,7 +60,7 @@ def damped_ldl(H: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "
         NumericalError: `H` holds a value that is not finite, or stays indefinite with `lambda = 100`.
     """
     damped, C, used = damped_cholesky(H, damping)
-    return damped, C.div_(C.diagonal().clone()), used
+    return damped, of_cholesky(C)[0], used
 
 
 def damped_cholesky(

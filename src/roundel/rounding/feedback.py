@@ -8,7 +8,7 @@ Problem: choose `W_hat` so that `L_out^T E L_in` is no more than the grid's own 
 recomputed: the published loop costs O(d_out^2 d_in^2 / tile). With `L_out = I` this is LDLQ, code for code; with both
 identities it is nearest rounding.
 
-Rows and columns are decided in the order of the problem (`RoundingProblem.order_in`), the largest diagonal first: what costs most is
+Rows and columns are decided in the order of the problem (`RoundingProblem.order`), the largest diagonal first: what costs most is
 rounded while most others can still take back its error. Codes and scales stay in their places, so no format knows of it. With scales that
 are searched under what errors then cost (`D_in`) that is 5 % of the proxy loss after all sweeps (`docs/log.md`, 24), for some copies.
 
@@ -68,14 +68,16 @@ def feedback_waves(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -
 def _in_order(problem: RoundingProblem, grid: ScalarGrid, scales: Scales) -> tuple[Tensor, Tensor, Tensor | None]:
     """The weight and each entry's step and offset, in the order of the problem's factors."""
     step, offset = grid.affine(scales, problem.shape, problem.W.dtype)
-    if problem.order_out is None or problem.order_in is None:
+    if problem.order is None:
         return problem.W, step, offset
-    index = (problem.order_out[:, None], problem.order_in)
+    rows, columns = problem.order
+    index = (rows[:, None], columns)
     return problem.W[index], step[index], None if offset is None else offset[index]
 
 
 def _in_place(problem: RoundingProblem, codes: Tensor) -> Tensor:
     """Codes in the order of the weight."""
-    if problem.order_out is None or problem.order_in is None:
+    if problem.order is None:
         return codes
-    return torch.empty_like(codes).index_put_((problem.order_out[:, None], problem.order_in), codes)
+    rows, columns = problem.order
+    return torch.empty_like(codes).index_put_((rows[:, None], columns), codes)

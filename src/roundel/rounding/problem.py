@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from roundel.linalg.ldl import damped_cholesky
+from roundel.linalg.ldl import damped_cholesky, of_cholesky
 from roundel.types import KroneckerFactors, RoundingProblem
 
 __all__ = ["make_problem"]
@@ -24,8 +24,10 @@ def make_problem(
     Raises:
         NumericalError: a factor is not finite or cannot be made positive definite.
     """
-    H_out, L_out, _, order_out, used_out = _factorised(factors.H_out, damping, dtype, ordered)
-    H_in, L_in, D_in, order_in, used_in = _factorised(factors.H_in, damping, dtype, ordered)
+    order = (factors.H_out.diagonal().argsort(stable=True), factors.H_in.diagonal().argsort(stable=True)) if ordered else None
+    rows, columns = order or (None, None)
+    H_out, L_out, _, used_out = _factorised(factors.H_out, damping, dtype, rows)
+    H_in, L_in, D_in, used_in = _factorised(factors.H_in, damping, dtype, columns)
     return RoundingProblem(
         W=W.to(dtype),
         H_out=H_out,
@@ -35,21 +37,18 @@ def make_problem(
         D_in=D_in,
         scale=factors.scale,
         damping=max(used_out, used_in),
-        order_out=order_out,
-        order_in=order_in,
+        order=order,
     )
 
 
-def _factorised(H: Tensor, damping: float, dtype: torch.dtype, ordered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """`H` damped, `L` in the order of decisions, `D` and `H` in that of the weight, the order, and the damping."""
-    order = H.diagonal().argsort(stable=True) if ordered else None
+def _factorised(H: Tensor, damping: float, dtype: torch.dtype, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """`H` damped, `L` in the order of decisions, `D` in that of the weight, and the damping."""
     wide, C, used = damped_cholesky(H, damping, order=order)
     damped = wide.to(dtype)
     del wide
-    diagonal = C.diagonal().clone()
-    L, D = C.div_(diagonal).to(dtype), diagonal.square().to(dtype)
+    L, D = (part.to(dtype) for part in of_cholesky(C))
     del C
     if order is not None:
         damped = torch.empty_like(damped).index_put_((order[:, None], order), damped)
         D = torch.empty_like(D).index_put_((order,), D)
-    return damped, L, D, order, used
+    return damped, L, D, used

@@ -75,6 +75,7 @@ def tune(
         name = str(model or stored.report["model"]["name"])
         if (allocation := stored.report.get("allocation")) is not None and recipe.bits is None:
             raise ValueError("it has an allocation of bits and no number of them")
+        layers, skipped = _rows(stored.report), _reasons(stored.report)
     if recipe.tune == "none":
         raise SchemeError(f"nothing to do: expected tune {' or '.join(TUNINGS[1:])}")
 
@@ -88,9 +89,7 @@ def tune(
             raise ModelError(f"{name} is not the original of {path}: its linears or its embeddings differ; give it by --model")
         split = read_text(recipe, source, notes)
         batch = batch_size or default_batch(source.length)
-        with damaged(ModelError, path / "roundel.json"):
-            source.skipped.update(_reasons(stored.report))
-            layers = _rows(stored.report)
+        source.skipped.update(skipped)
         rows = {name: row for name, row in layers.items() if "end" in row}
         ends = Ends(weights={name: stored.rounded[name] for name in rows}, rows=rows)
         rounded = Rounded(
