@@ -270,6 +270,8 @@ class FactorsDirectory:
             sketch.tokens, sketch.rows = int(own["tokens"]), int(own.get("rows", own["tokens"]))
             for key, total in sketch.sums.items():
                 total.copy_(_unpack(own[key], total))
+            if sketch.pending():
+                raise FactorsError(f"{file}: the sums of {name} end in a batch of {sketch.pending()}; the file is damaged, collect again")
         return sketch, previous
 
     def sketches(self, names: Iterable[str], device: torch.device) -> dict[str, Sketch]:

@@ -96,6 +96,13 @@ class RoundelQuantizer(HfQuantizer):
         _check_files(kwargs.get("checkpoint_files"), model, self.quantization_config.layouts)
         return model
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Before the model is built (Transformers 5.23 and later): refuses layers without end; the configuration stays as it is."""
+        from roundel.models.load import check_depth
+
+        check_depth(config.to_dict(), lambda: len(self.quantization_config.layouts), "config.json")
+        return config
+
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """Of experts that are packed one by one, without what would join them."""
         from roundel.models.names import split_conversions  # which imports what this module is registered from

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    "check_depth",
     "guarded",
     "load_config",
     "load_model",
@@ -220,20 +221,24 @@ def load_config(path: Path) -> PretrainedConfig:
         ModelError: it cannot be read, the architecture is unknown, or it has layers without end, each of which takes memory.
     """
     if (path / "config.json").is_file():
-        _check_depth(path, read_config(path))
+        check_depth(read_config(path), lambda: len(Checkpoint.open(path).files), path / "config.json")
     config: PretrainedConfig = guarded("configuration", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     if getattr(config, "quantization_config", None) is not None and quantization_of(path) is None:
         del config.quantization_config
     return config
 
 
-def _check_depth(path: Path, config: Mapping[str, Any]) -> None:
-    """Before lists and modules are made of every layer that config.json speaks of."""
+def check_depth(config: Mapping[str, Any], weights: Callable[[], int], whose: object) -> None:
+    """Before lists and modules are made of every layer that a configuration speaks of; `weights` counts those that there are.
+
+    Raises:
+        ModelError: it has layers without end.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
-            _check_depth(path, value)
-        if name in DEPTHS and isinstance(value, int) and value > DEEP and value > (weights := len(Checkpoint.open(path).files)):
-            raise ModelError(f"{path / 'config.json'} says {name} = {value}; the directory has {weights} weights")
+            check_depth(value, weights, whose)
+        if name in DEPTHS and isinstance(value, int) and value > DEEP and value > (count := weights()):
+            raise ModelError(f"{whose} says {name} = {value}; there are {count} weights")
 
 
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:

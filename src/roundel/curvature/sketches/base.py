@@ -65,6 +65,10 @@ class Sketch(ABC):
     def finish(self) -> None:  # noqa: B027
         """Called once when this process has seen all its sequences of the pass, before sums of other processes are added."""
 
+    def pending(self) -> int:
+        """Sequences of a batch that is not complete, as long as it is not finished: there are no factors then."""
+        return 0
+
     @abstractmethod
     def factors(self) -> Factors:
         """The factors of all sequences seen so far; what a later pass is to go on from must be `KroneckerFactors`."""

@@ -199,24 +199,23 @@ class FastKronSums(Sketch):
         self.sums["trace"] += G.square().sum(dtype=torch.float64)
         self.sums["partial"] += G.flatten()
         self.sums["count"] += 1
-        if self._pending() == self.settings.batch:
+        if self.pending() == self.settings.batch:
             self.finish()
 
-    def _pending(self) -> int:
-        """Sequences of an incomplete batch."""
+    def pending(self) -> int:
         return int(self.sums["count"]) if "count" in self.sums else 0
 
     def finish(self) -> None:
-        if self.images is not None and self._pending():
+        if self.images is not None and self.pending():
             self.images.add_gradient(self.sums["partial"].view(self.d_out, self.d_in))
             self.sums["partial"].zero_()
             self.sums["count"].zero_()
 
     def merge(self, other: Sketch) -> None:
         for sketch in (self, other):
-            if isinstance(sketch, FastKronSums) and sketch._pending():
+            if isinstance(sketch, FastKronSums) and sketch.pending():
                 raise ValueError(
-                    f"cannot merge: a batch has only {sketch._pending()} of {self.settings.batch} sequences; give sketches whole "
+                    f"cannot merge: a batch has only {sketch.pending()} of {self.settings.batch} sequences; give sketches whole "
                     "batches, or call finish() first"
                 )
         super().merge(other)
@@ -228,7 +227,7 @@ class FastKronSums(Sketch):
 
     def _image_pair(self) -> tuple[Tensor, Tensor]:
         """`R(v)` and `R^T(u)` of the newest vectors, of the Fisher per token."""
-        assert not self._pending(), "finish() comes first"
+        assert not self.pending(), "finish() comes first"
         tokens = max(self.tokens, 1)
         if isinstance(self.images, SketchBSums):  # the newest vectors are identities, divided by their norms
             Rv, Rtu = self.sums["GGt"] / self.d_in**0.5, self.sums["GtG"] / self.d_out**0.5
