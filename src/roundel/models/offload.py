@@ -157,6 +157,9 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
         ModelError: as `load_model`.
     """
     empty = _skeleton(path)
+    count, there = sum(p.numel() for p in empty.parameters()), sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if count > there:  # before any of them is in a layer that is run
+        raise ModelError(f"{path / 'config.json'} describes a model of {count} weights; its files hold {there} bytes")
     head = head_of_its_own(empty)
     places = _places(empty, "", frozenset([*decoder_layers(empty), *head]), str(device))
     options: dict[str, Any] = {
