@@ -225,9 +225,15 @@ def set_opening(tokenizer: PreTrainedTokenizerBase, token: int) -> None:
 
 
 def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> Tensor:
-    """Packs documents into windows `(count, length)`; reads no more documents than `most` windows need."""
+    """Packs documents into windows `(count, length)`; reads no more documents than `most` windows need.
+
+    Raises:
+        DataError: the length leaves no room for text.
+    """
     prefix = opening_of(tokenizer)
     body = length - len(prefix)
+    if body < 1:
+        raise DataError(f"sequences of {length} tokens have no room for text: each begins with {len(prefix)} of the tokenizer's own")
     stream: list[int] = []
     for text in documents:
         if not text.strip():

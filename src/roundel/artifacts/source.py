@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -278,8 +279,15 @@ def _join_idle(model: nn.Module, linears: Collection[str], skipped: dict[str, st
 
 
 def positions(config: PretrainedConfig) -> int:
-    """How many tokens a model can take."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    """How many tokens a model can take.
+
+    Raises:
+        ModelError: less than the two that a loss needs.
+    """
+    found = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if not (isinstance(found, int | float) and 2 <= found < math.inf):
+        raise ModelError(f"config.json says max_position_embeddings = {found}: expected 2 or more")
+    return int(found)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from roundel.errors import ModelError
 from roundel.models.ends import head_of_its_own
 from roundel.models.experts import SplitExperts
-from roundel.models.load import guarded, load_config, skeleton
+from roundel.models.load import described, guarded, load_config
 from roundel.models.plain import is_turned
 from roundel.store import staged_file, storage
 from roundel.sweeps.layers import decoder_layers
@@ -136,12 +136,11 @@ class FileWeights:
 
 def parameter_bytes(path: Path, dtype: torch.dtype) -> int:
     """What the model's parameters take in a type."""
-    return sum(p.numel() for p in _skeleton(path).parameters()) * dtype.itemsize
+    return sum(p.numel() for p in _empty(path).parameters()) * dtype.itemsize
 
 
-def _skeleton(path: Path) -> nn.Module:
-    model: nn.Module = guarded("model", path, lambda: skeleton(load_config(path)))
-    return model
+def _empty(path: Path) -> nn.Module:
+    return described(path, path.glob("*.safetensors"))
 
 
 def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, folder: Path) -> tuple[PreTrainedModel, FileWeights]:
@@ -156,10 +155,7 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
     Raises:
         ModelError: as `load_model`.
     """
-    empty = _skeleton(path)
-    count, there = sum(p.numel() for p in empty.parameters()), sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if count > there:  # before any of them is in a layer that is run
-        raise ModelError(f"{path / 'config.json'} describes a model of {count} weights; its files hold {there} bytes")
+    empty = _empty(path)
     head = head_of_its_own(empty)
     places = _places(empty, "", frozenset([*decoder_layers(empty), *head]), str(device))
     options: dict[str, Any] = {
