@@ -13,6 +13,7 @@ from typing import Any, Literal
 from roundel.curvature import parse_curvature
 from roundel.errors import SchemeError
 from roundel.formats import FORMATS, gguf
+from roundel.formats.base import check_inputs
 from roundel.formats.gguf_mixes import CANDIDATES, MIXES, NARROW
 from roundel.grids import Grid, parse_scheme
 from roundel.linalg.hadamard import BLOCK
@@ -97,6 +98,9 @@ class Recipe(Settings):
         for scheme in self.used_schemes if self.tune != "none" else ():
             if not _holds("native", parse_scheme(scheme), None):  # what tuning keeps
                 raise SchemeError(f"--tune {self.tune}: {scheme} cannot be tuned; use --tune none or another scheme")
+        for scheme in self.used_schemes if self.natural_places else ():
+            if parse_scheme(scheme).inputs:
+                raise SchemeError(f"--natural-places {self.natural_places}: gradients do not go through the rounded inputs of {scheme}")
         splits_rows = parse_curvature(self.curvature).row_groups > 1
         for scheme in self.used_schemes:
             if splits_rows and self.rotation_of(parse_scheme(scheme)):
@@ -163,7 +167,8 @@ class Recipe(Settings):
         If it is not said: such that they cost about what the collection of so many sequences does, at two places or, with much text, four;
         none if the model is not small.
         """
-        if self.natural_places == 0 or (self.natural_places is None and weights > STEPPED_WEIGHTS):
+        rounded = any(parse_scheme(scheme).inputs for scheme in self.used_schemes)  # which gradients do not go through
+        if self.natural_places == 0 or (self.natural_places is None and (rounded or weights > STEPPED_WEIGHTS)):
             return 0, 0
         whole = 6 * sequences / (2.5 * max(1, STEP_TOKENS // length))
         places = self.natural_places or (4 if whole >= 48 else 2)
@@ -280,6 +285,7 @@ def check_format(form: str, grid: Grid, rotation: str | None) -> None:
     Raises:
         SchemeError: with the engine's limit and the nearest choice that works.
     """
+    check_inputs(form, grid, held=form in FORMATS and FORMATS[form].rounds_inputs)
     if form == "gguf":
         gguf.check(grid, rotation)
     elif form in FORMATS:

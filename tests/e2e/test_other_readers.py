@@ -22,13 +22,18 @@ from transformers.utils import logging
 from e2e import tiny
 from roundel.formats.compressed_tensors import CompressedTensors, share_tensor_scale
 from roundel.grids import ScalarGrid, parse_scheme
+from roundel.grids.inputs import round_inputs
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
 
 FORMAT = CompressedTensors()
 IDS = torch.arange(24).view(2, 12) * 11 % tiny.VOCABULARY
 
-PLAIN = ["int2-g16", "int3-g32", "int4-channel", "int5-tensor", "int8-g32", "fp8", "fp8-tensor", "int3-g16,int4-channel,fp8,int6-g32"]
+PLAIN = [
+    *("int2-g16", "int3-g32", "int4-channel", "int5-tensor", "int8-g32", "fp8", "fp8-tensor"),
+    *("int8-channel-a8", "int8-tensor-a8", "fp8-a8", "int4-g16,fp8-tensor-a8"),
+    "int3-g16,int4-channel,fp8,int6-g32",
+]
 """Read by `from_pretrained(directory)` in float32, without further ado."""
 
 SMALL_FLOATS = ["nvfp4", "mxfp4"]
@@ -73,7 +78,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tu
         dense = tiny.make_model(architecture)
         dense.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
         for name, weight in weights.items():
-            dense.get_submodule(name).weight.data = dequantized(weight)
+            linear = dense.get_submodule(name)
+            linear.weight.data = dequantized(weight)
+            if (kind := parse_scheme(weight.scheme).inputs) is not None:
+                linear.register_forward_pre_hook(lambda _module, args, kind=kind: (round_inputs(args[0], kind),))
         made[architecture, schemes] = path, logits(dense)
         return made[architecture, schemes]
 

@@ -111,9 +111,15 @@ def test_several_grids_are_several_groups_with_their_own_linears() -> None:
 
 
 INTEGERS = [f"int{bits}-{kind}" for bits in range(2, 9) for kind in ("g16", "channel", "g16-asym", "channel-asym")]
-ALL = [*INTEGERS, "int4-tensor", "nvfp4", "mxfp4", "fp8", "fp8-tensor"]
+ROUNDED_INPUTS = ["int8-channel-a8", "int8-tensor-a8", "fp8-a8", "fp8-tensor-a8"]
+ALL = [*INTEGERS, "int4-tensor", "nvfp4", "mxfp4", "fp8", "fp8-tensor", *ROUNDED_INPUTS]
 every_kind = pytest.mark.parametrize("scheme", ALL)
-FORMATS = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized", "fp8": "float-quantized", "fp8-tensor": "float-quantized"}
+FORMATS = {
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    **dict.fromkeys(["fp8", "fp8-tensor", "fp8-a8", "fp8-tensor-a8"], "float-quantized"),
+    **dict.fromkeys(["int8-channel-a8", "int8-tensor-a8"], "int-quantized"),
+}
 
 
 def drawn(scheme: str, shape: tuple[int, int], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> RoundedWeight:

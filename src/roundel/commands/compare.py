@@ -35,6 +35,7 @@ from roundel.curvature.diagnose import Diagnosis, diagnose, total
 from roundel.errors import OutputError, SchemeError
 from roundel.evaluate import compare_models
 from roundel.evaluate.comparison import PRINTED, compared_rows, summary_rows, write_comparison
+from roundel.grids import parse_scheme
 from roundel.models import select_linears
 from roundel.models.experts import experts_of
 from roundel.models.load import pick_device, pick_dtype
@@ -112,6 +113,8 @@ def compare(
     base = Recipe(**{**settings, "scheme": schemes[0], "curvature": "auto", "sequences": min(sequences)})
     recipes = {label: dataclasses.replace(base, **NAMED.get(label, {"curvature": label})) for label in curvatures}
     for scheme in schemes:
+        if parse_scheme(scheme).inputs:
+            raise SchemeError(f"{scheme}: methods are compared by their weights alone; give {scheme.removesuffix('-a8')}")
         for recipe in recipes.values():
             dataclasses.replace(recipe, scheme=scheme)  # refused here rather than after the first collection
     notes, target = Notes(progress or Silent()), Path(output)

@@ -18,7 +18,7 @@ from roundel.errors import ModelError, SchemeError
 from roundel.grids import Grid, parse_scheme
 from roundel.types import RoundedWeight
 
-__all__ = ["FREE", "CheckpointFormat", "expect", "half_scales", "only_grid"]
+__all__ = ["FREE", "CheckpointFormat", "check_inputs", "expect", "half_scales", "only_grid"]
 
 FREE = (torch.float16, torch.bfloat16, torch.float32)
 """Types that scales of free type may have."""
@@ -68,11 +68,27 @@ def only_grid(form: str, schemes: Iterable[str]) -> Grid:
     return parse_scheme(given[0])
 
 
+def check_inputs(form: str, grid: Grid, *, held: bool) -> None:
+    """Refuses a grid whose inputs engines round, unless that is `held` by the format.
+
+    Raises:
+        SchemeError: with what would work.
+    """
+    if grid.inputs is not None and not held:
+        raise SchemeError(
+            f"{form} cannot say that inputs are rounded, as {grid.name} asks: use --format compressed-tensors, "
+            f"or --scheme {grid.name.removesuffix('-a8')}"
+        )
+
+
 class CheckpointFormat(ABC):
     """One format; without state."""
 
     fuses: bool = False
     """Whether engines run q, k, v and gate, up as one product, so that they must share a scheme."""
+
+    rounds_inputs: bool = False
+    """Whether it can say that engines round what linears read."""
 
     section: str = "quantization_config"
     """The key of config.json under which engines look for it."""
@@ -128,6 +144,7 @@ class CheckpointFormat(ABC):
     def check_weight(self, rounded: RoundedWeight) -> Grid:
         """The grid of a weight that can be in this format; refused as `check` and `check_shape` do."""
         grid, rotation = parse_scheme(rounded.scheme), rounded.rotation
+        check_inputs(self.name, grid, held=self.rounds_inputs)
         self.check(grid, None if rotation is None else str(getattr(rotation, "kind", type(rotation).__name__)))
         self.check_shape(grid, *rounded.shape)
         return grid

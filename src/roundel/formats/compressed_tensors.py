@@ -1,4 +1,4 @@
-"""compressed-tensors: what vLLM and Transformers read without any code of ours; weights only.
+"""compressed-tensors: what vLLM and Transformers read without any code of ours.
 
 For a linear of `(N, K)`, with `b`-bit codes `q` and groups of `g` columns (`g = K`: a scale for each row):
 
@@ -11,14 +11,17 @@ For a linear of `(N, K)`, with `b`-bit codes `q` and groups of `g` columns (`g =
       mxfp4
     float-quantized       weight e4m3 (N, K); weight_scale (N, 1), or (1,) for the whole weight            W = weight scale
       fp8, fp8-tensor
+    int-quantized         weight int8 (N, K); weight_scale as above                                          W = weight scale
+      int8-channel-a8, int8-tensor-a8
 
 Linears of different schemes are different `config_groups`. `intB-tensor` is written with its scale repeated for each row.
 
 vLLM runs q, k, v and gate, up as one product each. They must share a scheme, and with `nvfp4` it takes the largest of their global scales
 for all: `share_tensor_scale` makes them one. Dense packing of 3, 5, 6 and 7 bits needs compressed-tensors 0.17 or later in the reader.
 
-Checked against compressed-tensors 0.20 and Transformers 5.23 (tests/e2e/test_other_readers.py). Not done: activations, which engines would
-quantize as they go; 2:4 sparsity; `transform_config`, which Transformers ignores without a word: rotated weights go to EXL3.
+Checked against compressed-tensors 0.20 and Transformers 5.23 (tests/e2e/test_other_readers.py). `-a8` is `input_activations` of 8 bits,
+with a scale for each token that is made as it comes. Not done: activations of 4 bits; 2:4 sparsity; `transform_config`, which Transformers
+ignores without a word: rotated weights go to EXL3.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows, unpack_rows
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.grids.asymmetric import Asymmetric
+from roundel.grids.inputs import Inputs
 from roundel.grids.minifloat import Fp8, MxFp4, NvFp4
 from roundel.rotation import Rotation
 from roundel.types import RoundedWeight
@@ -59,6 +63,7 @@ class CompressedTensors(CheckpointFormat):
     """The format `compressed-tensors`."""
 
     fuses = True
+    rounds_inputs = True
 
     @property
     def name(self) -> str:
@@ -87,6 +92,8 @@ class CompressedTensors(CheckpointFormat):
         grid, codes, scales = parse_scheme(rounded.scheme), rounded.codes, rounded.scales
         self.check(grid, rounded.rotation.kind if isinstance(rounded.rotation, Rotation) else None)
         match grid:
+            case Uniform(rounds_inputs=True):
+                return {"weight": codes.contiguous(), "weight_scale": _of_channels(scales["scale"], grid)}
             case Uniform():
                 return {
                     "weight_packed": pack_rows(codes.to(torch.int16) + 2 ** (grid.bits - 1), grid.bits),
@@ -108,8 +115,10 @@ class CompressedTensors(CheckpointFormat):
             case MxFp4():
                 return {"weight_packed": _pack_e2m1(codes), "weight_scale": scales["scale"].contiguous()}
             case Fp8():
-                scale = scales["scale"] if grid.scope == "channel" else scales["scale"].reshape(1)
-                return {"weight": grid.units(codes, torch.float32).to(torch.float8_e4m3fn), "weight_scale": scale.contiguous()}
+                return {
+                    "weight": grid.units(codes, torch.float32).to(torch.float8_e4m3fn),
+                    "weight_scale": _of_channels(scales["scale"], grid),
+                }
         raise AssertionError(grid.name)
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> RoundedWeight:
@@ -117,6 +126,9 @@ class CompressedTensors(CheckpointFormat):
         grid.check(*shape)
         _expect(tensors, self._layout(grid, shape), grid, shape)
         match grid:
+            case Uniform(rounds_inputs=True):
+                scales = {"scale": tensors["weight_scale"].reshape(-1, 1)}
+                codes = tensors["weight"]
             case Uniform() | Asymmetric():
                 return _unpack_integers(tensors, grid, shape)
             case NvFp4():
@@ -164,6 +176,8 @@ class CompressedTensors(CheckpointFormat):
         """Shape and type of each tensor; None: that of free scales."""
         d_out, d_in = shape
         match grid:
+            case Uniform(rounds_inputs=True):
+                return {"weight": (shape, torch.int8), "weight_scale": ((d_out, 1) if grid.group == "channel" else (1,), None)}
             case Uniform() | Asymmetric():
                 groups = d_in // grid.group if isinstance(grid.group, int) else 1
                 layout: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
@@ -211,7 +225,7 @@ def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": layout,
-        "input_activations": None,
+        "input_activations": None if grid.inputs is None else _dynamic(grid.inputs),
         "output_activations": None,
         "weights": {"symmetric": True, "group_size": None, "dynamic": False, "actorder": None, **weights},
     }
@@ -220,6 +234,8 @@ def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
 def _arguments(grid: Grid) -> tuple[str, dict[str, Any]]:
     """The format of a grid, and what is particular to its weights."""
     match grid:
+        case Uniform(rounds_inputs=True):
+            return "int-quantized", {"num_bits": 8, "type": "int", "strategy": grid.group}
         case Uniform() | Asymmetric():
             grouped = {"strategy": "group", "group_size": grid.group} if isinstance(grid.group, int) else {"strategy": "channel"}
             return FORMAT, {"num_bits": grid.bits, "type": "int", "symmetric": isinstance(grid, Uniform), **grouped}
@@ -232,6 +248,18 @@ def _arguments(grid: Grid) -> tuple[str, dict[str, Any]]:
         case Fp8():
             return "float-quantized", {"num_bits": 8, "type": "float", "strategy": grid.scope}
     raise AssertionError(grid.name)
+
+
+def _dynamic(inputs: Inputs) -> dict[str, Any]:
+    """Inputs of 8 bits, with a scale for each token that is made as it comes."""
+    kind = "int" if inputs == "int8" else "float"
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "actorder": None}
+
+
+def _of_channels(scale: Tensor, grid: Uniform | Fp8) -> Tensor:
+    """A scale for each row as it is, that of a whole weight alone."""
+    whole = (grid.group if isinstance(grid, Uniform) else grid.scope) == "tensor"
+    return (scale.reshape(1) if whole else scale).contiguous()
 
 
 def _expect(

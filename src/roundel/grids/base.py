@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from roundel.errors import SchemeError
+from roundel.grids.inputs import Inputs
 
 __all__ = ["Grid", "IntegerGrid", "ScalarGrid", "Scales", "TileGrid", "divisor_hint", "gather", "spread"]
 
@@ -59,6 +60,11 @@ class Grid(ABC):
     @abstractmethod
     def bits(self) -> float:
         """Bits of one weight's code, scales not counted."""
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """How engines round what the linear reads; None: not at all."""
+        return None
 
     @abstractmethod
     def check(self, d_out: int, d_in: int) -> None:

@@ -5,7 +5,7 @@ the weight. `mxfp4`: e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), time
 exponent + 127 in a byte (OCP Microscaling Formats 1.0). `nvfp4`: e2m1, times a positive e4m3 number for 16 columns, times one float32
 number for the weight, here a power of two: readers that multiply by it, readers that divide by its inverse and readers that compute in
 bfloat16 all find the same weight. That costs less than one octave at the low end of the group scales, those of groups 2^-13 as large as
-the largest. Codes count the distinct values from zero.
+the largest. Codes count the distinct values from zero. With `-a8` engines round the inputs of `fp8` weights, too (`inputs`).
 
 Scales are searched among those that the format can represent, for the least squared error weighted by column: for `nvfp4` 13
 neighbours of `max / 6`, up to `max / 4`, which often is the better one because e2m1 has a wide gap between 4 and 6; for `mxfp4` 4
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.grids.base import ScalarGrid, Scales, divisor_hint, refuse_width, spread
+from roundel.grids.inputs import Inputs
 from roundel.grids.search import by_rows, column_weights, group_size, positive, search_scale, table
 from roundel.grids.uniform import storable
 
@@ -45,10 +46,16 @@ class Fp8(ScalarGrid):
     """e4m3fn with one scale per output channel or for the weight."""
 
     scope: Literal["channel", "tensor"] = "channel"
+    rounds_inputs: bool = False
+    """To e4m3fn as well."""
 
     @property
     def name(self) -> str:
-        return "fp8" if self.scope == "channel" else "fp8-tensor"
+        return ("fp8" if self.scope == "channel" else "fp8-tensor") + ("-a8" if self.rounds_inputs else "")
+
+    @property
+    def inputs(self) -> Inputs | None:
+        return "fp8" if self.rounds_inputs else None
 
     @property
     def bits(self) -> int:
@@ -237,9 +244,8 @@ def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def parse(name: str) -> ScalarGrid | None:
-    """The grid `fp8`, `fp8-channel`, `fp8-tensor`, `mxfp4` or `nvfp4`, else None."""
-    if name in {"fp8", "fp8-channel"}:
-        return Fp8()
-    if name == "fp8-tensor":
-        return Fp8(scope="tensor")
+    """The grid `fp8`, `fp8-channel`, `fp8-tensor` (all three with `-a8` or without), `mxfp4` or `nvfp4`, else None."""
+    plain = name.removesuffix("-a8")
+    if plain in {"fp8", "fp8-channel", "fp8-tensor"}:
+        return Fp8(scope="tensor" if plain == "fp8-tensor" else "channel", rounds_inputs=plain != name)
     return MxFp4() if name == "mxfp4" else NvFp4() if name == "nvfp4" else None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from roundel.errors import SchemeError
 from roundel.grids.base import IntegerGrid, Scales, divisor_hint, spread
+from roundel.grids.inputs import Inputs
 from roundel.kernels import scales as kernels
 
 __all__ = ["Uniform", "parse", "storable"]
@@ -34,10 +35,24 @@ class Uniform(IntegerGrid):
     """`b`-bit symmetric integers; `group` columns share a scale: a number, all of a row ("channel") or the whole weight ("tensor")."""
 
     group: int | Literal["channel", "tensor"]
+    rounds_inputs: bool = False
+    """To 8 bits as well."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds_inputs and (self.width != 8 or isinstance(self.group, int)):
+            raise SchemeError(
+                f"{self.name}: engines round inputs beside int8-channel, int8-tensor, fp8 and fp8-tensor; try int8-channel-a8"
+            )
 
     @property
     def name(self) -> str:
-        return f"int{self.width}-" + (f"g{self.group}" if isinstance(self.group, int) else self.group)
+        group = f"g{self.group}" if isinstance(self.group, int) else self.group
+        return f"int{self.width}-{group}" + ("-a8" if self.rounds_inputs else "")
+
+    @property
+    def inputs(self) -> Inputs | None:
+        return "int8" if self.rounds_inputs else None
 
     def check(self, d_out: int, d_in: int) -> None:
         if isinstance(self.group, int) and d_in % self.group:
@@ -118,9 +133,9 @@ def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def parse(name: str) -> Uniform | None:
-    """The grid of a name like `int4-g128` or `int3-channel`, else None."""
-    found = re.fullmatch(r"int(\d+)-(?:g(\d+)|(channel)|(tensor))", name)
+    """The grid of a name like `int4-g128`, `int3-channel` or `int8-channel-a8`, else None."""
+    found = re.fullmatch(r"int(\d+)-(?:g(\d+)|(channel)|(tensor))(-a8)?", name)
     if not found:
         return None
     group: int | Literal["channel", "tensor"] = int(found[2]) if found[2] else "channel" if found[3] else "tensor"
-    return Uniform(width=int(found[1]), group=group)
+    return Uniform(width=int(found[1]), group=group, rounds_inputs=found[5] is not None)

@@ -33,6 +33,8 @@ def loading_fault(path: Path, quantization: Mapping[str, Any]) -> str | None:
             quantizer.preprocess_model(model=model, dtype=torch.float32, device_map=None, checkpoint_files=None, use_kernels=False)
             for module in model.modules():
                 module._is_hf_initialized = False
+            for parameter in model.parameters():
+                parameter._is_hf_initialized = not parameter.is_floating_point()  # integers are in the files, or there is nothing to load
             model.initialize_weights()
             model.tie_weights()
     except Exception as error:  # whatever it is, it would be the user's

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundel.errors import ModelError, RoundelError, is_out_of_memory, reason_of
+from roundel.grids.inputs import Inputs, round_inputs
 
 __all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers", "text_lists"]
 
@@ -73,6 +75,8 @@ class Layers:
         self.model, self._weights = model, weights
         self.names = decoder_layers(model)
         self._modules = [model.get_submodule(name) for name in self.names]
+        self.inputs: dict[str, Inputs] = {}
+        """Linears of the quantized model whose inputs are rounded as it runs, by name."""
         self._returned: dict[int, Any] = {}
         """Of each layer that has been run, what it returned beside the hidden state."""
         self.groups: list[list[str]] = [[name] for name in self.names]
@@ -194,10 +198,11 @@ class Layers:
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the context the model has other values for some of its parameters, by name; tied ones everywhere."""
-        if not values:
-            yield
-            return
+        """Within the context the model has other values for some of its parameters, by name; tied ones everywhere.
+
+        It stands for the quantized model there, so linears also read their inputs as engines round them (`inputs`).
+        """
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(partial(_rounding, kind)) for name, kind in self.inputs.items()]
         wanted = {id(self.model.get_parameter(name)): value for name, value in values.items()}
         places = [
             (module, key, parameter)
@@ -213,6 +218,8 @@ class Layers:
         finally:
             for module, key, parameter in places:
                 module._parameters[key] = parameter
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def verified(self) -> bool:
@@ -346,6 +353,10 @@ class _Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.step(self.forward, args, kwargs)
+
+
+def _rounding(kind: Inputs, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return round_inputs(args[0], kind), *args[1:]
 
 
 def _reach_input(_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

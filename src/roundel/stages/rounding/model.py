@@ -74,6 +74,7 @@ def round_model(
     Where linears are quantized already (`Source.given`) those of the groups after which `judge` finds the least KL stay as they were.
     """
     files, schemes = RoundedFiles(path=work.rounded), chosen.linears
+    source.layers.inputs = {name: inputs for name in measured.rows if (inputs := parse_scheme(schemes[name]).inputs) is not None}
     with notes.timed("rounding"):
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
