@@ -20,7 +20,7 @@ from roundel.linalg.hadamard import BLOCK
 from roundel.settings import EFFORTS, Settings
 from roundel.sweeps.labels import LABEL_KINDS
 
-__all__ = ["BEST", "GPTQ", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "size_in_bytes", "with_block_type"]
+__all__ = ["BEST", "GPTQ", "HOLD_ENDS", "NEAREST", "TUNINGS", "WRITTEN", "Recipe", "check_format", "size_in_bytes", "with_block_type"]
 
 TUNINGS = ("none", "end-to-end", "blocks")
 ENOUGH_TOKENS = 8192
@@ -44,8 +44,11 @@ MOST_BITS = 16.0
 
 WRITTEN = (*FORMATS, "gguf", "dense")
 
-HOLD_ENDS = ("gguf", "mlx", "dense")
-"""Formats whose engines read a quantized embedding and output head."""
+HOLD_ENDS: dict[str, tuple[str, ...]] = {
+    "embedding": ("gguf", "mlx", "dense"),
+    "head": ("compressed-tensors", "gguf", "mlx", "dense"),
+}
+"""Formats whose engines read a quantized one. Of compressed-tensors vLLM reads both, but Transformers (5.23) loads no packed embedding."""
 
 Role = Literal["embedding", "head"]
 ROLES: tuple[Role, ...] = ("embedding", "head")
@@ -85,10 +88,10 @@ class Recipe(Settings):
             if (asked := getattr(self, role)) in ("auto", "none"):
                 continue
             grid = parse_scheme(asked)
-            if self.written_format() not in HOLD_ENDS:
+            if self.written_format() not in HOLD_ENDS[role]:
                 raise SchemeError(
                     f"--{role} {asked}: the engines of {self.written_format()} read it in 16 bits only; "
-                    f"quantized ones are in the formats {', '.join(HOLD_ENDS)}"
+                    f"a quantized one is in the formats {', '.join(HOLD_ENDS[role])}"
                 )
             if self.rotation_of(grid):
                 raise SchemeError(f"--{role} {asked}: embedding and output head cannot be rotated; choose another scheme or --rotate none")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llama.files import save_model
 from roundel.artifacts.checkpoints import load_written, read
@@ -75,6 +78,26 @@ def test_in_mlx_as_its_own_tools_do(model, quantize, tmp_path) -> None:
     assert {"model.embed_tokens", "lm_head"} < set(stored.rounded)
     read_back = load_written(result.path, device=torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(read_back.get_output_embeddings().weight, dequantized(stored.rounded["lm_head"]))
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8-channel"])
+def test_a_packed_head_in_compressed_tensors(scheme, model, quantize, tmp_path) -> None:
+    """Read by plain Transformers, and named by name, since vLLM's class of heads is not called Linear."""
+    given = {**GIVEN, "scheme": "int4-g32", "format": "compressed-tensors"}
+    result = quantize(model("llama"), tmp_path / "out", **given, head=scheme)
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in [name for group in config["config_groups"].values() for name in group["targets"]]
+    assert config["ignore"] == []
+    stored = read(result.path).rounded
+    assert stored["lm_head"].scheme == scheme
+    plain = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+    ids = torch.arange(24).view(2, 12)
+    own = load_model(model("llama"), device=torch.device("cpu"), dtype=torch.float32)
+    for name, weight in stored.items():
+        own.get_submodule(name).weight.data = dequantized(weight)
+    assert torch.equal(plain(ids).logits, own(ids).logits)
+    with pytest.raises(SchemeError, match="it is the embedding, too"):
+        quantize(model("qwen3"), tmp_path / "tied", **given, head=scheme)
 
 
 def test_tuning_leaves_them(model, quantize, tmp_path) -> None:

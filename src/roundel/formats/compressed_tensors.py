@@ -154,8 +154,9 @@ class CompressedTensors(CheckpointFormat):
         members: dict[str, list[str]] = {}
         for name, weight in rounded.items():
             members.setdefault(weight.scheme, []).append(name)
+        alone = ["Linear", *sorted(name for name in rounded if not _in_a_layer(name))]  # vLLM's class of output heads has another name
         groups = {  # one group alone is of all linears that are not ignored
-            f"group_{index}": _group(parse_scheme(scheme), ["Linear"] if len(members) == 1 else sorted(names))
+            f"group_{index}": _group(parse_scheme(scheme), alone if len(members) == 1 else sorted(names))
             for index, (scheme, names) in enumerate(sorted(members.items()))
         }
         formats = {group["format"] for group in groups.values()}
@@ -218,6 +219,10 @@ def _with_tensor_scale(part: RoundedWeight, shared: Tensor) -> RoundedWeight:
     scale = part.scales["scale"].float() * (part.scales["tensor_scale"] / shared)
     kept = scale.clamp(min=2.0**-9).to(torch.float8_e4m3fn)
     return dataclasses.replace(part, scales={"scale": kept, "tensor_scale": shared.clone()})
+
+
+def _in_a_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from roundel.curvature.ends import EndMoments, end_moments
 from roundel.errors import SchemeError
 from roundel.grids import parse_scheme
 from roundel.models.ends import End, ends_of
-from roundel.recipes import ROLES, Recipe
+from roundel.recipes import HOLD_ENDS, ROLES, Recipe
 from roundel.rounding.round import dequantized, stacked
 from roundel.stages.drafts import DRAFT_SWEEPS
 from roundel.stages.linears import Linear, round_linears
@@ -83,6 +83,11 @@ def schemes_of_ends(recipe: Recipe, source: Source) -> dict[str, tuple[End, tupl
             )
         if given == "none":
             continue
+        if given != "auto" and end.embeds and recipe.written_format() not in HOLD_ENDS["embedding"]:
+            raise SchemeError(
+                f"--head {given}: it is the embedding, too, in this model, and readers of {recipe.written_format()} take no packed one; "
+                f"try --format {' or '.join(HOLD_ENDS['embedding'])}"
+            )
         shape = tuple(source.model.get_parameter(f"{end.name}.weight").shape)
         schemes = recipe.usual_ends(end.role, shape[0], shape[1]) if given == "auto" else (given,)
         for scheme in schemes:
