@@ -93,6 +93,8 @@ class Recipe(Settings):
                     f"--{role} {asked}: the engines of {self.written_format()} read it in 16 bits only; "
                     f"a quantized one is in the formats {', '.join(HOLD_ENDS[role])}"
                 )
+            if grid.inputs is not None:
+                raise SchemeError(f"--{role} {asked}: inputs are rounded in decoder layers only; try {asked.rpartition('-')[0]}")
             if self.rotation_of(grid):
                 raise SchemeError(f"--{role} {asked}: embedding and output head cannot be rotated; choose another scheme or --rotate none")
             check_format(self.written_format(), grid, None)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from e2e import tiny
 from roundel.formats.compressed_tensors import CompressedTensors, share_tensor_scale
 from roundel.grids import ScalarGrid, parse_scheme
-from roundel.grids.inputs import round_inputs
+from roundel.grids.inputs import CALIBRATED, round_inputs
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
 
@@ -35,6 +35,9 @@ PLAIN = [
     "int3-g16,int4-channel,fp8,int6-g32",
 ]
 """Read by `from_pretrained(directory)` in float32, without further ado."""
+
+CLIPPING = 1024.0
+"""So that some of the inputs, those above 448 * 6 / 1024, are too large."""
 
 SMALL_FLOATS = ["nvfp4", "mxfp4"]
 """Decompressed to bfloat16, which holds them exactly: in a float32 model only on request."""
@@ -50,6 +53,8 @@ def rounded(scheme: str, W: Tensor) -> RoundedWeight:
     assert isinstance(grid, ScalarGrid)
     shape = (W.shape[0], W.shape[1])
     scales = grid.fit_scales(W, torch.ones(shape[1]), torch.bfloat16)
+    if grid.inputs == "nvfp4":
+        scales[CALIBRATED] = torch.full((1, 1), CLIPPING)
     return RoundedWeight(scheme=scheme, codes=grid.encode(W, *grid.affine(scales, shape, W.dtype)), scales=scales, shape=shape)
 
 
@@ -81,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tu
             linear = dense.get_submodule(name)
             linear.weight.data = dequantized(weight)
             if (kind := parse_scheme(weight.scheme).inputs) is not None:
-                linear.register_forward_pre_hook(lambda _module, args, kind=kind: (round_inputs(args[0], kind),))
+                linear.register_forward_pre_hook(lambda _module, args, kind=kind: (round_inputs(args[0], kind, CLIPPING),))
         made[architecture, schemes] = path, logits(dense)
         return made[architecture, schemes]
 
@@ -132,6 +137,17 @@ def test_small_floats_are_exact_where_they_are_dequantized_at_once(architecture:
             assert torch.equal(model.get_submodule(name).weight.float(), module.weight), name
     with pytest.raises(RuntimeError, match="same dtype"):  # if this does not raise any more, docs/engines/vllm.md can be shorter
         logits(load(path))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_inputs_of_four_bits_are_rounded_as_measured(written) -> None:
+    path, expected = written("llama", "nvfp4-a4")
+    model = load(path, dtype=torch.bfloat16)
+    logits(model)  # the weights unfold
+    found = logits(nn.Module.float(model))
+    assert torch.equal(found, expected)
+    dense = load(path, quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert not torch.allclose(logits(dense), expected, atol=0.1)  # which rounds no inputs
 
 
 @pytest.mark.parametrize("schemes", ASYMMETRIC)

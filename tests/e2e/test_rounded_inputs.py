@@ -38,7 +38,7 @@ def quantized(place: Path, scheme: str, name: str = "", **settings):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8-channel-a8", "fp8-a8"])
+@pytest.mark.parametrize("scheme", ["int8-channel-a8", "fp8-a8", "nvfp4-a4"])
 def test_the_report_has_the_kl_of_plain_transformers(scheme: str, place) -> None:
     recipe = Recipe.of(scheme=scheme, calibration=str(place / "text.txt"), **SHORT)
     split = read_text(recipe, load_source(str(place / "model"), recipe, "cpu", "float32"), Notes(Silent()), known=frozenset(), given={})
@@ -46,7 +46,7 @@ def test_the_report_has_the_kl_of_plain_transformers(scheme: str, place) -> None
     kind = {"device": torch.device("cpu"), "dtype": torch.float32}
     own = compare_models(load_written(found.path, **kind), load_model(place / "model", **kind), split.heldout, batch_size=2)
     assert found.report.kl_mean == pytest.approx(own.kl_mean, rel=1e-3)
-    plain = quantized(place, scheme.removesuffix("-a8"))
+    plain = quantized(place, scheme.rpartition("-")[0])
     assert found.report.kl_mean > 1.2 * plain.report.kl_mean, "what inputs lose is in the number"
 
 
@@ -55,6 +55,9 @@ def test_targets_know_the_rounded_inputs(place) -> None:
     aware = quantized(place, "fp8-a8", "-aware", prefix_aware=True)
     blind = quantized(place, "fp8-a8", "-blind", prefix_aware=False)
     assert aware.report.kl_mean < blind.report.kl_mean
+    aware = quantized(place, "nvfp4-a4", "-aware", prefix_aware=True)
+    blind = quantized(place, "nvfp4-a4", "-blind", prefix_aware=False)
+    assert aware.report.kl_mean < 0.95 * blind.report.kl_mean
 
 
 def test_mixed_with_others(place) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from roundel.errors import InputError, ModelError, SchemeError
 from roundel.formats.compressed_tensors import CompressedTensors, share_tensor_scale
 from roundel.grids import ScalarGrid, Uniform, parse_scheme
+from roundel.grids.inputs import CALIBRATED
 from roundel.rotation import Rotation
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
@@ -111,11 +112,11 @@ def test_several_grids_are_several_groups_with_their_own_linears() -> None:
 
 
 INTEGERS = [f"int{bits}-{kind}" for bits in range(2, 9) for kind in ("g16", "channel", "g16-asym", "channel-asym")]
-ROUNDED_INPUTS = ["int8-channel-a8", "int8-tensor-a8", "fp8-a8", "fp8-tensor-a8"]
+ROUNDED_INPUTS = ["int8-channel-a8", "int8-tensor-a8", "fp8-a8", "fp8-tensor-a8", "nvfp4-a4"]
 ALL = [*INTEGERS, "int4-tensor", "nvfp4", "mxfp4", "fp8", "fp8-tensor", *ROUNDED_INPUTS]
 every_kind = pytest.mark.parametrize("scheme", ALL)
 FORMATS = {
-    "nvfp4": "nvfp4-pack-quantized",
+    **dict.fromkeys(["nvfp4", "nvfp4-a4"], "nvfp4-pack-quantized"),
     "mxfp4": "mxfp4-pack-quantized",
     **dict.fromkeys(["fp8", "fp8-tensor", "fp8-a8", "fp8-tensor-a8"], "float-quantized"),
     **dict.fromkeys(["int8-channel-a8", "int8-tensor-a8"], "int-quantized"),
@@ -129,13 +130,15 @@ def drawn(scheme: str, shape: tuple[int, int], seed: int = 0, dtype: torch.dtype
     low, high = grid.code_range
     codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
     scales = grid.fit_scales(torch.randn(shape, generator=generator) + 0.3, torch.ones(shape[1]), dtype)
+    if grid.inputs == "nvfp4":
+        scales[CALIBRATED] = torch.full((1, 1), 123.0)
     return RoundedWeight(scheme=scheme, codes=codes, scales=scales, shape=shape)
 
 
 def decompressed(scheme: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """By compressed-tensors' own code, with scales of free type in `dtype`, as Transformers has them in a model of that type."""
     args = QuantizationConfig.model_validate(FORMAT.config({"a": drawn(scheme, (4, 32))}, [])).config_groups["group_0"]
-    of_free_type = scheme not in {"nvfp4", "mxfp4"}
+    of_free_type = scheme not in {"nvfp4", "nvfp4-a4", "mxfp4"}
     cast = {name: tensor.to(dtype) if name == "weight_scale" and of_free_type else tensor for name, tensor in tensors.items()}
     return BaseCompressor.get_value_from_registry(args.format).decompress(cast, args)["weight"]
 
@@ -163,7 +166,7 @@ def test_the_other_projects_decompressor_finds_the_very_weight(scheme: str) -> N
     for shape in ((33, 64), (1, 32), (64, 96)):
         original = drawn(scheme, shape, seed=1)
         found = decompressed(scheme, FORMAT.pack(original))
-        assert found.dtype == (torch.bfloat16 if scheme in {"nvfp4", "mxfp4"} else torch.float32)
+        assert found.dtype == (torch.bfloat16 if scheme in {"nvfp4", "nvfp4-a4", "mxfp4"} else torch.float32)
         assert torch.equal(found.float(), dequantized(original))
 
 
@@ -177,14 +180,14 @@ def test_tensors_are_those_that_the_other_project_writes(scheme: str) -> None:
     dense = {"weight": dequantized(original), "weight_scale": tensors["weight_scale"].float()}
     if scheme == "mxfp4":
         dense["weight_scale"] = torch.exp2(tensors["weight_scale"].float() - 127)
-    if scheme == "nvfp4":
+    if scheme in {"nvfp4", "nvfp4-a4"}:
         dense["weight_global_scale"] = tensors["weight_global_scale"]
     if scheme.endswith("-asym"):
         dense["weight_zero_point"] = original.scales["zero_point"]
     theirs = compressor.compress(dense, args)
-    assert theirs.keys() == tensors.keys()
+    assert theirs.keys() == tensors.keys() - {CALIBRATED}  # which is not the compressor's
     for name, tensor in theirs.items():
-        if name == "weight_scale" and scheme not in {"nvfp4", "mxfp4"}:
+        if name == "weight_scale" and scheme not in {"nvfp4", "nvfp4-a4", "mxfp4"}:
             assert torch.equal(tensor, tensors[name].float())
             continue
         assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
@@ -201,7 +204,7 @@ def test_all_byte_values_of_the_small_floats() -> None:
         width = 32 if scheme == "mxfp4" else 16
         codes = (torch.arange(len(scales) * width).view(-1, width) % 15 - 7).to(torch.int8)
         stored = {"scale": scales.view(torch.float8_e4m3fn if scheme == "nvfp4" else torch.uint8)[:, None]}
-        if scheme == "nvfp4":
+        if scheme in {"nvfp4", "nvfp4-a4"}:
             stored["tensor_scale"] = torch.full((1, 1), 2.0**-13)
         original = RoundedWeight(scheme=scheme, codes=codes, scales=stored, shape=(len(scales), width))
         assert torch.equal(decompressed(scheme, FORMAT.pack(original)).float(), dequantized(original))
@@ -213,7 +216,7 @@ def test_all_byte_values_of_the_small_floats() -> None:
 
 @every_kind
 def test_every_configuration_is_valid_for_the_other_project(scheme: str) -> None:
-    config = FORMAT.config({"b": drawn(scheme, (4, 32))}, ["lm_head", "a"])
+    config = FORMAT.config({"layers.0.b": drawn(scheme, (4, 32))}, ["lm_head", "a"])
     read = QuantizationConfig.model_validate(config)
     group = read.config_groups["group_0"]
     assert group.targets == ["Linear"]

@@ -114,7 +114,7 @@ def compare(
     recipes = {label: dataclasses.replace(base, **NAMED.get(label, {"curvature": label})) for label in curvatures}
     for scheme in schemes:
         if parse_scheme(scheme).inputs:
-            raise SchemeError(f"{scheme}: methods are compared by their weights alone; give {scheme.removesuffix('-a8')}")
+            raise SchemeError(f"{scheme}: methods are compared by their weights alone; give {scheme.rpartition('-')[0]}")
         for recipe in recipes.values():
             dataclasses.replace(recipe, scheme=scheme)  # refused here rather than after the first collection
     notes, target = Notes(progress or Silent()), Path(output)

@@ -77,7 +77,7 @@ def check_inputs(form: str, grid: Grid, *, held: bool) -> None:
     if grid.inputs is not None and not held:
         raise SchemeError(
             f"{form} cannot say that inputs are rounded, as {grid.name} asks: use --format compressed-tensors, "
-            f"or --scheme {grid.name.removesuffix('-a8')}"
+            f"or --scheme {grid.name.rpartition('-')[0]}"
         )
 
 

@@ -6,7 +6,8 @@ For a linear of `(N, K)`, with `b`-bit codes `q` and groups of `g` columns (`g =
       intB, intB-...-asym weight_scale (N, K / g), signed; weight_shape int64 [N, K]; with zero points z also
                           weight_zero_point int32 (ceil(N b / 32), K / g): the bit stream of z + 2^(b-1) along N.     W = (q - z) scale
     nvfp4-pack-quantized  weight_packed uint8 (N, K / 2): two e2m1 numbers in a byte, the first in the low half, the sign in its bit 3;
-      nvfp4               weight_scale e4m3 (N, K / 16); weight_global_scale float32 (1,)                  W = e2m1 scale / global
+      nvfp4, nvfp4-a4     weight_scale e4m3 (N, K / 16); weight_global_scale float32 (1,);                 W = e2m1 scale / global
+                          -a4: input_global_scale float32 (1,)
     mxfp4-pack-quantized  weight_packed as above; weight_scale uint8 (N, K / 32), an exponent + 127        W = e2m1 2^(scale - 127)
       mxfp4
     float-quantized       weight e4m3 (N, K); weight_scale (N, 1), or (1,) for the whole weight            W = weight scale
@@ -19,9 +20,9 @@ Linears of different schemes are different `config_groups`. `intB-tensor` is wri
 vLLM runs q, k, v and gate, up as one product each. They must share a scheme, and with `nvfp4` it takes the largest of their global scales
 for all: `share_tensor_scale` makes them one. Dense packing of 3, 5, 6 and 7 bits needs compressed-tensors 0.17 or later in the reader.
 
-Checked against compressed-tensors 0.20 and Transformers 5.23 (tests/e2e/test_other_readers.py). `-a8` is `input_activations` of 8 bits,
-with a scale for each token that is made as it comes. Not done: activations of 4 bits; 2:4 sparsity; `transform_config`, which Transformers
-ignores without a word: rotated weights go to EXL3.
+Checked against compressed-tensors 0.20 and Transformers 5.23 (tests/e2e/test_other_readers.py). `-a8` and `-a4` are `input_activations`,
+with scales that are made as tokens come. Not done: activations of mxfp4; 2:4 sparsity; `transform_config`, which Transformers ignores
+without a word: rotated weights go to EXL3.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_rows, unpack_rows
 from roundel.grids import Grid, Uniform, parse_scheme
 from roundel.grids.asymmetric import Asymmetric
-from roundel.grids.inputs import Inputs
+from roundel.grids.inputs import CALIBRATED, Inputs
 from roundel.grids.minifloat import Fp8, MxFp4, NvFp4
 from roundel.rotation import Rotation
 from roundel.types import RoundedWeight
@@ -111,7 +112,8 @@ class CompressedTensors(CheckpointFormat):
             case NvFp4():
                 inverse = 1 / scales["tensor_scale"].reshape(1)
                 assert torch.equal(torch.frexp(inverse).mantissa, torch.full((1,), 0.5)), "the tensor scale is a power of two"
-                return {"weight_packed": _pack_e2m1(codes), "weight_scale": scales["scale"].contiguous(), "weight_global_scale": inverse}
+                own = {"weight_packed": _pack_e2m1(codes), "weight_scale": scales["scale"].contiguous(), "weight_global_scale": inverse}
+                return own | ({CALIBRATED: scales[CALIBRATED].reshape(1).contiguous()} if grid.rounds_inputs else {})
             case MxFp4():
                 return {"weight_packed": _pack_e2m1(codes), "weight_scale": scales["scale"].contiguous()}
             case Fp8():
@@ -137,6 +139,10 @@ class CompressedTensors(CheckpointFormat):
                     raise ModelError(f"weight_global_scale is {inverse.item():g}: {grid.name} of Roundel has a power of two there")
                 codes = _unpack_e2m1(tensors["weight_packed"])
                 scales = {"scale": tensors["weight_scale"], "tensor_scale": (1 / inverse).reshape(1, 1)}
+                if grid.rounds_inputs:
+                    scales[CALIBRATED] = tensors[CALIBRATED].reshape(1, 1)
+                    if not 0 < scales[CALIBRATED].item() < math.inf:
+                        raise ModelError(f"{CALIBRATED} is {scales[CALIBRATED].item():g}: expected a positive number")
             case MxFp4():
                 codes, scales = _unpack_e2m1(tensors["weight_packed"]), {"scale": tensors["weight_scale"]}
             case _:
@@ -193,7 +199,7 @@ class CompressedTensors(CheckpointFormat):
                 return {
                     "weight_packed": ((d_out, d_in // 2), torch.uint8),
                     "weight_scale": ((d_out, d_in // 16), torch.float8_e4m3fn),
-                    "weight_global_scale": ((1,), torch.float32),
+                    **dict.fromkeys(["weight_global_scale", *[CALIBRATED] * grid.rounds_inputs], ((1,), torch.float32)),
                 }
             case MxFp4():
                 return {"weight_packed": ((d_out, d_in // 2), torch.uint8), "weight_scale": ((d_out, d_in // 32), torch.uint8)}
@@ -218,7 +224,7 @@ def share_tensor_scale(parts: Mapping[str, RoundedWeight]) -> dict[str, RoundedW
 def _with_tensor_scale(part: RoundedWeight, shared: Tensor) -> RoundedWeight:
     scale = part.scales["scale"].float() * (part.scales["tensor_scale"] / shared)
     kept = scale.clamp(min=2.0**-9).to(torch.float8_e4m3fn)
-    return dataclasses.replace(part, scales={"scale": kept, "tensor_scale": shared.clone()})
+    return dataclasses.replace(part, scales={**part.scales, "scale": kept, "tensor_scale": shared.clone()})
 
 
 def _in_a_layer(name: str) -> bool:
@@ -256,7 +262,10 @@ def _arguments(grid: Grid) -> tuple[str, dict[str, Any]]:
 
 
 def _dynamic(inputs: Inputs) -> dict[str, Any]:
-    """Inputs of 8 bits, with a scale for each token that is made as it comes."""
+    """Inputs with scales that are made as tokens come."""
+    if inputs == "nvfp4":
+        own = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+        return {**own, "symmetric": True, "actorder": None, **dict.fromkeys(("scale_dtype", "zp_dtype"), "torch.float8_e4m3fn")}
     kind = "int" if inputs == "int8" else "float"
     return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True, "actorder": None}
 

@@ -36,12 +36,13 @@ from jaxtyping import Float, Float16, Int, Int8, Integer, UInt8
 from torch import Tensor
 
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.base import CheckpointFormat, expect
+from roundel.formats.base import CheckpointFormat, check_inputs, expect
 from roundel.formats.bits import pack_rows
 from roundel.grids import Grid, ScalarGrid, TileGrid, Uniform, parse_scheme
 from roundel.grids.affine import Affine
 from roundel.grids.asymmetric import Asymmetric
 from roundel.grids.blocks import Block, Superblock, SuperblockWithMinima
+from roundel.grids.inputs import CALIBRATED
 from roundel.grids.lattice import Lattice
 from roundel.grids.minifloat import Fp8, MxFp4, NvFp4
 from roundel.grids.trellis import SIZE, Trellis
@@ -189,6 +190,7 @@ class Native(CheckpointFormat):
             raise SchemeError(
                 f"{grid.name}: version {VERSION} of the native format does not hold it; try an integer scheme, such as int4-g128"
             )
+        check_inputs(self.name, grid, held=self.rounds_inputs)
         if rotation not in (None, *KINDS):
             raise SchemeError(f"rotation {rotation!r}: expected one of {', '.join(KINDS)}, or none")
 
@@ -303,7 +305,9 @@ def _parse_layout(group: Mapping[str, Any], where: str) -> Layout:
     _expect(well, f"{where}: shape {str(shape)[:64]} is not [d_out, d_in]")
     try:
         free = SCALE_DTYPES[dtype] if dtype else None
-        return Layout(scheme=scheme, shape=(shape[0], shape[1]), rotation=rotation, vectors=vectors, scale_dtype=free)
+        layout = Layout(scheme=scheme, shape=(shape[0], shape[1]), rotation=rotation, vectors=vectors, scale_dtype=free)
+        check_inputs("native", layout.grid, held=False)
+        return layout
     except SchemeError as error:
         raise ModelError(f"quantization_config in config.json: {where}: {error}") from error
 
@@ -426,6 +430,8 @@ def _fields(grid: Grid, shape: tuple[int, int]) -> dict[str, _Field]:
             fields = {"scale": _Field((d_out, d_in // grid.group), torch.uint8)}
         case NvFp4():
             fields = {"scale": _Field((d_out, d_in // grid.group), torch.float8_e4m3fn), "tensor_scale": _Field((1, 1), torch.float32)}
+            if grid.rounds_inputs:  # in files of work only
+                fields[CALIBRATED] = _Field((1, 1), torch.float32)
         case Block():
             fields = {"d": _Field((d_out, d_in // grid.layout.columns), torch.float16)}
         case Superblock() | SuperblockWithMinima():

@@ -5,7 +5,8 @@ the weight. `mxfp4`: e2m1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), time
 exponent + 127 in a byte (OCP Microscaling Formats 1.0). `nvfp4`: e2m1, times a positive e4m3 number for 16 columns, times one float32
 number for the weight, here a power of two: readers that multiply by it, readers that divide by its inverse and readers that compute in
 bfloat16 all find the same weight. That costs less than one octave at the low end of the group scales, those of groups 2^-13 as large as
-the largest. Codes count the distinct values from zero. With `-a8` engines round the inputs of `fp8` weights, too (`inputs`).
+the largest. Codes count the distinct values from zero. With `-a8` engines round what `fp8` weights
+are multiplied with, too, with `-a4` what `nvfp4` weights are (`inputs`).
 
 Scales are searched among those that the format can represent, for the least squared error weighted by column: for `nvfp4` 13
 neighbours of `max / 6`, up to `max / 4`, which often is the better one because e2m1 has a wide gap between 4 and 6; for `mxfp4` 4
@@ -179,15 +180,22 @@ class MxFp4(_E2m1):
         return shape[0] * (shape[1] * 4 + shape[1] // self.group * 8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NvFp4(_E2m1):
     """e2m1 times e4m3 times 2^n: `scales["scale"]` is float8_e4m3fn `(d_out, groups)`, `scales["tensor_scale"]` float32 `(1, 1)`."""
+
+    rounds_inputs: bool = False
+    """To e2m1 as well."""
 
     group = 16
 
     @property
     def name(self) -> str:
-        return "nvfp4"
+        return "nvfp4-a4" if self.rounds_inputs else "nvfp4"
+
+    @property
+    def inputs(self) -> Inputs | None:
+        return "nvfp4" if self.rounds_inputs else None
 
     def group_scales(self, scales: Scales, dtype: torch.dtype) -> Float[Tensor, "d_out groups"]:
         return scales["scale"].to(dtype) * scales["tensor_scale"].to(dtype)
@@ -228,7 +236,7 @@ class NvFp4(_E2m1):
 
     def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         self.check(*shape)
-        return shape[0] * (shape[1] * 4 + shape[1] // self.group * 8) + 32
+        return shape[0] * (shape[1] * 4 + shape[1] // self.group * 8) + (64 if self.rounds_inputs else 32)
 
 
 def _nearest_e4m3(units: Tensor) -> Tensor:
@@ -244,8 +252,10 @@ def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def parse(name: str) -> ScalarGrid | None:
-    """The grid `fp8`, `fp8-channel`, `fp8-tensor` (all three with `-a8` or without), `mxfp4` or `nvfp4`, else None."""
+    """The grid `fp8`, `fp8-channel`, `fp8-tensor` (all three with `-a8` or without), `mxfp4`, `nvfp4` or `nvfp4-a4`, else None."""
     plain = name.removesuffix("-a8")
     if plain in {"fp8", "fp8-channel", "fp8-tensor"}:
         return Fp8(scope="tensor" if plain == "fp8-tensor" else "channel", rounds_inputs=plain != name)
-    return MxFp4() if name == "mxfp4" else NvFp4() if name == "nvfp4" else None
+    if name in {"nvfp4", "nvfp4-a4"}:
+        return NvFp4(rounds_inputs=name == "nvfp4-a4")
+    return MxFp4() if name == "mxfp4" else None

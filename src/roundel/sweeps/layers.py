@@ -30,7 +30,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundel.errors import ModelError, RoundelError, is_out_of_memory, reason_of
-from roundel.grids.inputs import Inputs, round_inputs
 
 __all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers", "text_lists"]
 
@@ -75,8 +74,8 @@ class Layers:
         self.model, self._weights = model, weights
         self.names = decoder_layers(model)
         self._modules = [model.get_submodule(name) for name in self.names]
-        self.inputs: dict[str, Inputs] = {}
-        """Linears of the quantized model whose inputs are rounded as it runs, by name."""
+        self.inputs: dict[str, Callable[[Tensor], Tensor]] = {}
+        """How linears of the quantized model have their inputs rounded as it runs, by name."""
         self._returned: dict[int, Any] = {}
         """Of each layer that has been run, what it returned beside the hidden state."""
         self.groups: list[list[str]] = [[name] for name in self.names]
@@ -202,7 +201,8 @@ class Layers:
 
         It stands for the quantized model there, so linears also read their inputs as engines round them (`inputs`).
         """
-        hooks = [self.model.get_submodule(name).register_forward_pre_hook(partial(_rounding, kind)) for name, kind in self.inputs.items()]
+        readers = {self.model.get_submodule(name): rounding for name, rounding in self.inputs.items()}
+        hooks = [module.register_forward_pre_hook(partial(_read, rounding)) for module, rounding in readers.items()]
         wanted = {id(self.model.get_parameter(name)): value for name, value in values.items()}
         places = [
             (module, key, parameter)
@@ -355,8 +355,8 @@ class _Patch:
         return self.step(self.forward, args, kwargs)
 
 
-def _rounding(kind: Inputs, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return round_inputs(args[0], kind), *args[1:]
+def _read(rounding: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return rounding(args[0]), *args[1:]
 
 
 def _reach_input(_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -68,11 +68,17 @@ def _norm(image: Tensor) -> float:
 
 
 def _expanded(image: Tensor, basis: tuple[Tensor, ...], floor: float) -> tuple[Tensor, Tensor]:
-    """Coefficients of `image` in `basis` and one more unit vector, and that vector: zero, if no more than `floor` is left."""
+    """Coefficients of `image` in `basis` and one more unit vector, and that vector: zero, if no more than `floor` is left.
+
+    What float32 does not hold has coefficients that are infinite.
+    """
     coefficients, rest = torch.zeros(len(basis) + 1, dtype=torch.float64), image.clone()
     for _twice in range(2):
         for i, vector in enumerate(basis):
             along = _inner(vector, rest)
+            if not abs(along) < LARGEST:
+                coefficients[i] = torch.inf
+                return coefficients, torch.zeros_like(rest)
             rest.sub_(vector, alpha=along)
             coefficients[i] += along
     norm = _norm(rest)

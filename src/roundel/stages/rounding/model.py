@@ -25,6 +25,7 @@ from roundel.rounding import allocate
 from roundel.rounding.prefix import Moments, Strengths
 from roundel.stages.curvature import Measured
 from roundel.stages.ends import Ends
+from roundel.stages.inputs import RoundedInputs
 from roundel.stages.judge import Judge
 from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
@@ -74,7 +75,7 @@ def round_model(
     Where linears are quantized already (`Source.given`) those of the groups after which `judge` finds the least KL stay as they were.
     """
     files, schemes = RoundedFiles(path=work.rounded), chosen.linears
-    source.layers.inputs = {name: inputs for name in measured.rows if (inputs := parse_scheme(schemes[name]).inputs) is not None}
+    inputs = RoundedInputs(source, {name: schemes[name] for name in measured.rows}, split, batch_size=batch_size, work=work)
     with notes.timed("rounding"):
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
@@ -94,7 +95,7 @@ def round_model(
                 for linear, (weight, row) in zip(
                     asked, round_linears(recipe, parse_scheme(schemes[own[0]]), asked, device_of(source.model)), strict=True
                 ):
-                    mine[linear.name] = weight
+                    mine[linear.name] = inputs.stored_with(linear.name, weight)
                     aware = {} if linear.target is None else {"prefix_aware": True}
                     raised = {"damping_raised": True} if row["damping"] > linear.damping else {}
                     own_rows[linear.name] = row | known_rows[linear.name] | aware | raised
