@@ -46,6 +46,7 @@ STAGES = [
     ("passes", 0),
     ("linears", 0),
     ("drafts", 1),
+    ("inputs", 1),
     ("judge", 1),
     ("ends", 2),
     ("readers", 1),

@@ -429,9 +429,10 @@ def _fields(grid: Grid, shape: tuple[int, int]) -> dict[str, _Field]:
         case MxFp4():
             fields = {"scale": _Field((d_out, d_in // grid.group), torch.uint8)}
         case NvFp4():
-            fields = {"scale": _Field((d_out, d_in // grid.group), torch.float8_e4m3fn), "tensor_scale": _Field((1, 1), torch.float32)}
-            if grid.rounds_inputs:  # in files of work only
-                fields[CALIBRATED] = _Field((1, 1), torch.float32)
+            numbers = ["tensor_scale", *[CALIBRATED] * grid.rounds_inputs]  # the latter in files of work only
+            fields = {"scale": _Field((d_out, d_in // grid.group), torch.float8_e4m3fn)} | dict.fromkeys(
+                numbers, _Field((1, 1), torch.float32)
+            )
         case Block():
             fields = {"d": _Field((d_out, d_in // grid.layout.columns), torch.float16)}
         case Superblock() | SuperblockWithMinima():
