@@ -15,11 +15,10 @@ run of the row's bits: from bit `shift (symbols - 1 - t)` on, around the circle.
 
 Since `M.weight` has one dimension, a reader that does not know the method finds a weight of another shape than its own, and stops.
 
-`config.json` says which linears there are, grouped by what they share (`parse_config`). Nothing in a checkpoint is executed, and
-everything that could be wrong with it is checked before it is used: the header by `parse_config`, tensors by `check_tensors`.
+`config.json` says which linears there are, grouped by what they share. Nothing in a checkpoint is executed, and everything that could be
+wrong with it is checked before it is used: the header by `parse_config`, tensors by `check_tensors`.
 
-Cost: packing takes 8 bytes for each code of 256 rows at a time, unpacking 16 for each code. Not done: experts that are fused into one
-parameter; tables of a model's own.
+Cost: packing takes 8 bytes for each code of 256 rows at a time, unpacking 16. Not done: fused experts; tables of a model's own.
 """
 
 from __future__ import annotations
@@ -430,9 +429,8 @@ def _fields(grid: Grid, shape: tuple[int, int]) -> dict[str, _Field]:
             fields = {"scale": _Field((d_out, d_in // grid.group), torch.uint8)}
         case NvFp4():
             numbers = ["tensor_scale", *[CALIBRATED] * grid.rounds_inputs]  # the latter in files of work only
-            fields = {"scale": _Field((d_out, d_in // grid.group), torch.float8_e4m3fn)} | dict.fromkeys(
-                numbers, _Field((1, 1), torch.float32)
-            )
+            size = d_out, d_in // grid.group
+            fields = {"scale": _Field(size, torch.float8_e4m3fn), **dict.fromkeys(numbers, _Field((1, 1), torch.float32))}
         case Block():
             fields = {"d": _Field((d_out, d_in // grid.layout.columns), torch.float16)}
         case Superblock() | SuperblockWithMinima():
