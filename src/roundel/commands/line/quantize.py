@@ -47,7 +47,7 @@ def quantize(
         str,
         typer.Option(
             help="Integers: intB-gN, intB-channel, intB-tensor, B from 2 to 8, with -asym for zero points, -affine for biases (int4-g128, "
-            "int3-g64-asym). Floats: fp8, mxfp4, nvfp4. With activations of 8 bits: int8-channel-a8, fp8-a8. "
+            "int3-g64-asym). Floats: fp8, mxfp4, nvfp4. With rounded activations: int8-channel-a8, fp8-a8, nvfp4-a4. "
             "llama.cpp's blocks: q8_0, q6_k, q5_k, q5_0, q4_k, q4_0, iq4_nl, iq4_xs, q3_k, q2_k, iq3_s, iq3_xxs, iq2_s, iq2_xs, iq2_xxs. "
             "Vectors: lattice2, trellisB[-CODE], B from 1 to 8 (trellis2, trellis3-hyb)."
         ),
