@@ -517,7 +517,8 @@ def fuzz() -> str:
     commits = ", ".join(f"{count} at {commit}" for commit, count in _by_commit(found["stretches"]).items())
     left = sum("mended" not in failure for failure in found["failures"])
     minutes = found["seconds"] / 60
-    said = f"{found['mutations']} changes ({commits}) in {minutes:.0f} minutes of one process beside others, seed {found['seed']}."
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(stretch.get("seed", found["seed"]) for stretch in found["stretches"]))
+    said = f"{found['mutations']} changes ({commits}) in {minutes:.0f} minutes of single processes, seeds {seeds}."
     said += f" Kinds of failure: {len(found['failures'])}, of which {left} are not mended."
     return f"{markdown(('call', 'changes', 'right', 'refused', *FUZZ_THEIRS), cells)}\n\n{said}"
 

@@ -6,7 +6,7 @@ Changes are made in one process, after each call was made undamaged, so that all
 crash and a hang in native code from their change, and starts it anew. Edits are drawn from the seed and the number of changes before, so
 the same seed meets the same edits as long as the directories have the same bytes. A campaign goes on from the output that there is: counts
 add up, with the commits that they were made at, and what went wrong at an earlier commit is tried again. What goes wrong is printed with
-its edit, which belongs into `corpus.json` once it is mended.
+its edit, which belongs into `corpus.json` once it is mended. Processes of other cores take other seeds and outputs, to `--add` up.
 
 Whole runs (quantize, export, tune, refine) take some thirty times as long as reading; they get 3 % of the changes. Of the pictures in
 their reports one in sixteen is drawn.
@@ -101,7 +101,7 @@ class Campaign:
                 "stretches": [],
             }
         self.rows: dict[str, dict[str, Any]] = {row["call"]: row for row in self.found["rows"]}
-        self.here = {"commit": commit, "mutations": 0, "seconds": 0, "failures": 0, "versions": versions()}
+        self.here = {"commit": commit, "seed": seed, "mutations": 0, "seconds": 0, "failures": 0, "versions": versions()}
 
     def count(self, name: str, kind: str) -> None:
         """One change more."""
@@ -131,6 +131,24 @@ class Campaign:
         self.found["seconds"] += seconds
         self.found["rows"] = [self.rows[name] for name in CALLS if name in self.rows]
         write_json(self.output, self.found)
+
+
+def added(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two campaigns as one, such as those of two cores."""
+    rows: dict[str, dict[str, Any]] = {row["call"]: dict(row) for row in found["rows"]}
+    for row in other["rows"]:
+        own = rows.setdefault(row["call"], {"call": row["call"]})
+        own.update({kind: own.get(kind, 0) + count for kind, count in row.items() if kind != "call"})
+    kinds = [*found["outcomes"], *(kind for kind in other["outcomes"] if kind not in found["outcomes"])]
+    return {
+        **found,
+        "mutations": found["mutations"] + other["mutations"],
+        "outcomes": {kind: found["outcomes"].get(kind, 0) + other["outcomes"].get(kind, 0) for kind in kinds},
+        "seconds": found["seconds"] + other["seconds"],
+        "rows": [rows[name] for name in CALLS if name in rows],
+        "failures": found["failures"] + other["failures"],
+        "stretches": found["stretches"] + other["stretches"],
+    }
 
 
 def limited(more: int | None) -> None:
@@ -227,7 +245,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="calls whose names have this in them")
     parser.add_argument("--bases", type=Path, help="keep the directories there")
     parser.add_argument("-o", "--output", type=Path, help="goes on from what it has")
+    parser.add_argument("--add", type=Path, help="another campaign's output, which is added to this one's; nothing is tried")
     given = parser.parse_args()
+    if given.add is not None:
+        write_json(given.output, added(*(json.loads(path.read_text(encoding="utf-8")) for path in (given.output, given.add))))
+        return
     commit = commit_here()
     with tempfile.TemporaryDirectory() as temporary:
         place = (given.bases or Path(temporary)).resolve()
