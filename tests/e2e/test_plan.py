@@ -136,6 +136,12 @@ def test_what_quantize_refuses_is_refused(untimed, tmp_path: Path) -> None:
         plan(tmp_path / "nowhere")
 
 
+def test_a_number_of_sequences_that_text_will_decide(untimed, model) -> None:
+    found = plan(model("llama"), scheme="int4-g32", sequences="auto")
+    assert found["seconds"] == plan(model("llama"), scheme="int4-g32")["seconds"]
+    assert any("--sequences auto" in warning for warning in found["warnings"])
+
+
 def test_the_best_effort_that_fits(untimed, tmp_path: Path) -> None:
     path = outline(tmp_path / "model", LLAMA)
     fits = plan(path, memory="4000G", limit=1e9)["fits"]

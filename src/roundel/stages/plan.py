@@ -34,6 +34,7 @@ from roundel.stages.ends import schemes_of_ends
 from roundel.stages.linears import schemes_of, stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
+from roundel.stages.sequences import AUTO
 from roundel.stages.text import default_batch
 from roundel.stages.timing import seconds, timing_of, units_of
 from roundel.sweeps.layers import SLICE, decoder_layers
@@ -78,7 +79,7 @@ def plan(
         device: As there.
         dtype: As there.
         progress: Where to warn.
-        settings: The fields of `Recipe`.
+        settings: The fields of `Recipe`; `sequences` may be `auto`.
 
     Returns:
         `linears`, how many; `coverage`, `skipped` (reasons and how many), `scheme`, `format`, `bits_per_weight`, `bytes` (`output`,
@@ -88,7 +89,12 @@ def plan(
     Raises:
         RoundelError: what `quantize` would refuse before its work.
     """
+    searched = settings.get("sequences") == AUTO
+    if searched:
+        settings = {name: value for name, value in settings.items() if name != "sequences"}
     recipe, notes = Recipe.of(**with_block_type(settings)), Notes(progress or Silent())
+    if searched:
+        notes.warn(f"--sequences auto is found out on text; this is for {recipe.sequences}, as many as --effort {recipe.effort} takes")
     source = outlined_source(str(model), recipe)
     names = decoder_layers(source.model)
     coverage = coverage_of(source.model, names, source.linears.keys(), source.skipped)
