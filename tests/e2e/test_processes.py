@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "natural": ("llama", {"scheme": "int3-g16", "curvature": "pilot", "prefix_aware": True, "natural_places": 1}),
     "chosen": ("llama", {"scheme": "int4-g32", "sequences": 64, "prefix_aware": True, "natural_places": 0}),
     "experts": ("qwen3-moe", {"bits": 4.5, "schemes": "int3-g16,int4-g16", "format": "native", "curvature": "kfac"}),
+    "inputs": ("llama", {"scheme": "nvfp4-a4", "curvature": "kfac", "prefix_aware": True}),
     "tiles": ("llama", {"scheme": "trellis2", "curvature": "fastkron:steps=2:batch=2", "prefix_aware": True, "natural_places": 0}),
 }
 
@@ -67,7 +68,7 @@ def source(model, tmp_path_factory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["chosen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("natural", "experts", "tiles"))])
+@pytest.mark.parametrize("kind", ["chosen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("natural", "experts", "inputs", "tiles"))])
 def test_the_same_codes_and_numbers(kind: str, source, text, command, tmp_path) -> None:
     name, settings = KINDS[kind]
     line = ["quantize", source(name), "--calibration", text, "--quiet", *options({**GIVEN, **settings})]
