@@ -68,7 +68,9 @@ def source(model, tmp_path_factory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["chosen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("natural", "experts", "inputs", "tiles"))])
+@pytest.mark.parametrize(
+    "kind", ["chosen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("natural", "experts", "inputs", "tiles"))]
+)
 def test_the_same_codes_and_numbers(kind: str, source, text, command, tmp_path) -> None:
     name, settings = KINDS[kind]
     line = ["quantize", source(name), "--calibration", text, "--quiet", *options({**GIVEN, **settings})]
