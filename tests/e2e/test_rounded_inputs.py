@@ -46,6 +46,7 @@ def test_the_report_has_the_kl_of_plain_transformers(scheme: str, place) -> None
     kind = {"device": torch.device("cpu"), "dtype": torch.float32}
     own = compare_models(load_written(found.path, **kind), load_model(place / "model", **kind), split.heldout, batch_size=2)
     assert found.report.kl_mean == pytest.approx(own.kl_mean, rel=1e-3)
+    assert "of rounded weights alone" in (found.path / "README.md").read_text()
     plain = quantized(place, scheme.rpartition("-")[0])
     assert found.report.kl_mean > 1.2 * plain.report.kl_mean, "what inputs lose is in the number"
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from roundel.grids import parse_scheme
+
 __all__ = ["model_card", "number", "refined_card", "with_error"]
 
 
@@ -108,6 +110,7 @@ def model_card(report: dict[str, Any]) -> str:
     left = f"\nLinears left in their precision:\n\n{skipped}" if skipped else ""
     form = report["format"]
     zero_points = any(row["scheme"].endswith("-asym") for row in report["layers"].values())
+    alone = ", of rounded weights alone" if any(parse_scheme(row["scheme"]).inputs for row in report["layers"].values()) else ""
     return f"""---
 {_metadata(report)}
 ---
@@ -120,7 +123,7 @@ whole model's output distribution.
 |---|---|
 | KL(original, quantized), nats per token | **{with_error(kl["mean"], kl["stderr"])}** (standard error) |
 | KL, median and 99th percentile | {number(kl["median"])}, {number(kl["p99"])} |
-| KL predicted from the curvature | {with_error(predicted[by], predicted[f"{by}_stderr"])} |
+| KL predicted from the curvature{alone} | {with_error(predicted[by], predicted[f"{by}_stderr"])} |
 | top-1 agreement | {100 * measured["top1_agreement"]:.1f} % |
 | perplexity, quantized and original | {number(measured["perplexity"]["model"])}, {number(measured["perplexity"]["reference"])} |
 | bits per weight: quantized linears, whole checkpoint | {bits["quantized"]:.3f}, {bits["model"]:.3f} |

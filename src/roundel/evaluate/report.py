@@ -195,7 +195,7 @@ def _predicted_and_measured(predicted: Mapping[str, Any], measured: Mapping[str,
         heading="Predicted and measured",
         png=plots.intervals({"": rows}, title="KL, predicted by gradients and measured", xlabel=KL),
         caption=f"1/2 E<G, E>^2 of the rounding errors on the evaluation text. Together far below the sum: errors make up for each other; "
-        f"measured far above both: errors are too large for a quadratic. {ERRORS}",
+        f"measured far above both: errors are too large for a quadratic, or inputs are rounded as well (-a8, -a4). {ERRORS}",
     )
 
 
