@@ -37,6 +37,9 @@ weights, 4 % of that of one of 106 million for half of the time and a fifth of t
 STEP_TOKENS = 4096
 """Of one natural-gradient step."""
 
+CACHES = ("none", "fp8")
+"""Types that engines keep keys and values in; none: the model's."""
+
 FACTOR_TYPES = ("float32", "bfloat16")
 ROTATIONS = ("auto", "none", "fused", "online", "online128")
 MOST_BITS = 16.0
@@ -98,6 +101,10 @@ class Recipe(Settings):
             if self.rotation_of(grid):
                 raise SchemeError(f"--{role} {asked}: embedding and output head cannot be rotated; choose another scheme or --rotate none")
             check_format(self.written_format(), grid, None)
+        if self.kv_cache not in CACHES:
+            raise SchemeError(f"kv_cache {self.kv_cache!r}: expected one of {', '.join(CACHES)}")
+        if self.kv_cache != "none" and not (self.written_format() in FORMATS and FORMATS[self.written_format()].cache_scheme):
+            raise SchemeError(f"--kv-cache {self.kv_cache}: {self.written_format()} has no place for its scales; use compressed-tensors")
         if self.tune not in TUNINGS:
             raise SchemeError(f"tune {self.tune!r}: expected one of {', '.join(TUNINGS)}")
         for scheme in self.used_schemes if self.tune != "none" else ():
@@ -172,7 +179,7 @@ class Recipe(Settings):
         If it is not said: such that they cost about what the collection of so many sequences does, at two places or, with much text, four;
         none if the model is not small.
         """
-        rounded = any(parse_scheme(scheme).inputs for scheme in self.used_schemes)  # which gradients do not go through
+        rounded = self.kv_cache != "none" or any(parse_scheme(scheme).inputs for scheme in self.used_schemes)  # no gradient goes through
         if self.natural_places == 0 or (self.natural_places is None and (rounded or weights > STEPPED_WEIGHTS)):
             return 0, 0
         whole = 6 * sequences / (2.5 * max(1, STEP_TOKENS // length))

@@ -26,6 +26,7 @@ class Settings:
     mix: str | None = None
     embedding: str = "auto"
     head: str = "auto"
+    kv_cache: str = "none"
     rotate: str = "auto"
     format: str = "auto"
     curvature: str = "auto"

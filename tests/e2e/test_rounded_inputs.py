@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import roundel
 from e2e import tiny
 from roundel.artifacts.checkpoints import load_written
 from roundel.artifacts.source import load_source
-from roundel.errors import SchemeError
+from roundel.errors import ModelError, SchemeError
 from roundel.evaluate import compare_models
 from roundel.grids.inputs import round_inputs
 from roundel.models import load_model
 from roundel.progress import Silent
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
+from roundel.stages.plan import plan
 from roundel.stages.text import read_text
 
 SHORT = {"seq_len": 32, "sequences": 24, "eval_sequences": 8, "sweeps": 1, "curvature": "kfac"}
@@ -61,6 +63,41 @@ def test_targets_know_the_rounded_inputs(place) -> None:
     assert aware.report.kl_mean < 0.95 * blind.report.kl_mean
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_keys_and_values_in_fp8(name: str, place, tmp_path) -> None:
+    """Transformers rounds them as it reads the directory, and loses what the report says."""
+    tiny.save_model(tmp_path / "model", name)
+    given = {"scheme": "int8-channel", "calibration": str(place / "text.txt"), **SHORT}
+    found = roundel.quantize(tmp_path / "model", output=tmp_path / "out", kv_cache="fp8", **given)
+    settings = json.loads((found.path / "config.json").read_text())["quantization_config"]
+    assert settings["kv_cache_scheme"]["type"] == "float"
+    with safe_open(found.path / "model.safetensors", framework="pt") as tensors:
+        scales = {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(("k_scale", "v_scale"))}  # noqa: SIM118
+    assert len(scales) == 2 * sum(name.endswith("k_proj") for name in found.details["layers"])
+    assert all((scale > 0).all() and scale.shape == (1,) for scale in scales.values())
+    recipe = Recipe.of(**given)
+    split = read_text(recipe, load_source(str(tmp_path / "model"), recipe, "cpu", "float32"), Notes(Silent()), known=frozenset(), given={})
+    kind = {"device": torch.device("cpu"), "dtype": torch.float32}
+    own = compare_models(load_written(found.path, **kind), load_model(tmp_path / "model", **kind), split.heldout, batch_size=2)
+    assert found.report.kl_mean == pytest.approx(own.kl_mean, rel=1e-3)
+    plain = roundel.quantize(tmp_path / "model", output=tmp_path / "plain", **given)
+    assert found.report.kl_mean > 1.2 * plain.report.kl_mean
+    roundel.export(found.path, to="compressed-tensors", output=tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (found.path / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == settings
+    roundel.export(found.path, to="native", output=tmp_path / "native")
+    with safe_open(tmp_path / "native" / "model.safetensors", framework="pt") as tensors:
+        assert not any(key.endswith(("k_scale", "v_scale")) for key in tensors.keys())  # noqa: SIM118
+
+
+def test_no_attention_whose_keys_could_be_kept(place, tmp_path) -> None:
+    tiny.save_model(tmp_path / "model", "gpt-neox")
+    with pytest.raises(ModelError, match="no attention of this model"):
+        roundel.quantize(tmp_path / "model", output=tmp_path / "out", scheme="int4-g32", kv_cache="fp8", **SHORT)
+    with pytest.raises(ModelError, match="no attention of this model"):
+        plan(tmp_path / "model", scheme="int4-g32", kv_cache="fp8")
+
+
 def test_mixed_with_others(place) -> None:
     found = quantized(place, "int4-channel", "-mixed", bits=6.5, schemes=("int4-channel", "int8-channel-a8"))
     config = json.loads((found.path / "config.json").read_text())["quantization_config"]
@@ -78,6 +115,8 @@ def test_mixed_with_others(place) -> None:
         ({"scheme": "fp8-a8", "format": "dense"}, "--format compressed-tensors"),
         ({"scheme": "fp8-a8", "tune": "end-to-end"}, "cannot be tuned"),
         ({"scheme": "fp8-a8", "natural_places": 2}, "--natural-places 2"),
+        ({"scheme": "int4-g32", "format": "native", "kv_cache": "fp8"}, "use compressed-tensors"),
+        ({"scheme": "int4-g32", "kv_cache": "int8"}, "expected one of none, fp8"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message: str) -> None:

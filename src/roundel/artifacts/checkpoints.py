@@ -41,6 +41,7 @@ from roundel.store import copy_files, is_there, storage, write_config, write_jso
 from roundel.types import RoundedWeight
 
 __all__ = [
+    "CACHE_SCALES",
     "GGUF_FILE",
     "Frame",
     "Stored",
@@ -56,6 +57,9 @@ __all__ = [
 ]
 
 GGUF_FILE = "model.gguf"
+
+CACHE_SCALES = (".k_scale", ".v_scale")
+"""Ends of the names of scales of keys and values, below an attention's."""
 
 _GGUF_TYPES = {"llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"}
 """Types of models whose GGUF Transformers reads."""
@@ -84,6 +88,8 @@ class Frame:
     """Quantized linears whose weights are stored transposed, as dense ones."""
     linears: frozenset[str]
     """Names of all modules that an engine may run as a linear (`models.linears.matrix_modules`)."""
+    cache: frozenset[str] = frozenset()
+    """Those of the tensors that are scales of keys and values; only some formats have a place for them."""
 
 
 def write(
@@ -151,10 +157,14 @@ def write(
         return packer.packed_bytes(weight.shape, parse_scheme(weight.scheme), (*scales, torch.float32)[0], kind)
 
     copy_files(frame.directory, staging, leave_out=_OWN_FILES)
-    total = write_shards(staging, {tensor: size(tensor) for tensor in frame.sizes}, produce, advance=advance)
+    kept = frame.cache if packer is not None and packer.cache_scheme is not None else frozenset[str]()
+    tensors = [tensor for tensor in frame.sizes if tensor not in frame.cache or tensor in kept]
+    total = write_shards(staging, {tensor: size(tensor) for tensor in tensors}, produce, advance=advance)
     config = dict(frame.config)
     if packer is not None:
         config[packer.section] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
+        if kept:
+            config[packer.section]["kv_cache_scheme"] = dict(packer.cache_scheme or {})
         for file, content in packer.files(rounded, packed).items():
             write_json(staging / file, content)
     write_config(staging / "config.json", config)
@@ -198,6 +208,7 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
     section = FORMATS[form].section
     if section not in config:
         raise ModelError(f"{path}/config.json has no {section}, though roundel.json says {form}: the directory is damaged")
+    cached = bool(dict(config[section]).get("kv_cache_scheme"))
     config = {key: value for key, value in config.items() if key != section}
     checkpoint = Checkpoint.open(path)
     packer = FORMATS[form]
@@ -239,6 +250,7 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
         dtypes=dtypes,
         turned=frozenset(name for name, row in report["layers"].items() if row.get("turned")),
         linears=matrix_modules(_skeleton(path)),
+        cache=frozenset(tensor for tensor in sizes if cached and tensor.endswith(CACHE_SCALES)),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=report)
 

@@ -90,6 +90,9 @@ class CheckpointFormat(ABC):
     rounds_inputs: bool = False
     """Whether it can say that engines round what linears read."""
 
+    cache_scheme: Mapping[str, Any] | None = None
+    """What config.json says where keys and values are kept in e4m3fn with scales of the checkpoint; None: it cannot say so."""
+
     section: str = "quantization_config"
     """The key of config.json under which engines look for it."""
 

@@ -65,6 +65,10 @@ class CompressedTensors(CheckpointFormat):
 
     fuses = True
     rounds_inputs = True
+    cache_scheme: Mapping[str, Any] = {
+        **{"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
+        **{"group_size": None, "actorder": None},
+    }
 
     @property
     def name(self) -> str:

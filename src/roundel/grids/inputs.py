@@ -1,4 +1,4 @@
-"""What a linear reads, rounded as engines do it while they run: the second half of schemes that end in `-a8` or `-a4`.
+"""What engines round while they run: what linears read, the second half of schemes that end in `-a8` or `-a4`, and keys and values.
 
 Scales are made when a token comes, so that the largest number of the token, or of 16 columns of it, is the largest that the bits hold:
 
@@ -6,8 +6,8 @@ Scales are made when a token comes, so that the largest number of the token, or 
     fp8     x = q s, q in e4m3fn, s = max / 448
     nvfp4   x = q s / c, q in e2m1, s = c max / 6 in e4m3fn for 16 columns, with one number c for the linear that does not change
 
-Only `c` is stored: 448 * 6 over the largest input that the original has on some calibration text; where more comes, it is clipped. Cost: a
-few elementwise passes.
+Only `c` is stored: 448 * 6 over the largest input that the original has on some calibration text; where more comes, it is clipped. Keys and
+values that are kept in e4m3fn have a scale each for every attention, found likewise. Cost: a few elementwise passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CALIBRATED", "Inputs", "calibrated_scale", "round_inputs"]
+__all__ = ["CALIBRATED", "Inputs", "cache_scale", "calibrated_scale", "round_inputs", "round_to_fp8"]
 
 Inputs = Literal["int8", "fp8", "nvfp4"]
 
@@ -53,6 +53,17 @@ def round_inputs(x: Float[Tensor, "*tokens d_in"], kind: Inputs, calibrated: flo
             scale = _nonzero(_e4m3(calibrated * (groups.abs().amax(-1, keepdim=True) / 6))) / calibrated
             found = (_e2m1(groups / scale) * scale).flatten(-2)
     return found.to(x.dtype)
+
+
+def cache_scale(largest: float) -> float:
+    """The scale with which e4m3fn holds numbers up to this size, in bfloat16."""
+    mantissa, exponent = math.frexp(largest / 448 if largest > 0 else 1.0)
+    return max(math.ldexp(math.ceil(mantissa * 256), exponent - 8), 2.0**-100)
+
+
+def round_to_fp8(x: Float[Tensor, "..."], scale: float) -> Float[Tensor, "..."]:
+    """Numbers as e4m3fn holds them with a scale that does not change, in their type."""
+    return (_e4m3(x.float() / scale) * scale).to(x.dtype)
 
 
 def _nonzero(scale: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from roundel.recipes import MOST_BITS, Recipe, size_in_bytes, with_block_type
 from roundel.settings import EFFORTS
 from roundel.stages.curvature import PORTION, STATES
 from roundel.stages.ends import schemes_of_ends
+from roundel.stages.inputs import check_cache
 from roundel.stages.linears import schemes_of, stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
@@ -101,6 +102,7 @@ def plan(
     if coverage.warning:
         notes.warn(coverage.warning)
     recipe = with_readable_format(recipe, source, notes)
+    check_cache(recipe, source)
     if recipe.target_size is not None:  # about: what beside weights is in a file is not counted
         sizes = _sizes(source, recipe)
         left = 8 * (size_in_bytes(recipe.target_size) - sizes["bytes"]["output"]) / _weights(source, recipe) + sizes["bits_per_weight"]

@@ -25,6 +25,7 @@ from roundel.recipes import Recipe, with_block_type
 from roundel.stages.curvature import check_model, measure_curvature, safe_batch
 from roundel.stages.ends import round_ends
 from roundel.stages.finish import finish, warn_of_source, weights_of
+from roundel.stages.inputs import check_cache
 from roundel.stages.notes import Notes
 from roundel.stages.passes import as_many_as_fit
 from roundel.stages.plan import say_plan
@@ -96,6 +97,7 @@ def quantize(
             source = load_source(str(model), recipe, device, dtype, work=place, warn=notes.warn)
             warn_of_source(source, notes)
             recipe = with_readable_format(recipe, source, notes)
+            check_cache(recipe, source)
             recipe = with_bits_for_size(recipe, source)
             if stored is not None:
                 check_model(stored, source)

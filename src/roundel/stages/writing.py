@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from roundel.artifacts.checkpoints import Frame, write
+from roundel.artifacts.checkpoints import CACHE_SCALES, Frame, write
 from roundel.artifacts.source import Source
 from roundel.formats import gguf
 from roundel.grids import parse_scheme
@@ -27,6 +28,7 @@ def write_model(staging: Path, recipe: Recipe, source: Source, rounded: Rounded,
     """Fills a directory, the report aside; returns the bytes of all tensors."""
     with notes.timed("writing"), notes.progress.stage("writing", len(source.checkpoint.files)) as advance:
         frame = _frame(source, {name: row["dtype"] for name, row in {**rounded.layers, **rounded.ends.rows}.items()}, rounded.others)
+        frame = _with_cache(frame, source, rounded.cache)
         weights = ChainMap(dict(rounded.ends.weights), rounded.weights)  # type: ignore[arg-type]
         return write(staging, frame, weights, recipe.written_format(), name=Path(source.name).name, advance=advance)
 
@@ -69,6 +71,22 @@ def size_without(recipe: Recipe, source: Source, names: Collection[str], ends: M
 
 PADDING = 32
 """Bytes that a tensor of a GGUF is filled up to."""
+
+
+def _with_cache(frame: Frame, source: Source, cache: Mapping[str, tuple[float, float]]) -> Frame:
+    """The same with the scales of keys and values, under the stored names of their attentions."""
+    scales: dict[str, Tensor] = {}
+    for name, own in cache.items():
+        stored = (source.checkpoint.weight_of(f"{name}.k_proj") or f"{name}.k_proj.weight").removesuffix("k_proj.weight").rstrip(".")
+        scales |= {f"{stored}{end}": torch.tensor([scale]) for end, scale in zip(CACHE_SCALES, own, strict=True)}
+    if not scales:
+        return frame
+    return replace(
+        frame,
+        sizes={**frame.sizes, **dict.fromkeys(scales, 4)},
+        reader=lambda tensor: scales[tensor] if tensor in scales else frame.reader(tensor),
+        cache=frozenset(scales),
+    )
 
 
 def _frame(source: Source, dtypes: Mapping[str, str], moved: Mapping[str, Tensor]) -> Frame:

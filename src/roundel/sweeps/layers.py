@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundel.errors import ModelError, RoundelError, is_out_of_memory, reason_of
+from roundel.sweeps.cache import through_cache
 
 __all__ = ["SLICE", "Layers", "OnDemand", "ReachedError", "decoder_layers", "text_lists"]
 
@@ -76,6 +77,8 @@ class Layers:
         self._modules = [model.get_submodule(name) for name in self.names]
         self.inputs: dict[str, Callable[[Tensor], Tensor]] = {}
         """How linears of the quantized model have their inputs rounded as it runs, by name."""
+        self.cache: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+        """How attentions of the quantized model have their keys and values rounded, by name."""
         self._returned: dict[int, Any] = {}
         """Of each layer that has been run, what it returned beside the hidden state."""
         self.groups: list[list[str]] = [[name] for name in self.names]
@@ -199,10 +202,12 @@ class Layers:
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the context the model has other values for some of its parameters, by name; tied ones everywhere.
 
-        It stands for the quantized model there, so linears also read their inputs as engines round them (`inputs`).
+        It stands for the quantized model there, so linears also read their inputs as engines round them (`inputs`),
+        and attentions their keys and values (`cache`).
         """
         readers = {self.model.get_submodule(name): rounding for name, rounding in self.inputs.items()}
         hooks = [module.register_forward_pre_hook(partial(_read, rounding)) for module, rounding in readers.items()]
+        attentions = {name: self.model.get_submodule(name) for name in self.cache}
         wanted = {id(self.model.get_parameter(name)): value for name, value in values.items()}
         places = [
             (module, key, parameter)
@@ -214,7 +219,8 @@ class Layers:
             value = wanted[id(parameter)].to(self.device if parameter.is_meta else parameter.device, parameter.dtype)
             module._parameters[key] = nn.Parameter(value, requires_grad=False)
         try:
-            yield
+            with through_cache(attentions, lambda name, keys, values: self.cache[name](keys, values)):
+                yield
         finally:
             for module, key, parameter in places:
                 module._parameters[key] = parameter

@@ -113,6 +113,13 @@ def quantize(
     head: Annotated[
         str, typer.Option(metavar="SCHEME", help="The same of the output head; where both are one matrix this decides.")
     ] = DEFAULT.head,
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            help="fp8: engines keep keys and values in 8 bits, with scales from the calibration text (compressed-tensors); none: as the "
+            "model has them."
+        ),
+    ] = DEFAULT.kv_cache,
     rotate: Annotated[
         str,
         typer.Option(

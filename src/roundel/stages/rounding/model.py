@@ -51,6 +51,8 @@ class Rounded:
     """Embedding and output head."""
     carried: Mapping[str, Any]
     """What else the report says of their making."""
+    cache: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Scales of keys and values, by attention, where engines keep them in fp8."""
     others: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters that tuning has moved, by name."""
     tuning: Mapping[str, Any] | None = None
@@ -75,7 +77,8 @@ def round_model(
     Where linears are quantized already (`Source.given`) those of the groups after which `judge` finds the least KL stay as they were.
     """
     files, schemes = RoundedFiles(path=work.rounded), chosen.linears
-    inputs = RoundedInputs(source, {name: schemes[name] for name in measured.rows}, split, batch_size=batch_size, work=work)
+    own_schemes, keeps_fp8 = {name: schemes[name] for name in measured.rows}, recipe.kv_cache == "fp8"
+    inputs = RoundedInputs(source, own_schemes, split, keeps_fp8=keeps_fp8, batch_size=batch_size, work=work)
     with notes.timed("rounding"):
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
@@ -163,7 +166,7 @@ def round_model(
         if judge is not None and processes.first():
             _take_back(files, source, judge.start)
     carried = {"allocation": chosen.report, "natural_steps": steps_taken(work.rounded)}
-    return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, ends=ends, carried=carried)
+    return Rounded(weights=files, layers={name: files.rows[name] for name in linears}, ends=ends, carried=carried, cache=inputs.cache)
 
 
 def _take_back(files: RoundedFiles, source: Source, start: float) -> None:
