@@ -32,6 +32,7 @@ __all__ = [
     "copy_files",
     "hidden_beside",
     "is_there",
+    "json_of",
     "json_text",
     "locked",
     "staged_directory",
@@ -203,6 +204,18 @@ def json_text(value: Any) -> str:
             f"{_not_finite(value)} would be no number: something that it was computed from is too large or damaged"
         ) from error
     return text.encode(errors="backslashreplace").decode()
+
+
+def json_of(text: str) -> Any:
+    """Parsed JSON whose strings can be written again: escapes can name half of a surrogate pair, which no text holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _not_finite(value: Any) -> str | None:

@@ -16,7 +16,6 @@ Tensors are made one shard at a time. `read` takes formats that keep codes (all 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -37,7 +36,7 @@ from roundel.models.linears import matrix_modules
 from roundel.models.load import load_config, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS
 from roundel.rounding.round import dequantized
-from roundel.store import copy_files, is_there, storage, write_config, write_json, write_shards
+from roundel.store import copy_files, is_there, json_of, storage, write_config, write_json, write_shards
 from roundel.types import RoundedWeight
 
 __all__ = [
@@ -264,7 +263,7 @@ def read_report(path: Path) -> dict[str, Any]:
     if not is_there(path / "roundel.json", Path.is_file):
         raise ModelError(f"{path} has no roundel.json: expected a directory that roundel quantize has written")
     with damaged(ModelError, path / "roundel.json"):
-        report = json.loads((path / "roundel.json").read_text(encoding="utf-8"))
+        report = json_of((path / "roundel.json").read_text(encoding="utf-8"))
     if not isinstance(report, dict) or not isinstance(report.get("layers"), dict):
         raise ModelError(f"{path}/roundel.json is damaged: it names no layers")
     return report

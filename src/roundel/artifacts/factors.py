@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from roundel.errors import FactorsError, damaged
 from roundel.linalg.gram import symmetrise
 from roundel.models import Checkpoint
 from roundel.recipes import FACTOR_TYPES, Recipe
-from roundel.store import staged_file, storage, umask, write_json
+from roundel.store import json_of, staged_file, storage, umask, write_json
 from roundel.types import Factors, KroneckerFactors
 
 __all__ = ["FactorsDirectory", "Header", "merge", "model_fingerprint"]
@@ -188,7 +187,7 @@ class FactorsDirectory:
             FactorsError: not a factors directory, of an unknown version, or damaged.
         """
         with damaged(FactorsError, path / "header.json", "this is no factors directory, or a damaged one"):
-            stored = json.loads((path / "header.json").read_text(encoding="utf-8"))
+            stored = json_of((path / "header.json").read_text(encoding="utf-8"))
             if stored.pop("kind") != "factors" or stored.pop("schema_version") != SCHEMA_VERSION:
                 raise FactorsError(f"{path} is no factors directory of version {SCHEMA_VERSION}: collect again")
             stored.pop("tokens")
