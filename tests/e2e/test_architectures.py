@@ -47,6 +47,7 @@ REPORT = {
             "mix",
             "target_size",
             "head",
+            "kv_cache",
             "prefix_aware",
             "prefix_sequences",
             "prefix_strength",
