@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 
 import roundel
@@ -40,14 +41,18 @@ def quantized(place: Path, scheme: str, name: str = "", **settings):
     )
 
 
+def lost_in_transformers(model: Path, directory: Path, **given) -> float:
+    """The KL of what Transformers reads, on the text that is held out."""
+    recipe, kind = Recipe.of(**given), {"device": torch.device("cpu"), "dtype": torch.float32}
+    split = read_text(recipe, load_source(str(model), recipe, "cpu", "float32"), Notes(Silent()), known=frozenset(), given={})
+    return compare_models(load_written(directory, **kind), load_model(model, **kind), split.heldout, batch_size=2).kl_mean
+
+
 @pytest.mark.parametrize("scheme", ["int8-channel-a8", "fp8-a8", "nvfp4-a4"])
 def test_the_report_has_the_kl_of_plain_transformers(scheme: str, place) -> None:
-    recipe = Recipe.of(scheme=scheme, calibration=str(place / "text.txt"), **SHORT)
-    split = read_text(recipe, load_source(str(place / "model"), recipe, "cpu", "float32"), Notes(Silent()), known=frozenset(), given={})
     found = quantized(place, scheme)
-    kind = {"device": torch.device("cpu"), "dtype": torch.float32}
-    own = compare_models(load_written(found.path, **kind), load_model(place / "model", **kind), split.heldout, batch_size=2)
-    assert found.report.kl_mean == pytest.approx(own.kl_mean, rel=1e-3)
+    lost = lost_in_transformers(place / "model", found.path, scheme=scheme, calibration=str(place / "text.txt"), **SHORT)
+    assert found.report.kl_mean == pytest.approx(lost, rel=1e-3)
     assert "of rounded weights alone" in (found.path / "README.md").read_text()
     plain = quantized(place, scheme.rpartition("-")[0])
     assert found.report.kl_mean > 1.2 * plain.report.kl_mean, "what inputs lose is in the number"
@@ -75,11 +80,7 @@ def test_keys_and_values_in_fp8(name: str, place, tmp_path) -> None:
         scales = {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(("k_scale", "v_scale"))}  # noqa: SIM118
     assert len(scales) == 2 * sum(name.endswith("k_proj") for name in found.details["layers"])
     assert all((scale > 0).all() and scale.shape == (1,) for scale in scales.values())
-    recipe = Recipe.of(**given)
-    split = read_text(recipe, load_source(str(tmp_path / "model"), recipe, "cpu", "float32"), Notes(Silent()), known=frozenset(), given={})
-    kind = {"device": torch.device("cpu"), "dtype": torch.float32}
-    own = compare_models(load_written(found.path, **kind), load_model(tmp_path / "model", **kind), split.heldout, batch_size=2)
-    assert found.report.kl_mean == pytest.approx(own.kl_mean, rel=1e-3)
+    assert found.report.kl_mean == pytest.approx(lost_in_transformers(tmp_path / "model", found.path, **given), rel=1e-3)
     plain = roundel.quantize(tmp_path / "model", output=tmp_path / "plain", **given)
     assert found.report.kl_mean > 1.2 * plain.report.kl_mean
     roundel.export(found.path, to="compressed-tensors", output=tmp_path / "again")
@@ -88,6 +89,15 @@ def test_keys_and_values_in_fp8(name: str, place, tmp_path) -> None:
     roundel.export(found.path, to="native", output=tmp_path / "native")
     with safe_open(tmp_path / "native" / "model.safetensors", framework="pt") as tensors:
         assert not any(key.endswith(("k_scale", "v_scale")) for key in tensors.keys())  # noqa: SIM118
+
+
+def test_a_format_without_a_place_for_the_scales(place, tmp_path) -> None:
+    given = {"scheme": "mxfp4", "calibration": str(place / "text.txt"), **SHORT}
+    found = roundel.quantize(place / "model", output=tmp_path / "out", kv_cache="fp8", format="compressed-tensors", **given)
+    roundel.export(found.path, to="gguf:mxfp4", output=tmp_path / "gguf")
+    names = [tensor.name for tensor in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors]
+    assert names
+    assert not any("scale" in name for name in names)
 
 
 def test_no_attention_whose_keys_could_be_kept(place, tmp_path) -> None:

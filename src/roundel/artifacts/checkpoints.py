@@ -88,7 +88,13 @@ class Frame:
     linears: frozenset[str]
     """Names of all modules that an engine may run as a linear (`models.linears.matrix_modules`)."""
     cache: frozenset[str] = frozenset()
-    """Those of the tensors that are scales of keys and values; only some formats have a place for them."""
+    """Those of the tensors that are scales of keys and values."""
+
+    def held_by(self, form: str) -> Frame:
+        """Without scales of keys and values, where a format has no place for them."""
+        if form in FORMATS and FORMATS[form].cache_scheme is not None:
+            return self
+        return replace(self, sizes={tensor: size for tensor, size in self.sizes.items() if tensor not in self.cache}, cache=frozenset())
 
 
 def write(
@@ -156,14 +162,12 @@ def write(
         return packer.packed_bytes(weight.shape, parse_scheme(weight.scheme), (*scales, torch.float32)[0], kind)
 
     copy_files(frame.directory, staging, leave_out=_OWN_FILES)
-    kept = frame.cache if packer is not None and packer.cache_scheme is not None else frozenset[str]()
-    tensors = [tensor for tensor in frame.sizes if tensor not in frame.cache or tensor in kept]
-    total = write_shards(staging, {tensor: size(tensor) for tensor in tensors}, produce, advance=advance)
+    total = write_shards(staging, {tensor: size(tensor) for tensor in frame.sizes}, produce, advance=advance)
     config = dict(frame.config)
     if packer is not None:
         config[packer.section] = packer.config(rounded, sorted(frame.linears - rounded.keys()))
-        if kept:
-            config[packer.section]["kv_cache_scheme"] = dict(packer.cache_scheme or {})
+        if packer.cache_scheme is not None and frame.cache:
+            config[packer.section]["kv_cache_scheme"] = dict(packer.cache_scheme)
         for file, content in packer.files(rounded, packed).items():
             write_json(staging / file, content)
     write_config(staging / "config.json", config)

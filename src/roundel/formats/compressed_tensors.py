@@ -66,8 +66,13 @@ class CompressedTensors(CheckpointFormat):
     fuses = True
     rounds_inputs = True
     cache_scheme: Mapping[str, Any] = {
-        **{"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
-        **{"group_size": None, "actorder": None},
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "dynamic": False,
+        "actorder": None,
     }
 
     @property

@@ -189,7 +189,6 @@ class Native(CheckpointFormat):
             raise SchemeError(
                 f"{grid.name}: version {VERSION} of the native format does not hold it; try an integer scheme, such as int4-g128"
             )
-        check_inputs(self.name, grid, held=self.rounds_inputs)
         if rotation not in (None, *KINDS):
             raise SchemeError(f"rotation {rotation!r}: expected one of {', '.join(KINDS)}, or none")
 

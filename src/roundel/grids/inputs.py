@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from roundel.grids.search import nearest_e4m3, nonzero
+
 __all__ = ["CALIBRATED", "Inputs", "cache_scale", "calibrated_scale", "round_inputs", "round_to_fp8"]
 
 Inputs = Literal["int8", "fp8", "nvfp4"]
@@ -43,14 +45,14 @@ def round_inputs(x: Float[Tensor, "*tokens d_in"], kind: Inputs, calibrated: flo
     wide = x.float()
     match kind:
         case "int8":
-            scale = _nonzero(wide.abs().amax(-1, keepdim=True) / 127.5)
+            scale = nonzero(wide.abs().amax(-1, keepdim=True) / 127.5)
             found = (wide / scale).round().clamp(-128, 127) * scale
         case "fp8":
-            scale = _nonzero(wide.abs().amax(-1, keepdim=True) / 448)
-            found = _e4m3(wide / scale) * scale
+            scale = nonzero(wide.abs().amax(-1, keepdim=True) / 448)
+            found = nearest_e4m3(wide / scale) * scale
         case "nvfp4":
             groups = wide.unflatten(-1, (-1, GROUP))
-            scale = _nonzero(_e4m3(calibrated * (groups.abs().amax(-1, keepdim=True) / 6))) / calibrated
+            scale = nonzero(nearest_e4m3(calibrated * (groups.abs().amax(-1, keepdim=True) / 6))) / calibrated
             found = (_e2m1(groups / scale) * scale).flatten(-2)
     return found.to(x.dtype)
 
@@ -63,15 +65,7 @@ def cache_scale(largest: float) -> float:
 
 def round_to_fp8(x: Float[Tensor, "..."], scale: float) -> Float[Tensor, "..."]:
     """Numbers as e4m3fn holds them with a scale that does not change, in their type."""
-    return (_e4m3(x.float() / scale) * scale).to(x.dtype)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 1.0, scale)
-
-
-def _e4m3(units: Tensor) -> Tensor:
-    return units.clamp(-448, 448).to(torch.float8_e4m3fn).to(units.dtype)
+    return (nearest_e4m3(x.float() / scale) * scale).to(x.dtype)
 
 
 def _e2m1(units: Tensor) -> Tensor:

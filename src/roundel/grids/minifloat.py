@@ -25,7 +25,7 @@ from torch import Tensor
 
 from roundel.grids.base import ScalarGrid, Scales, divisor_hint, refuse_width, spread
 from roundel.grids.inputs import Inputs
-from roundel.grids.search import by_rows, column_weights, group_size, positive, search_scale, table
+from roundel.grids.search import by_rows, column_weights, group_size, nearest_e4m3, positive, search_scale, table
 from roundel.grids.uniform import storable
 
 __all__ = ["Fp8", "MxFp4", "NvFp4", "parse"]
@@ -75,7 +75,7 @@ class Fp8(ScalarGrid):
 
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
         w = column_weights(weights, W)
-        nearest = _nearest_e4m3
+        nearest = nearest_e4m3
         # The values repeat with each octave: a little clipping, and one octave of scales that do not clip.
         fractions = torch.logspace(-0.25, 1.0, 38, base=2.0).tolist()
 
@@ -237,13 +237,6 @@ class NvFp4(_E2m1):
     def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         self.check(*shape)
         return shape[0] * (shape[1] * 4 + shape[1] // self.group * 8) + (64 if self.rounds_inputs else 32)
-
-
-def _nearest_e4m3(units: Tensor) -> Tensor:
-    """The nearest finite e4m3 numbers: multiples of an eighth of the power of two below each value."""
-    clamped = units.to(torch.float32).clamp(-448, 448)
-    spacing = (clamped.abs().clamp_(min=2.0**-6).view(torch.int32) & 0x7F800000).view(torch.float32).div_(8)
-    return (clamped / spacing).round_().mul_(spacing).to(units.dtype)
 
 
 def _powers(exponents: Tensor, dtype: torch.dtype) -> Tensor:

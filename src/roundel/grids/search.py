@@ -70,6 +70,13 @@ def table(levels: Sequence[float], spacing: float) -> Nearest:
     return nearest
 
 
+def nearest_e4m3(units: Tensor) -> Tensor:
+    """The nearest finite e4m3 numbers: multiples of an eighth of the power of two below each value."""
+    clamped = units.to(torch.float32).clamp(-448, 448)
+    spacing = (clamped.abs().clamp_(min=2.0**-6).view(torch.int32) & 0x7F800000).view(torch.float32).div_(8)
+    return (clamped / spacing).round_().mul_(spacing).to(units.dtype)
+
+
 def search_scale(
     x: Float[Tensor, "*groups size"],
     w: Tensor,

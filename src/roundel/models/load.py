@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -261,14 +261,14 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def described(path: Path, files: Iterable[Path]) -> nn.Module:
-    """The same of a directory whose weights are in these files, if these can be its weights.
+def described(path: Path, *, gguf_file: str | None = None) -> nn.Module:
+    """The same of a directory, if its files, or a GGUF among them, can hold so many weights.
 
     Raises:
         ModelError: as `skeleton`, or it has more weights than the files have bits.
     """
     model: nn.Module = guarded("model", path, lambda: skeleton(load_config(path)))
-    count, there = sum(p.numel() for p in model.parameters()), sum(file.stat().st_size for file in files)
+    count, there = sum(p.numel() for p in model.parameters()), sum(file.stat().st_size for file in path.glob(gguf_file or "*.safetensors"))
     if there and count > 8 * there:  # each of which would take memory before it is missed
         raise ModelError(f"{path / 'config.json'} describes a model of {count} weights; its files hold {there} bytes")
     return model
@@ -292,7 +292,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_fil
     config = load_config(path)
     if gguf_file is None and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} has no *.safetensors: pickled weights are never read; convert them with Transformers' save_pretrained")
-    described(path, path.glob("*.safetensors") if gguf_file is None else [path / gguf_file])
+    described(path, gguf_file=gguf_file)
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": False,

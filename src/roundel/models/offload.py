@@ -136,11 +136,7 @@ class FileWeights:
 
 def parameter_bytes(path: Path, dtype: torch.dtype) -> int:
     """What the model's parameters take in a type."""
-    return sum(p.numel() for p in _empty(path).parameters()) * dtype.itemsize
-
-
-def _empty(path: Path) -> nn.Module:
-    return described(path, path.glob("*.safetensors"))
+    return sum(p.numel() for p in described(path).parameters()) * dtype.itemsize
 
 
 def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, folder: Path) -> tuple[PreTrainedModel, FileWeights]:
@@ -155,7 +151,7 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
     Raises:
         ModelError: as `load_model`.
     """
-    empty = _empty(path)
+    empty = described(path)
     head = head_of_its_own(empty)
     places = _places(empty, "", frozenset([*decoder_layers(empty), *head]), str(device))
     options: dict[str, Any] = {

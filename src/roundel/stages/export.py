@@ -49,7 +49,9 @@ def export(
     if form not in WRITTEN:
         raise SchemeError(f"format {to!r}: expected one of {', '.join(WRITTEN)}, or gguf:TYPE")
     stored = read(path)
-    frame = stored.frame if model is None else dataclasses.replace(stored.frame, directory=locate(str(model)))
+    frame = stored.frame.held_by(form)
+    if model is not None:
+        frame = dataclasses.replace(frame, directory=locate(str(model)))
     if form in FORMATS:
         FORMATS[form].check_mixture(weight.scheme for weight in stored.rounded.values())
     for module, weight in stored.rounded.items():

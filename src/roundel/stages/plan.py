@@ -35,7 +35,7 @@ from roundel.stages.inputs import check_cache
 from roundel.stages.linears import schemes_of, stored_bits
 from roundel.stages.notes import Notes
 from roundel.stages.readers import with_readable_format
-from roundel.stages.sequences import AUTO
+from roundel.stages.sequences import without_auto
 from roundel.stages.text import default_batch
 from roundel.stages.timing import seconds, timing_of, units_of
 from roundel.sweeps.layers import SLICE, decoder_layers
@@ -90,9 +90,7 @@ def plan(
     Raises:
         RoundelError: what `quantize` would refuse before its work.
     """
-    searched = settings.get("sequences") == AUTO
-    if searched:
-        settings = {name: value for name, value in settings.items() if name != "sequences"}
+    searched, settings = without_auto(settings)
     recipe, notes = Recipe.of(**with_block_type(settings)), Notes(progress or Silent())
     if searched:
         notes.warn(f"--sequences auto is found out on text; this is for {recipe.sequences}, as many as --effort {recipe.effort} takes")

@@ -33,7 +33,7 @@ from roundel.stages.readers import with_readable_format
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import choose_schemes, round_model, rounding_digest
 from roundel.stages.rounding.sweep import steps_taken
-from roundel.stages.sequences import AUTO, enough_sequences
+from roundel.stages.sequences import enough_sequences, without_auto
 from roundel.stages.size import with_bits_for_size
 from roundel.stages.space import say_space
 from roundel.stages.text import default_batch, fingerprinted, read_text
@@ -81,9 +81,7 @@ def quantize(
     Raises:
         RoundelError: see `roundel.errors`; no output is left then.
     """
-    searched = settings.get("sequences") == AUTO
-    if searched:
-        settings = {name: value for name, value in settings.items() if name != "sequences"}
+    searched, settings = without_auto(settings)
     recipe, notes, target = Recipe.of(**with_block_type(settings)), Notes(progress or Silent()), Path(output)
     check_output(target)
     stored = None if factors is None else FactorsDirectory.open(Path(factors))

@@ -48,7 +48,7 @@ from roundel.sweeps import Visit, gradient_visits
 from roundel.sweeps.gradients import steps
 from roundel.types import LayerGrad, TokenBatch
 
-__all__ = ["AUTO", "enough_sequences"]
+__all__ = ["enough_sequences", "without_auto"]
 
 AUTO = "auto"
 """In the place of a number."""
@@ -58,6 +58,12 @@ LEAST = 32
 
 JUDGES = 16
 """Sequences that have no part in the sums."""
+
+
+def without_auto(settings: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether the number of sequences is to be found out, and the settings without that."""
+    searched = settings.get("sequences") == AUTO
+    return searched, {name: value for name, value in settings.items() if not (searched and name == "sequences")}
 
 
 def enough_sequences(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> int:

@@ -77,7 +77,7 @@ def _with_cache(frame: Frame, source: Source, cache: Mapping[str, tuple[float, f
     """The same with the scales of keys and values, under the stored names of their attentions."""
     scales: dict[str, Tensor] = {}
     for name, own in cache.items():
-        stored = (source.checkpoint.weight_of(f"{name}.k_proj") or f"{name}.k_proj.weight").removesuffix("k_proj.weight").rstrip(".")
+        stored = (source.checkpoint.weight_of(f"{name}.k_proj") or f"{name}.k_proj.weight").removesuffix(".k_proj.weight")
         scales |= {f"{stored}{end}": torch.tensor([scale]) for end, scale in zip(CACHE_SCALES, own, strict=True)}
     if not scales:
         return frame

@@ -54,12 +54,14 @@ class _Through:
 def through_cache(modules: Mapping[str, nn.Module], change: Change) -> Iterator[None]:
     """Within the context keys and values of these attentions go through `change`."""
 
-    def given(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        argument = _argument(module)
-        assert argument is not None
-        return args, {**kwargs, argument: _Through(partial(change, name))}
+    def given(through: _Through, argument: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, argument: through}
 
-    hooks = [module.register_forward_pre_hook(partial(given, name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(given, _Through(partial(change, name)), argument), with_kwargs=True)
+        for name, module in modules.items()
+        if (argument := _argument(module)) is not None
+    ]
     try:
         yield
     finally:

@@ -219,7 +219,7 @@ class FastKronSums(Sketch):
 
     def merge(self, other: Sketch) -> None:
         for sketch in (self, other):
-            if isinstance(sketch, FastKronSums) and sketch.pending():
+            if sketch.pending():
                 raise ValueError(
                     f"cannot merge: a batch has only {sketch.pending()} of {self.settings.batch} sequences; give sketches whole "
                     "batches, or call finish() first"

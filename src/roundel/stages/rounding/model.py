@@ -77,9 +77,9 @@ def round_model(
     Where linears are quantized already (`Source.given`) those of the groups after which `judge` finds the least KL stay as they were.
     """
     files, schemes = RoundedFiles(path=work.rounded), chosen.linears
-    own_schemes, keeps_fp8 = {name: schemes[name] for name in measured.rows}, recipe.kv_cache == "fp8"
-    inputs = RoundedInputs(source, own_schemes, split, keeps_fp8=keeps_fp8, batch_size=batch_size, work=work)
     with notes.timed("rounding"):
+        own = {name: schemes[name] for name in measured.rows}
+        inputs = RoundedInputs(source, own, split, keeps_fp8=recipe.kv_cache == "fp8", batch_size=batch_size, work=work)
         linears = {name: source.linears[name] for name in measured.rows}
         corrects = recipe.corrects(split.calibration.ids.numel())
         rows: dict[str, dict[str, Any]] = {}
