@@ -111,8 +111,8 @@ def test_an_engine_that_computes_the_same(check, quantized, model, truth: Path, 
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["windows"] == [4, 32]
     assert found["difference"]["logprob_max"] < 0.03
-    known = np.load(truth)
-    same = (known["written"] + known["noise"]).argmax(-1) == known["written"].argmax(-1)
+    with np.load(truth) as known:
+        same = (known["written"] + known["noise"]).argmax(-1) == known["written"].argmax(-1)
     assert found["difference"]["top1_agreement"] == same.mean() > 0.95
     for each in (found["difference"], found["noise"]):  # half the variance of the noise
         assert each["kl"] == pytest.approx(2.5e-5, rel=0.1)
