@@ -31,7 +31,7 @@ from roundel.stages.collecting import collect_factors, open_factors
 from roundel.types import GroupedFactors, KroneckerFactors, TokenBatch
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-HELD_OUT = 12
+HELD_OUT = 8
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from roundel.sweeps.gradients import batches, steps
 
 __all__ = ["Values", "continue_written", "evaluate_values", "predict"]
 
-PREDICTED = 16
+PREDICTED = 8
 """Sequences that the KL is predicted on."""
 
 
