@@ -56,7 +56,7 @@ def factors_of(d_out: int, d_in: int) -> tuple[torch.Tensor, KroneckerFactors]:
 
 
 def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
-    tensors = {name: getattr(problem, name).to(device) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_in")}
+    tensors = {name: getattr(problem, name).to(device) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_out", "D_in")}
     return RoundingProblem(**tensors, scale=problem.scale, damping=problem.damping)
 
 

@@ -190,7 +190,7 @@ class RoundingProblem:
     """Find codes whose error `E = W - W_hat` makes `1/2 tr(E^T H_out E H_in)` small.
 
     Here the factors are damped and positive definite: `L_out`, `L_in` are their unit lower triangular LDL factors, of rows and columns in
-    `order` (None: as they are), and `D_in` is the diagonal of the input side's, column by column as in `W`: what an error
+    `order` (None: as they are), and `D_out`, `D_in` the diagonals, row by row and column by column as in `W`: what an error
     there costs after what others take back. `scale` turns the (undamped) loss into nats per token; `damping` is what was really added,
     relative to the mean diagonal.
     """
@@ -200,6 +200,7 @@ class RoundingProblem:
     H_in: Float[Tensor, "d_in d_in"]
     L_out: Float[Tensor, "d_out d_out"]
     L_in: Float[Tensor, "d_in d_in"]
+    D_out: Float[Tensor, " d_out"]
     D_in: Float[Tensor, " d_in"]
     scale: float
     damping: float

@@ -16,14 +16,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
-    tensors = {name: getattr(problem, name).to(device) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_in")}
+    tensors = {name: getattr(problem, name).to(device) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_out", "D_in")}
     return RoundingProblem(**tensors, scale=problem.scale, damping=problem.damping)
 
 
 def problem_of(d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> RoundingProblem:
     problem = with_factors(draw(d_out, d_in, seed=d_out), covariance(d_out, 1), covariance(d_in, 3), damping=0.1)
     return RoundingProblem(
-        **{name: getattr(problem, name).to(dtype) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_in")},
+        **{name: getattr(problem, name).to(dtype) for name in ("W", "H_out", "H_in", "L_out", "L_in", "D_out", "D_in")},
         scale=problem.scale,
         damping=problem.damping,
     )

@@ -25,8 +25,9 @@ def ldl_of(H: Tensor) -> tuple[Tensor, Tensor]:
 
 def problem_of(W: Tensor, L_out: Tensor, L_in: Tensor) -> RoundingProblem:
     """With `D = I`."""
+    D_out, D_in = torch.ones(len(L_out)), torch.ones(len(L_in))
     return RoundingProblem(
-        W=W, H_out=L_out @ L_out.T, H_in=L_in @ L_in.T, L_out=L_out, L_in=L_in, D_in=torch.ones(len(L_in)), scale=1.0, damping=0.0
+        W=W, H_out=L_out @ L_out.T, H_in=L_in @ L_in.T, L_out=L_out, L_in=L_in, D_out=D_out, D_in=D_in, scale=1.0, damping=0.0
     )
 
 

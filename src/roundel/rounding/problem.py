@@ -26,7 +26,7 @@ def make_problem(
     """
     order = (factors.H_out.diagonal().argsort(stable=True), factors.H_in.diagonal().argsort(stable=True)) if ordered else None
     rows, columns = order or (None, None)
-    H_out, L_out, _, used_out = _factorised(factors.H_out, damping, dtype, rows)
+    H_out, L_out, D_out, used_out = _factorised(factors.H_out, damping, dtype, rows)
     H_in, L_in, D_in, used_in = _factorised(factors.H_in, damping, dtype, columns)
     return RoundingProblem(
         W=W.to(dtype),
@@ -34,6 +34,7 @@ def make_problem(
         H_in=H_in,
         L_out=L_out,
         L_in=L_in,
+        D_out=D_out,
         D_in=D_in,
         scale=factors.scale,
         damping=max(used_out, used_in),
