@@ -6,14 +6,15 @@ in the order of feedback, and each block is finished before the next one hears o
     tr(E_B^T S E_B H_in) / 2,      S = L_BB D_B L_BB^T,      E_B = W_B + L_BB^-T (L_out[later, B]^T E_later) - W_hat_B
 
 once the rows that are left take back what they can: the Schur complement of these. That is a rounding problem of its own, with the scales
-searched for what is really rounded, feedback, refits and sweeps. On SmolLM2's linears this is 4 to 5 % of the proxy loss after all
-sweeps, in the time of one or two of them, since what a block's sweeps multiply with is small (`docs/log.md`, 24).
+searched for what is really rounded, feedback, refits and sweeps. On SmolLM2's linears this is 3 to 4 % of the proxy loss after
+four sweeps over all (`docs/log.md`, 24). Cost: feedback; for `curved` and a refit of each block together two products with `H_in`, as in
+one sweep; the block's sweeps read a row of `H_in` for each change.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,11 +35,11 @@ __all__ = ["Start", "dequantized", "round_weight", "round_weights", "stacked"]
 
 Result = TypeVar("Result")
 
-ROWS = {"cpu": 64, "cuda": 1024}
+ROWS = {"cpu": 128, "cuda": 1024}
 """Of a block. On a GPU blocks wait for each other, so there are few."""
 
-SWEEPS, REFITTED = 4, 2
-"""Of a block of rows, and how many of these follow one refit of the scales, which costs more than they do."""
+SWEEPS, REFITTED = 4, (1,)
+"""Of a block of rows, and before which of them scales are refitted, which costs more than they do."""
 
 LEAST_GAIN = 1e-3
 """Sweeps end when one lowers the loss by less than this part of it."""
@@ -96,7 +97,7 @@ def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: to
     else:
         scales = grid.fit_scales(problem.W, problem.D_in, scale_dtype) if kept is None else kept
         state = State.of(problem, grid, scales, (yield from _feedback(problem, grid, scales)))
-    return (yield from _swept(problem, grid, sweeps, state, refits=refits))
+    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if refits else 0)))
 
 
 def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kept: Scales | None, *, refits: bool) -> Coding[State]:
@@ -132,7 +133,7 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
         else:
             scales = {name: scale[rows[block]] if name in own else scale for name, scale in kept.items()}
         state = State.of(part, grid, scales, (yield from _feedback(part, grid, scales)))
-        rounded = yield from _swept(part, grid, SWEEPS, state, refits=refits and alone, every=REFITTED)
+        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=REFITTED if refits and alone else ())
         fed[:first] += problem.L_out[block, :first].T @ (W_ordered[block] - dequantized(rounded, W.dtype))
         done.insert(0, rounded)
     codes = torch.cat([each.codes for each in done])
@@ -146,15 +147,15 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
 def _going_on(problem: RoundingProblem, grid: Grid, sweeps: int, start: Start) -> Coding[RoundedWeight]:
     """From codes and scales that are there."""
     state = State.of(problem, grid, start.scales, start.codes)
-    return (yield from _swept(problem, grid, sweeps, state, refits=start.refits))
+    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if start.refits else 0)))
 
 
-def _swept(problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, refits: bool, every: int = 1) -> Coding[RoundedWeight]:
-    """Sweeps from a state on, and refits before every so many of them."""
-    fit = Refits(problem, grid, roughly_curved(problem)).refit if refits else _unchanged
+def _swept(problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, refitted: Container[int]) -> Coding[RoundedWeight]:
+    """Sweeps from a state on, with scales refitted before those of these numbers."""
+    refits = Refits(problem, grid, roughly_curved(problem))
     trace = [state.loss]
     for done in range(sweeps):
-        swept = yield from _sweep(problem, grid, state if done % every else fit(state))
+        swept = yield from _sweep(problem, grid, refits.refit(state) if done in refitted else state)
         loss = swept.loss
         if loss >= trace[-1]:  # converged, to the precision of the sums
             break
@@ -163,10 +164,6 @@ def _swept(problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, r
         if loss > (1 - LEAST_GAIN) * trace[-2]:
             break
     return RoundedWeight(scheme=grid.name, codes=state.codes, scales=dict(state.scales), shape=problem.shape, trace=tuple(trace))
-
-
-def _unchanged(state: State) -> State:
-    return state
 
 
 def _ended(loop: Coding[Result]) -> Result:

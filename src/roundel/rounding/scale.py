@@ -36,7 +36,7 @@ __all__ = ["Refits", "refit_scales"]
 STEPS, STEPS_OF_TWO = 1, 2
 """Of one kind of scales, and of scales with minima."""
 
-SAMPLED = 128
+SAMPLED = 16
 """Rows at least that the first length is found from."""
 
 SYSTEM = 2048
