@@ -59,16 +59,13 @@ def test_the_report_has_the_kl_of_plain_transformers(scheme: str, place) -> None
 
 
 def test_targets_know_the_rounded_inputs(place) -> None:
-    """Weights of 8 bits lose next to nothing themselves, but can take back a part of what inputs lose."""
-    aware = quantized(place, "fp8-a8", "-aware", prefix_aware=True)
-    blind = quantized(place, "fp8-a8", "-blind", prefix_aware=False)
-    assert aware.report.kl_mean < blind.report.kl_mean
+    """Weights can take back a part of what inputs lose."""
     aware = quantized(place, "nvfp4-a4", "-aware", prefix_aware=True)
     blind = quantized(place, "nvfp4-a4", "-blind", prefix_aware=False)
     assert aware.report.kl_mean < 0.95 * blind.report.kl_mean
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_keys_and_values_in_fp8(name: str, place, tmp_path) -> None:
     """Transformers rounds them as it reads the directory, and loses what the report says."""
     tiny.save_model(tmp_path / "model", name)

@@ -176,7 +176,14 @@ def test_what_blocks_of_rows_lose_is_what_the_weight_loses(scheme: str, monkeypa
     assert state.loss == pytest.approx(sum(lost), rel=1e-9)
 
 
-@pytest.mark.parametrize("scheme", ["int3-g8", "int4-g8-asym"])
+def test_one_row_is_a_block() -> None:
+    problem = random_problem(1, 32, seed=1)
+    for scheme in ("nvfp4", "int4-tensor", "int3-g8", "mxfp4"):
+        rounded = round_weight(problem, parse_scheme(scheme), sweeps=2, scale_dtype=torch.float32)
+        assert rounded.trace[-1] == pytest.approx(loss(problem, parse_scheme(scheme), rounded), rel=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["int3-g8", "int4-g8-asym", "nvfp4"])
 def test_blocks_of_rows_lower_the_loss(scheme: str, monkeypatch) -> None:
     """Geometric mean over 10 problems after all sweeps: .96 of what feedback on the whole weight and as many sweeps end with."""
     grid, W, ends = parse_scheme(scheme), draw(96, 48, seed=0), []

@@ -78,6 +78,12 @@ class Grid(ABC):
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
         """Scales that make the rounding error of `W` small, weighted by column; those of free type in `dtype`."""
 
+    def fit_rows(
+        self, W: Float[Tensor, "rows d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype, shared: Scales
+    ) -> dict[str, Tensor]:
+        """The same of some rows of a weight, given what all rows share; grids that have both kinds of scales keep the latter."""
+        return self.fit_scales(W, weights, dtype)
+
     @abstractmethod
     def dequantize(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
         """The weight that codes and scales stand for."""

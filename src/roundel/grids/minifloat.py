@@ -201,13 +201,21 @@ class NvFp4(_E2m1):
         return scales["scale"].to(dtype) * scales["tensor_scale"].to(dtype)
 
     def fit_scales(self, W: Float[Tensor, "d_out d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype) -> dict[str, Tensor]:
-        self.check(*W.shape)
-        w = column_weights(weights, W).unflatten(0, (-1, self.group))
-        nearest = table(E2M1_LEVELS, 0.25)
         # The largest group scale may be max / 4 (a smaller one is max / 6): the largest weight is then 4 or 6 times its group's scale.
         # From 2^-116 to 2^115 its products with the smallest, and with the largest, scale and level are normal numbers.
         unclipped = (W.abs().amax().double() / (4 * 448)).clamp(2.0**-116, 2.0**115)
         tensor_scale = _powers(unclipped.log2().ceil().to(torch.int32), torch.float32)
+        return self.fit_rows(W, weights, dtype, {"tensor_scale": tensor_scale.reshape(1, 1)})
+
+    def fit_rows(
+        self, W: Float[Tensor, "rows d_in"], weights: Float[Tensor, " d_in"], dtype: torch.dtype, shared: Scales
+    ) -> dict[str, Tensor]:
+        if not shared:
+            return self.fit_scales(W, weights, dtype)
+        self.check(*W.shape)
+        w = column_weights(weights, W).unflatten(0, (-1, self.group))
+        nearest = table(E2M1_LEVELS, 0.25)
+        tensor_scale = shared["tensor_scale"]
         positive_scales = torch.tensor(_E4M3, dtype=W.dtype, device=W.device)
 
         def fit(rows: Tensor) -> dict[str, Tensor]:
@@ -224,7 +232,7 @@ class NvFp4(_E2m1):
                 best_error = torch.minimum(error, best_error)
             return {"scale": (best + 1).to(torch.uint8).view(torch.float8_e4m3fn)}
 
-        return {**by_rows(W, fit), "tensor_scale": tensor_scale.reshape(1, 1)}
+        return {**by_rows(W, fit), "tensor_scale": tensor_scale}
 
     def parts(self, codes: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         return {"scale": self.units(codes, dtype) * scales["tensor_scale"].to(dtype)}

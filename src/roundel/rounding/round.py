@@ -105,13 +105,17 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
 
     Scales that are not of a row by itself are those of the whole weight, and stay as they are.
     """
-    W, (d_out, _) = problem.W, problem.shape
+    W, (d_out, d_in) = problem.W, problem.shape
     rows, columns = problem.order or (torch.arange(d_out, device=W.device), None)
-    found = grid.fit_scales(W[:2], problem.D_in, scale_dtype)
-    own = {name for name, scale in found.items() if len(scale) == min(2, d_out)}  # scales of a row by itself
-    alone = len(own) == len(found)
-    if kept is None and not alone:
-        kept = grid.fit_scales(W, problem.D_in, scale_dtype)
+    few = W[:2]
+    found = grid.fit_scales(few, problem.D_in, scale_dtype)
+    own = {name for name, scale in found.items() if len(scale) == len(few)}  # scales of a row by itself
+    if kept is None and len(own) < len(found):
+        shared = {name: scale for name, scale in grid.fit_scales(W, problem.D_in, scale_dtype).items() if name not in own}
+    else:
+        shared = {name: scale for name, scale in (kept or {}).items() if name not in own}
+    parts = grid.parts(torch.zeros(few.shape, dtype=torch.int8, device=W.device), found, (len(few), d_in), W.dtype)
+    refitted = REFITTED if refits and own.issuperset(parts) else ()
     W_ordered, D_out = W[rows], problem.D_out[rows]
     fed = torch.zeros_like(W)  # L_out[later]^T E_later, in the order of decisions
     size = ROWS.get(W.device.type, d_out)
@@ -128,12 +132,12 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
             D_out=D_out[block],
             order=None if columns is None else (torch.arange(stop - first, device=W.device), columns),
         )
-        if kept is None:
-            scales: Scales = grid.fit_scales(part.W, part.D_in, scale_dtype)
+        if kept is not None:
+            scales: Scales = {name: scale[rows[block]] if name in own else scale for name, scale in kept.items()}
         else:
-            scales = {name: scale[rows[block]] if name in own else scale for name, scale in kept.items()}
+            scales = grid.fit_rows(part.W, part.D_in, scale_dtype, shared) if own else shared
         state = State.of(part, grid, scales, (yield from _feedback(part, grid, scales)))
-        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=REFITTED if refits and alone else ())
+        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=refitted)
         fed[:first] += problem.L_out[block, :first].T @ (W_ordered[block] - dequantized(rounded, W.dtype))
         done.insert(0, rounded)
     codes = torch.cat([each.codes for each in done])
