@@ -3,8 +3,9 @@
     python benchmarks/rounding.py [--widths 256 512 1024 2048]
     python benchmarks/rounding.py --against ddf48da --shapes 576x1536 1536x8960 [-o benchmarks/results/rounding.json]
 
-The second line rounds whole weights (int4-g64, four sweeps) with this tree and with a commit's, in turns and in processes of their own, and
-compares seconds with those of a float32 product of the same multiply-adds, codes of feedback and of the first sweep, and final losses.
+The second line rounds whole weights (int4-g64, four sweeps, or --sweeps of this tree) with this tree and with a commit's, in turns and in
+processes of their own, and compares seconds with those of a float32 product of the same multiply-adds, codes of feedback and of the first
+sweep, and final losses.
 
 For square weights the log-log slope between neighbouring widths is printed: 3 where matrix products rule, less where
 overheads do; a recomputing loop would show 4. Feedback and one sweep are timed apart, and the ratio of the paths at
@@ -33,6 +34,8 @@ from roundel.stages.report import versions
 from roundel.store import write_json
 from roundel.types import KroneckerFactors, RoundingProblem
 
+SWEEPS = 4
+
 
 def problem_of(d_out: int, d_in: int) -> RoundingProblem:
     """Channels differ in size by a factor of 20, and are correlated as those of twice as many tokens as channels are."""
@@ -46,12 +49,9 @@ def problem_of(d_out: int, d_in: int) -> RoundingProblem:
     return make_problem(torch.randn(d_out, d_in, generator=generator), factors, damping=0.1)
 
 
-def whole(d_out: int, d_in: int, folder: str) -> dict[str, Any]:
+def whole(d_out: int, d_in: int, sweeps: int) -> dict[str, Any]:
     """One weight: seconds of all of it, of its parts, and of a product of as many multiply-adds; what came out."""
-    path = Path(folder) / f"{d_out}x{d_in}.pt"
-    if not path.is_file():
-        torch.save(problem_of(d_out, d_in), path)
-    problem, grid = torch.load(path, weights_only=False), parse_scheme("int4-g64")
+    problem, grid = problem_of(d_out, d_in), parse_scheme("int4-g64")
     tiny = problem_of(128, 128)
     round_weight(tiny, grid, sweeps=1, scale_dtype=torch.float16)  # compiled by now
     A, B = torch.randn(d_out, d_in), torch.randn(d_in, d_out + d_in)
@@ -59,7 +59,7 @@ def whole(d_out: int, d_in: int, folder: str) -> dict[str, Any]:
     codes = feedback(problem, grid, scales)
     swept = sweep(problem, grid, scales, codes)
     began = time.perf_counter()
-    rounded = round_weight(problem, grid, sweeps=4, scale_dtype=torch.float16)
+    rounded = round_weight(problem, grid, sweeps=sweeps, scale_dtype=torch.float16)
     return {
         "seconds": time.perf_counter() - began,
         "feedback_seconds": timed(lambda: feedback(problem, grid, scales), 2),
@@ -84,8 +84,8 @@ def differing(one: str, other: str) -> list[float]:
     return [float((a != b).float().mean()) for a, b in zip(*found, strict=True)]
 
 
-def against(commit: str, shapes: list[str], output: Path | None) -> None:
-    """This tree and another, in turns."""
+def against(commit: str, shapes: list[str], sweeps: int, output: Path | None) -> None:
+    """This tree, with so many sweeps, and another, with four, in turns."""
     root, rows = Path(__file__).parent.parent, []
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "other"
@@ -95,7 +95,7 @@ def against(commit: str, shapes: list[str], output: Path | None) -> None:
                 found: dict[str, list[dict[str, Any]]] = {"now": [], "before": []}
                 for _ in range(2):
                     for name, tree in (("before", other), ("now", root)):
-                        line = [sys.executable, __file__, "--whole", shape, folder]
+                        line = [sys.executable, __file__, "--whole", shape, str(sweeps if name == "now" else SWEEPS)]
                         environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
                         done = subprocess.run(line, capture_output=True, text=True, check=True, env=environment)
                         found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -141,15 +141,16 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--against", metavar="COMMIT")
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "1536x8960"])
-    parser.add_argument("--whole", nargs=2, metavar=("SHAPE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--sweeps", type=int, default=SWEEPS, help="Over all rows, of this tree; the other commit has four.")
+    parser.add_argument("--whole", nargs=2, metavar=("SHAPE", "SWEEPS"), help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     if args.whole:
         d_out, d_in = map(int, args.whole[0].split("x"))
-        print(json.dumps(whole(d_out, d_in, args.whole[1])))
+        print(json.dumps(whole(d_out, d_in, int(args.whole[1]))))
         return
     if args.against:
-        against(args.against, args.shapes, args.output)
+        against(args.against, args.shapes, args.sweeps, args.output)
         return
     grid = parse_scheme("int3-g128")
     seconds: dict[str, list[float]] = {}
