@@ -242,4 +242,4 @@ class RoundedWeight:
     rotation: Undoable | None = None
     """What the weight went through before it was rounded, and is to be undone after decoding."""
     trace: tuple[float, ...] = field(default=())
-    """The damped proxy loss after feedback and after each sweep: never rising."""
+    """The damped proxy loss before the sweeps over the whole weight and after each: never rising."""

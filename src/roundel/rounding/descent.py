@@ -1,4 +1,4 @@
-"""Coordinate descent on the codes after feedback: worth as much again as the feedback itself.
+"""Coordinate descent on the codes after feedback.
 
 Problem: feedback decides each entry once, before the entries it is fed to. Revisiting every entry with all others fixed can only lower
 `loss = 1/2 tr(E^T H_out E H_in)`. Along entry `(i, j)` the loss is a parabola in `W_hat_ij` with its minimum at

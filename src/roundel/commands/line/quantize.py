@@ -135,7 +135,9 @@ def quantize(
             "what most engines load."
         ),
     ] = DEFAULT.format,
-    sweeps: Annotated[int, typer.Option(help="Rounds of scale refitting and coordinate descent after feedback.")] = DEFAULT.sweeps,
+    sweeps: Annotated[
+        int, typer.Option(help="Rounds of scale refitting and coordinate descent over whole weights; 0: feedback alone.")
+    ] = DEFAULT.sweeps,
     damping: Annotated[float, typer.Option(help="Added to each factor's diagonal, relative to its mean.")] = DEFAULT.damping,
     prefix_aware: Annotated[
         bool | None,
