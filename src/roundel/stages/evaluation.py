@@ -32,7 +32,7 @@ from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.sweeps.gradients import batches, steps
 
-__all__ = ["Values", "continue_written", "evaluate_values", "predict"]
+__all__ = ["PREDICTED", "Values", "continue_written", "evaluate_values", "predict"]
 
 PREDICTED = 8
 """Sequences that the KL is predicted on."""

@@ -12,7 +12,7 @@ from roundel.artifacts.written import Written
 from roundel.calibration import Fingerprint, Split
 from roundel.recipes import Recipe
 from roundel.stages.curvature import safe_batch
-from roundel.stages.evaluation import continue_written, evaluate_values, predict
+from roundel.stages.evaluation import PREDICTED, continue_written, evaluate_values, predict
 from roundel.stages.notes import Notes
 from roundel.stages.passes import as_many_as_fit
 from roundel.stages.report import Quantized, report_details, write_report
@@ -68,11 +68,11 @@ def weights_of(recipe: Recipe, *, tried: bool = False) -> dict[str, float]:
     found = {"number of sequences": 2.0 * collected} if tried else {}
     found |= {
         "curvature": 6.0 * collected,
-        "rounding": 6.0 * recipe.prefix_count + 20.0 * recipe.sweeps + 16.0 * places * steps,
+        "rounding": 6.0 * recipe.prefix_count + 20.0 * recipe.sweeps + (30.0 if recipe.sweeps else 0.0) + 16.0 * places * steps,
     }
     if recipe.tune != "none":
         found["tuning"] = 6.0 * recipe.steps * recipe.step_tokens / recipe.seq_len
-    return found | {"writing": 4.0, "evaluation": 2.0 * held, "prediction": 48.0}
+    return found | {"writing": 4.0, "evaluation": 2.0 * held, "prediction": 3.0 * PREDICTED}
 
 
 def warn_of_source(source: Source, notes: Notes) -> None:
