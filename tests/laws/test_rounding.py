@@ -192,7 +192,7 @@ def test_blocks_of_rows_lower_the_loss(scheme: str, monkeypatch) -> None:
         problem = make_problem(W, factors_for(96, 48, seed), damping=0.1, dtype=torch.float64, ordered=True)
         scales = grid.fit_scales(W, problem.D_in, torch.float32)
         start = State.of(problem, grid, scales, feedback(problem, grid, scales))
-        plain = rounding_loop._ended(rounding_loop._swept(problem, grid, 4, start, refitted=range(4)))
+        plain = rounding_loop._ended(rounding_loop._swept(problem, grid, 4, start, refitted=range(4), H_in=None))
         ends.append([round_weight(problem, grid, sweeps=4, scale_dtype=torch.float32).trace[-1], plain.trace[-1]])
     blocks, whole = torch.tensor(ends).log().mean(0).exp().tolist()
     assert blocks < 0.98 * whole

@@ -369,7 +369,7 @@ def test_refitted_scales_are_the_least_squares_of_all_at_once(scheme: str, monke
     before, after = loss_of(problem, grid, codes, scales), loss_of(problem, grid, codes, refitted)
     assert least < before
     assert after == pytest.approx(least, rel=1e-8)
-    refits, usual = Refits(problem, grid, roughly_curved(problem)), State.of(problem, grid, base, codes)
+    refits, usual = Refits(problem, grid, roughly_curved(problem, None)), State.of(problem, grid, base, codes)
     for part in (0.6, 0.7):  # the few steps that are usual get most of it, and the next ones go on from them
         usual = refits.refit(usual)
         assert before - loss_of(problem, grid, codes, usual.scales) > part * (before - least)

@@ -27,7 +27,7 @@ from roundel.grids.base import Grid, ScalarGrid, Scales, TileGrid
 from roundel.rounding.descent import descend
 from roundel.rounding.feedback import feedback
 from roundel.rounding.scale import Refits
-from roundel.rounding.state import State, roughly_curved
+from roundel.rounding.state import State, in_16_bits, roughly_curved
 from roundel.rounding.tiles import Coding, feedback_tiles, in_step, sweep_tiles
 from roundel.types import RoundedWeight, RoundingProblem
 
@@ -97,7 +97,7 @@ def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: to
     else:
         scales = grid.fit_scales(problem.W, problem.D_in, scale_dtype) if kept is None else kept
         state = State.of(problem, grid, scales, (yield from _feedback(problem, grid, scales)))
-    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if refits else 0)))
+    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if refits else 0), H_in=in_16_bits(problem)))
 
 
 def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kept: Scales | None, *, refits: bool) -> Coding[State]:
@@ -116,6 +116,7 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
         shared = {name: scale for name, scale in (kept or {}).items() if name not in own}
     parts = grid.parts(torch.zeros(few.shape, dtype=torch.int8, device=W.device), found, (len(few), d_in), W.dtype)
     refitted = REFITTED if refits and own.issuperset(parts) else ()
+    H_in = in_16_bits(problem)
     W_ordered, D_out = W[rows], problem.D_out[rows]
     fed = torch.zeros_like(W)  # L_out[later]^T E_later, in the order of decisions
     size = ROWS.get(W.device.type, d_out)
@@ -137,7 +138,7 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
         else:
             scales = grid.fit_rows(part.W, part.D_in, scale_dtype, shared) if own else shared
         state = State.of(part, grid, scales, (yield from _feedback(part, grid, scales)))
-        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=refitted)
+        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=refitted, H_in=H_in)
         fed[:first] += problem.L_out[block, :first].T @ (W_ordered[block] - dequantized(rounded, W.dtype))
         done.insert(0, rounded)
     codes = torch.cat([each.codes for each in done])
@@ -151,12 +152,14 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
 def _going_on(problem: RoundingProblem, grid: Grid, sweeps: int, start: Start) -> Coding[RoundedWeight]:
     """From codes and scales that are there."""
     state = State.of(problem, grid, start.scales, start.codes)
-    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if start.refits else 0)))
+    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if start.refits else 0), H_in=in_16_bits(problem)))
 
 
-def _swept(problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, refitted: Container[int]) -> Coding[RoundedWeight]:
-    """Sweeps from a state on, with scales refitted before those of these numbers."""
-    refits = Refits(problem, grid, roughly_curved(problem))
+def _swept(
+    problem: RoundingProblem, grid: Grid, sweeps: int, state: State, *, refitted: Container[int], H_in: Tensor | None
+) -> Coding[RoundedWeight]:
+    """Sweeps from a state on, with scales refitted before those of these numbers; `H_in` as `state.in_16_bits` has it."""
+    refits = Refits(problem, grid, roughly_curved(problem, H_in))
     trace = [state.loss]
     for done in range(sweeps):
         swept = yield from _sweep(problem, grid, refits.refit(state) if done in refitted else state)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundel.grids.base import Grid, Scales, gather, spread
-from roundel.rounding.state import State, roughly_curved
+from roundel.rounding.state import State, in_16_bits, roughly_curved
 from roundel.types import RoundingProblem
 
 __all__ = ["Refits", "refit_scales"]
@@ -48,7 +48,7 @@ JITTER = 1e-4
 
 def refit_scales(problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor, *, steps: int | None = None) -> dict[str, Tensor]:
     """New scales, of the same form, whose proxy loss with `codes` is not higher than that of `scales`."""
-    refits = Refits(problem, grid, roughly_curved(problem), steps=steps)
+    refits = Refits(problem, grid, roughly_curved(problem, in_16_bits(problem)), steps=steps)
     return dict(refits.refit(State.of(problem, grid, scales, codes)).scales)
 
 

@@ -22,7 +22,7 @@ from roundel.grids.base import Grid, Scales
 from roundel.linalg.fast import are_possible
 from roundel.types import RoundingProblem
 
-__all__ = ["State", "roughly_curved"]
+__all__ = ["State", "in_16_bits", "roughly_curved"]
 
 WORTH_ROUNDING = 1 << 23
 """Multiply-adds of both products below which converting the factors costs as much as it saves."""
@@ -50,11 +50,16 @@ class State:
         return found if math.isfinite(found) else 0.5 * torch.sum(self.curved.double() * self.E).item()
 
 
-def roughly_curved(problem: RoundingProblem) -> Callable[[Tensor], Tensor]:
-    """`X -> H_out X H_in`, of factors and values in bfloat16 where that is fast, and of the problem's type."""
+def in_16_bits(problem: RoundingProblem) -> Tensor | None:
+    """`H_in` in bfloat16, for all products with it, where such are fast and the problem is not small; else None."""
     d_out, d_in = problem.shape
     large = d_out * d_in * (d_out + d_in) >= WORTH_ROUNDING
-    if not large or problem.W.dtype != torch.float32 or not are_possible(problem.W.device):
+    return problem.H_in.bfloat16() if large and problem.W.dtype == torch.float32 and are_possible(problem.W.device) else None
+
+
+def roughly_curved(problem: RoundingProblem, H_in: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`X -> H_out X H_in`, of factors and values in bfloat16 where `H_in` is there so (`in_16_bits`), and of the problem's type."""
+    if H_in is None:
         return lambda X: problem.H_out @ X @ problem.H_in
-    H_out, H_in = problem.H_out.bfloat16(), problem.H_in.bfloat16()
+    H_out = problem.H_out.bfloat16()
     return lambda X: (H_out @ X.bfloat16() @ H_in).float()
