@@ -140,7 +140,7 @@ def test_the_order_and_what_errors_cost_after_feedback_lower_the_loss() -> None:
 
 
 def by_rows(problem: RoundingProblem, grid: Grid, kept: dict[str, Tensor] | None = None) -> State:
-    return rounding_loop._ended(rounding_loop._by_rows(problem, grid, torch.float32, kept, refits=kept is None))
+    return rounding_loop._ended(rounding_loop._by_rows(problem, grid, torch.float32, kept, refits=kept is None, H_in=None))
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -185,7 +185,7 @@ def test_one_row_is_a_block() -> None:
 
 @pytest.mark.parametrize("scheme", ["int3-g8", "int4-g8-asym", "nvfp4"])
 def test_blocks_of_rows_lower_the_loss(scheme: str, monkeypatch) -> None:
-    """Geometric mean over 10 problems after all sweeps: .96 of what feedback on the whole weight and as many sweeps end with."""
+    """Geometric mean over 10 problems after all sweeps: .83 to .85 of what feedback on the whole weight and as many sweeps end with."""
     grid, W, ends = parse_scheme(scheme), draw(96, 48, seed=0), []
     monkeypatch.setitem(rounding_loop.ROWS, "cpu", 16)
     for seed in range(10):
@@ -195,7 +195,7 @@ def test_blocks_of_rows_lower_the_loss(scheme: str, monkeypatch) -> None:
         plain = rounding_loop._ended(rounding_loop._swept(problem, grid, 4, start, refitted=range(4), H_in=None))
         ends.append([round_weight(problem, grid, sweeps=4, scale_dtype=torch.float32).trace[-1], plain.trace[-1]])
     blocks, whole = torch.tensor(ends).log().mean(0).exp().tolist()
-    assert blocks < 0.98 * whole
+    assert blocks < 0.9 * whole
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

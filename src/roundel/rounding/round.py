@@ -92,15 +92,18 @@ def round_weights(
 def _rounding(problem: RoundingProblem, grid: Grid, sweeps: int, scale_dtype: torch.dtype, start: Start | None) -> Coding[RoundedWeight]:
     kept = None if start is None or start.searches else start.scales
     refits = start is None or start.refits
+    H_in = in_16_bits(problem)
     if sweeps and isinstance(grid, ScalarGrid):
-        state = yield from _by_rows(problem, grid, scale_dtype, kept, refits=refits)
+        state = yield from _by_rows(problem, grid, scale_dtype, kept, refits=refits, H_in=H_in)
     else:
         scales = grid.fit_scales(problem.W, problem.D_in, scale_dtype) if kept is None else kept
         state = State.of(problem, grid, scales, (yield from _feedback(problem, grid, scales)))
-    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if refits else 0), H_in=in_16_bits(problem)))
+    return (yield from _swept(problem, grid, sweeps, state, refitted=range(sweeps if refits else 0), H_in=H_in))
 
 
-def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kept: Scales | None, *, refits: bool) -> Coding[State]:
+def _by_rows(
+    problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kept: Scales | None, *, refits: bool, H_in: Tensor | None
+) -> Coding[State]:
     """The first codes, one block of rows after the other, the last in the order of decisions first.
 
     Scales that are not of a row by itself are those of the whole weight, and stay as they are.
@@ -110,13 +113,10 @@ def _by_rows(problem: RoundingProblem, grid: Grid, scale_dtype: torch.dtype, kep
     few = W[:2]
     found = grid.fit_scales(few, problem.D_in, scale_dtype)
     own = {name for name, scale in found.items() if len(scale) == len(few)}  # scales of a row by itself
-    if kept is None and len(own) < len(found):
-        shared = {name: scale for name, scale in grid.fit_scales(W, problem.D_in, scale_dtype).items() if name not in own}
-    else:
-        shared = {name: scale for name, scale in (kept or {}).items() if name not in own}
+    whole = grid.fit_scales(W, problem.D_in, scale_dtype) if kept is None and len(own) < len(found) else kept or {}
+    shared = {name: scale for name, scale in whole.items() if name not in own}
     parts = grid.parts(torch.zeros(few.shape, dtype=torch.int8, device=W.device), found, (len(few), d_in), W.dtype)
     refitted = REFITTED if refits and own.issuperset(parts) else ()
-    H_in = in_16_bits(problem)
     W_ordered, D_out = W[rows], problem.D_out[rows]
     fed = torch.zeros_like(W)  # L_out[later]^T E_later, in the order of decisions
     size = ROWS.get(W.device.type, d_out)
