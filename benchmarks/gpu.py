@@ -117,7 +117,7 @@ def against_specification(width: int, scheme: str) -> dict[str, Any]:
     slow, expected = seconds(lambda: feedback_waves(problem, grid, scales))
     sweep(problem, grid, scales, codes)
     fast_sweep, swept = seconds(lambda: sweep(problem, grid, scales, codes))
-    slow_sweep, expected_sweep = seconds(lambda: sweep_rows(problem, grid, scales, codes))
+    slow_sweep, expected_sweep = seconds(lambda: sweep_rows(problem, grid, scales, codes, tile=(1, width)))
     return {
         "width": width,
         "scheme": scheme,

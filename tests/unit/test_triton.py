@@ -80,7 +80,7 @@ def rounding_case(kind: str, scheme: str, d_out: int, d_in: int, coupled: bool, 
         expected = feedback_waves(problem, grid, scales)
         found = triton_rounding.feedback(W, problem.L_out, problem.L_in, *given, block=8)
     else:
-        expected = sweep_rows(problem, grid, scales, start)
+        expected = sweep_rows(problem, grid, scales, start, tile=(1, d_in))
         before = start.clone()
         found = triton_rounding.sweep(W, problem.H_out, problem.H_in, *given, start, rows=8, span=16, wide=32, deep=2)
         assert torch.equal(start, before)

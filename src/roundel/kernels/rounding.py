@@ -3,8 +3,9 @@
 *Feedback*: `d_out d_in (d_out + d_in) / 2` multiply-adds in products, and `BLOCK` for each weight inside tiles, where both sums are kept
 as vectors that grow by one scaled row at a time: a processor's lanes are full.
 
-*Sweep*: it starts from `curved = H_out E H_in` and ends with it, so that what does not change costs nothing: one row of `H_in` for each
-change (a few percent of the entries), `BLOCK / 2` multiply-adds for each weight and `d_out` more in products.
+*Sweep*: it starts from `curved = H_out E H_in` and ends with it, so that what does not change costs nothing: `d_in` multiply-adds for each
+change (a few percent of the entries), and `TILE[0] + BLOCK / 2` for each weight and `d_out` more in products. One change after the other
+would fetch its row of `H_in` from memory; in tiles `BLOCK` of them are read once for the changes of all rows of a block.
 
 What is not a product is compiled scalar code, in loops only, because NumPy's expressions take seconds to compile.
 Specifications: `rounding.feedback.feedback_waves`, `rounding.descent.sweep_rows`; sums are taken in another order.
@@ -25,6 +26,12 @@ from torch import Tensor
 __all__ = ["feedback", "sweep"]
 
 BLOCK = 64
+
+TILE = (128, 64)
+"""Rows and columns of what a sweep visits before it goes on."""
+
+CHUNK = 512
+"""Columns that the changes of a tile are added to at a time."""
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -142,7 +149,7 @@ def sweep(
     codes: Tensor,
     curved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Twin of `sweep_rows`: a block of rows sees the changes of those before it by one product. All but the codes of one type.
+    """Twin of `sweep_rows`, in tiles of `TILE`: what is outside a tile hears of its changes by products. All but the codes of one type.
 
     Returns:
         The codes, and `H_out E H_in` with them; `curved` is that with the codes that are given, formed if it is not known.
@@ -156,55 +163,66 @@ def sweep(
     W_hat = units.mul_(step).add_(shift)
     if curved is None:
         curved = H_out @ (W - W_hat) @ H_in
-    change_of_R, after = torch.empty_like(W_hat), torch.empty_like(W_hat)  # of E H_in, and H_out E H_in
-    for top in range(0, d_out, BLOCK):
-        bottom = min(top + BLOCK, d_out)
-        P = torch.addmm(curved[top:bottom], H_out[top:bottom, :top], change_of_R[:top], out=after[top:bottom])
-        _sweep_rows(
-            P.clone().numpy(),
-            change_of_R[top:bottom].numpy(),
-            H_out[top:bottom, top:bottom].contiguous().numpy(),
-            H_in.numpy(),
-            H_in.diagonal().contiguous().numpy(),
-            step[top:bottom].numpy(),
-            shift[top:bottom].contiguous().numpy(),
-            table,
-            low,
-            high,
-            W_hat[top:bottom].numpy(),
-            codes[top:bottom].numpy(),
-        )
-    for top in range(0, d_out, BLOCK):  # and those of its own rows and of those below
-        after[top : top + BLOCK].addmm_(H_out[top : top + BLOCK, top:], change_of_R[top:])
+    reach = np.asarray(0.49 * (1 if levels is None else levels.diff().min().item()), table.dtype)[()]
+    change_of_R, after = torch.zeros_like(W_hat), torch.empty_like(W_hat)  # of E H_in, and H_out E H_in
+    for top in range(0, d_out, TILE[0]):
+        block = slice(top, top + TILE[0])
+        P = torch.addmm(curved[block], H_out[block, :top], change_of_R[:top], out=after[block])
+        own, moved = H_out[block, block].contiguous(), change_of_R[block]
+        for left in range(0, d_in, TILE[1]):
+            columns = slice(left, left + TILE[1])
+            _sweep_tile(
+                torch.addmm(P[:, columns], own, moved[:, columns]).numpy(),
+                moved.numpy(),
+                own.numpy(),
+                H_in[columns].numpy(),
+                H_in[columns, columns].numpy(),
+                step[block, columns].numpy(),
+                shift[block, columns].contiguous().numpy(),
+                table,
+                reach,
+                low,
+                high,
+                W_hat[block, columns].numpy(),
+                codes[block, columns].numpy(),
+            )
+    for top in range(0, d_out, TILE[0]):  # and those of its own rows and of those below
+        after[top : top + TILE[0]].addmm_(H_out[top : top + TILE[0], top:], change_of_R[top:])
     return codes, after
 
 
 @numba.njit(cache=True)
-def _sweep_rows(
+def _sweep_tile(
     P: _Array,
     change_of_R: _Array,
     H_out: _Array,
     H_in: _Array,
-    diagonal: _Array,
+    H_tile: _Array,
     step: _Array,
     offset: _Array,
     levels: _Array,
+    reach: Any,
     low: int,
     high: int,
     W_hat: _Array,
     codes: _Array,
 ) -> None:
+    """Visits a tile, row by row; `P` is of the tile, `change_of_R` of its rows, `H_in` of its columns, `H_tile` of both.
+
+    No value moves by less than `reach`, in units of its step.
+    """
     rows, columns = P.shape
+    changes, places = np.empty((rows, columns), P.dtype), np.empty((rows, columns), np.int64)
+    counts = np.zeros(rows, np.int64)
+    moved = np.empty(columns, P.dtype)
     for i in range(rows):
-        own, moved = H_out[i, i], change_of_R[i]
+        own, count = H_out[i, i], 0
         for k in range(columns):
             moved[k] = 0
-        any_change = False
         for j in range(columns):
-            size = step[i, j]
-            if size == 0:
+            size, curvature, slope = step[i, j], own * H_tile[j, j], P[i, j] + own * moved[j]
+            if size == 0 or abs(slope) < reach * curvature * abs(size):
                 continue
-            curvature, slope = own * diagonal[j], P[i, j] + own * moved[j]
             wanted, level = _nearest((W_hat[i, j] + slope / curvature - offset[i, j]) / size, levels, low, high)
             if wanted == codes[i, j]:
                 continue
@@ -213,12 +231,27 @@ def _sweep_rows(
                 continue
             codes[i, j] = wanted
             W_hat[i, j] += change
-            any_change = True
-            row = H_in[j]
+            changes[i, count], places[i, count] = change, j
+            count += 1
             for k in range(columns):
-                moved[k] -= change * row[k]
-        if any_change:
+                moved[k] -= change * H_tile[j, k]
+        counts[i] = count
+        if count > 0:
             for below in range(i + 1, rows):
-                weight, P_below = H_out[below, i], P[below]
+                weight = H_out[below, i]
                 for k in range(columns):
-                    P_below[k] += weight * moved[k]
+                    P[below, k] += weight * moved[k]
+    for start in range(0, change_of_R.shape[1], CHUNK):
+        end = min(start + CHUNK, change_of_R.shape[1])
+        for i in range(rows):
+            row, count = change_of_R[i, start:end], counts[i]
+            even = count - count % 2
+            for at in range(0, even, 2):
+                first, second = changes[i, at], changes[i, at + 1]
+                one, other = H_in[places[i, at], start:end], H_in[places[i, at + 1], start:end]
+                for k in range(end - start):
+                    row[k] -= first * one[k] + second * other[k]
+            if even < count:
+                last, one = changes[i, even], H_in[places[i, even], start:end]
+                for k in range(end - start):
+                    row[k] -= last * one[k]

@@ -1,7 +1,8 @@
 """Feedback and descent sweeps on a GPU: batched products outside a tile, Triton inside it.
 
-Twins of `rounding.feedback.feedback_waves` and `rounding.descent.sweep_rows`: the same entries in the same order by the same rule; sums are
-taken in another order, so that float32 codes can differ where a target lies at a boundary between two codes.
+Twins of `rounding.feedback.feedback_waves` and, with whole rows as tiles, `rounding.descent.sweep_rows`: the same entries in the same
+order by the same rule; sums are taken in another order, so that float32 codes can differ where a target lies at a boundary between two
+codes.
 
 *Feedback.* Tiles of an anti-diagonal do not depend on each other. One program takes a tile through its own `2 BLOCK - 1` anti-diagonals,
 one row to a lane, and holds what has been fed to the tile so far in registers; two batched products then feed the tiles' errors to all

@@ -7,11 +7,13 @@ is, and it is taken if the loss falls.
 
 Keeping `R = E H_in` makes a row cost one product `H_out[i] R`, and an accepted change one row of `H_in`: a sweep is
 O(d_out d_in (d_out + d_in)) at most, like the feedback, and less where few entries change and `P` is known before. The torch specification
-below jumps from change to change; its twin in `kernels` visits the same entries in the same order.
+below jumps from change to change; its twins in `kernels` visit the same entries in the same order: on CPUs tile by tile, so that a row of
+`H_in` is read once for all changes of a tile, on GPUs row by row. No order is better than another (`docs/log.md`, 22).
 """
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 
 import torch
@@ -55,30 +57,35 @@ def _swept(
     return sweep_rows(problem, grid, scales, codes), None
 
 
-def sweep_rows(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:
-    """The specification: rows from first to last, columns from first to last."""
+def sweep_rows(
+    problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"], *, tile: tuple[int, int] = kernels.TILE
+) -> Int[Tensor, "d_out d_in"]:
+    """The specification: tiles from top to bottom, in each block of rows from left to right; in a tile row by row."""
     W, H_out, H_in = problem.W, problem.H_out, problem.H_in
     d_out, d_in = W.shape
     step, offset = grid.affine(scales, problem.shape, W.dtype)
     codes = codes.clone()
     W_hat = grid.decode(codes, step, offset)
     R = (W - W_hat) @ H_in
-    for i in range(d_out):
-        curvature = H_out[i, i] * H_in.diagonal()
-        shift = None if offset is None else offset[i]
-        P = H_out[i] @ R
-        start = 0
-        while start < d_in:
-            wanted = grid.encode(W_hat[i] + P / curvature, step[i], shift)
-            change = grid.decode(wanted, step[i], shift) - W_hat[i]
-            lowers = (change * P - 0.5 * change**2 * curvature > 0) & (wanted != codes[i])
-            candidates = torch.nonzero(lowers[start:])
-            if candidates.numel() == 0:
-                break
-            j = start + int(candidates[0])
-            codes[i, j] = wanted[j]
-            W_hat[i, j] += change[j]
-            P = P - H_out[i, i] * change[j] * H_in[j]
-            R[i] -= change[j] * H_in[j]
-            start = j + 1
+    for top, left in itertools.product(range(0, d_out, tile[0]), range(0, d_in, tile[1])):
+        columns = slice(left, left + tile[1])
+        for i in range(top, min(top + tile[0], d_out)):
+            curvature = H_out[i, i] * H_in.diagonal()[columns]
+            shift = None if offset is None else offset[i, columns]
+            P = H_out[i] @ R[:, columns]
+            start = 0
+            while True:
+                wanted = grid.encode(W_hat[i, columns] + P / curvature, step[i, columns], shift)
+                change = grid.decode(wanted, step[i, columns], shift) - W_hat[i, columns]
+                lowers = (change * P - 0.5 * change**2 * curvature > 0) & (wanted != codes[i, columns])
+                candidates = torch.nonzero(lowers[start:])
+                if candidates.numel() == 0:
+                    break
+                k = start + int(candidates[0])
+                j = left + k
+                codes[i, j] = wanted[k]
+                W_hat[i, j] += change[k]
+                P = P - H_out[i, i] * change[k] * H_in[j, columns]
+                R[i] -= change[k] * H_in[j]
+                start = k + 1
     return codes

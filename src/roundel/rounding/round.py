@@ -137,8 +137,8 @@ def _by_rows(
             scales: Scales = {name: scale[rows[block]] if name in own else scale for name, scale in kept.items()}
         else:
             scales = grid.fit_rows(part.W, part.D_in, scale_dtype, shared) if own else shared
-        state = State.of(part, grid, scales, (yield from _feedback(part, grid, scales)))
-        rounded = yield from _swept(part, grid, SWEEPS, state, refitted=refitted, H_in=H_in)
+        codes = yield from _feedback(part, grid, scales)
+        rounded = yield from _swept(part, grid, SWEEPS, State.of(part, grid, scales, codes, H_in), refitted=refitted, H_in=H_in)
         fed[:first] += problem.L_out[block, :first].T @ (W_ordered[block] - dequantized(rounded, W.dtype))
         done.insert(0, rounded)
     codes = torch.cat([each.codes for each in done])

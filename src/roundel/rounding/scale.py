@@ -5,7 +5,7 @@ one kind for integers, two for blocks with minima). The proxy loss is a positive
 columns by `H_in`: `sum_ii' sum_jj' H_out,ii' Q_ij H_in,jj' Q_i'j'` for two blocks with parts `Q`. Conjugate gradients go down it, in few
 steps, since codes change and a refit follows after each sweep:
 
-- The *systems of rows* precondition them: what couples up to 2048 columns' scales of one row, of all kinds together, formed and factorised
+- The *systems of rows* precondition them: what couples up to 1024 columns' scales of one row, of all kinds together, formed and factorised
   once for a weight. With scales and minima it is what makes few steps enough: six with the diagonal alone lose more than two.
 - A product is two of the weight's size with its factors, as much as a sweep's. The length of the last step is that of the refit before
   (at first, what some rows say), so that the scales can be *stored* before the product: one product then tells what the stored scales
@@ -39,7 +39,7 @@ STEPS, STEPS_OF_TWO = 1, 2
 SAMPLED = 16
 """Rows at least that the first length is found from."""
 
-SYSTEM = 2048
+SYSTEM = 1024
 """Columns whose scales make one system."""
 
 JITTER = 1e-4

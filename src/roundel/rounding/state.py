@@ -38,10 +38,10 @@ class State:
     curved: Float[Tensor, "d_out d_in"]
 
     @classmethod
-    def of(cls, problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor) -> State:
-        """With exact products."""
+    def of(cls, problem: RoundingProblem, grid: Grid, scales: Scales, codes: Tensor, H_in: Tensor | None = None) -> State:
+        """With exact products, or with those of `roughly_curved`."""
         E = problem.W - grid.dequantize(codes, scales, problem.shape, problem.W.dtype)
-        return cls(codes=codes, scales=scales, E=E, curved=problem.H_out @ E @ problem.H_in)
+        return cls(codes=codes, scales=scales, E=E, curved=roughly_curved(problem, H_in)(E))
 
     @property
     def loss(self) -> float:
