@@ -16,7 +16,7 @@ from roundel.formats import FORMATS, gguf
 from roundel.formats.base import check_inputs
 from roundel.formats.gguf_mixes import CANDIDATES, MIXES, NARROW
 from roundel.grids import Grid, parse_scheme
-from roundel.linalg.hadamard import BLOCK
+from roundel.rotation import rotated_shape
 from roundel.settings import EFFORTS, Settings
 from roundel.sweeps.labels import LABEL_KINDS
 
@@ -209,9 +209,7 @@ class Recipe(Settings):
             SchemeError: with the reason, and what would fit.
         """
         grid, form = parse_scheme(self.fitting(scheme, d_in)), self.written_format()
-        grid.check(d_out, d_in)
-        if self.rotation_of(grid) == "hadamard128" and (d_out % BLOCK or d_in % BLOCK):
-            raise SchemeError(f"rotations in blocks of {BLOCK} do not divide a weight of {d_out} x {d_in}; try --rotate online")
+        grid.check(*rotated_shape(self.rotation_of(grid), (d_out, d_in)))
         if form in FORMATS:
             FORMATS[form].check_shape(grid, d_out, d_in)
 

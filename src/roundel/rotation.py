@@ -7,6 +7,8 @@
 
 "hadamard" is `linalg.hadamard` over the full width, "hadamard128" that of blocks of 128 on both sides. Under "hadamard" one entry of the
 weight becomes entries of at most `2 / sqrt(m n)`, half of that where both are Hadamard matrices; the signs make sums of many normal.
+Where blocks of 128 do not divide a width, zeros are added up to the next multiple, as exllamav3 does: the rotated weight is as much larger,
+and what comes out for them is left out, so that errors there cost nothing.
 Cost: two transforms of the weight and of each factor; `m + n` bits are stored, or the seed.
 Reference: QuIP# (Tseng et al., arXiv 2402.04396).
 
@@ -26,14 +28,21 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float16, Int8, Integer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from roundel.errors import SchemeError
 from roundel.linalg.hadamard import BLOCK, block_hadamard, hadamard
 from roundel.types import KroneckerFactors
 
-__all__ = ["KINDS", "Permutation", "Rotation"]
+__all__ = ["KINDS", "Permutation", "Rotation", "rotated_shape"]
 
 KINDS = ("hadamard", "hadamard128")
+
+
+def rotated_shape(kind: str | None, shape: tuple[int, int]) -> tuple[int, int]:
+    """Of a weight after a rotation of this kind, or after none."""
+    d_out, d_in = shape
+    return (-(-d_out // BLOCK) * BLOCK, -(-d_in // BLOCK) * BLOCK) if kind == "hadamard128" else (d_out, d_in)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,8 +50,11 @@ class Rotation:
     """A fixed rotation of both sides of a weight; everything is computed in the type (float32, float64) and place of what is given."""
 
     kind: str
-    signs_out: Int8[Tensor, " d_out"] | Float16[Tensor, " d_out"]
-    signs_in: Int8[Tensor, " d_in"] | Float16[Tensor, " d_in"]
+    shape: tuple[int, int]
+    """Of the weight, `(d_out, d_in)`."""
+    signs_out: Int8[Tensor, " rows"] | Float16[Tensor, " rows"]
+    signs_in: Int8[Tensor, " columns"] | Float16[Tensor, " columns"]
+    """As many as `rotated_shape` has."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,8 +64,8 @@ class Rotation:
             if signs.dtype not in (torch.int8, torch.float16) or signs.ndim != 1 or not usable.all():
                 given = f"{signs.dtype} of shape {tuple(signs.shape)}"
                 raise ValueError(f"signs of the {side} side: expected a vector of +-1 in int8, or of float16 without zeros, got {given}")
-            if self.kind == "hadamard128" and len(signs) % BLOCK:
-                raise SchemeError(f"hadamard128: blocks of {BLOCK} do not divide the {side} width {len(signs)}; try hadamard")
+        if self.rotated_shape(self.shape) != (len(self.signs_out), len(self.signs_in)):
+            raise ValueError(f"{len(self.signs_out)} and {len(self.signs_in)} signs for a weight of {self.shape} under {self.kind}")
 
     @property
     def has_vectors(self) -> bool:
@@ -65,36 +77,42 @@ class Rotation:
         """Random signs; those of the input side depend on `d_in` and `seed` alone.
 
         Raises:
-            SchemeError: the kind is unknown, or its blocks do not divide a width.
+            SchemeError: the kind is unknown.
         """
-        generator = torch.Generator().manual_seed(seed)
-        signs_in, signs_out = (2 * torch.randint(2, (d,), generator=generator, dtype=torch.int8) - 1 for d in (d_in, d_out))
-        return cls(kind=kind, signs_out=signs_out, signs_in=signs_in)
+        generator, (rows, columns) = torch.Generator().manual_seed(seed), rotated_shape(kind, (d_out, d_in))
+        signs_in, signs_out = (2 * torch.randint(2, (d,), generator=generator, dtype=torch.int8) - 1 for d in (columns, rows))
+        return cls(kind=kind, shape=(d_out, d_in), signs_out=signs_out, signs_in=signs_in)
 
-    def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    def rotated_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of the rotated weight."""
+        return rotated_shape(self.kind, shape)
+
+    def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows columns"]:
         """`W~ = H_m S_out W S_in H_n^T`; also for errors of a weight."""
         into, out = (1 / signs.to(W.device, W.dtype) for signs in (self.signs_in, self.signs_out))
         return self._forward(self._forward(W, into).T, out).T.contiguous()
 
-    def restore_weight(self, rotated: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    def restore_weight(self, rotated: Float[Tensor, "rows columns"]) -> Float[Tensor, "d_out d_in"]:
         """`W = S_out H_m^T W~ H_n S_in`, the inverse of `rotate_weight`."""
-        return self._backward(self.restore_output(rotated.T).T, self.signs_in).contiguous()
+        return self._backward(self.restore_output(rotated.T).T, self.signs_in)[:, : self.shape[1]].contiguous()
 
     def rotate_factors(self, factors: KroneckerFactors) -> KroneckerFactors:
-        """The curvature in `W~`: the same scale, and factors whose mean diagonal is still 1. What estimators carry is dropped."""
+        """The curvature in `W~`: the same scale, and factors of the same trace. What estimators carry is dropped."""
         return KroneckerFactors(
             H_out=self._congruent(factors.H_out, self.signs_out), H_in=self._congruent(factors.H_in, self.signs_in), scale=factors.scale
         )
 
-    def rotate_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def rotate_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch columns"]:
         """`H_n S_in x`, what `W~` is applied to."""
         return self._forward(x, self.signs_in)
 
-    def restore_output(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
+    def restore_output(self, y: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch d_out"]:
         """`S_out H_m^T y`, the output of `W` from that of `W~`."""
-        return self._backward(y, self.signs_out)
+        return self._backward(y, self.signs_out)[..., : self.shape[0]]
 
     def _forward(self, x: Tensor, signs: Tensor) -> Tensor:
+        if x.shape[-1] < len(signs):
+            x = pad(x, (0, len(signs) - x.shape[-1]))
         x = x * signs.to(x.device)
         return hadamard(x) if self.kind == "hadamard" else block_hadamard(x)
 
@@ -117,6 +135,10 @@ class Permutation:
     def rotate_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """The weight in that order; also an error of it."""
         return W[:, self.columns].contiguous()
+
+    def rotated_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of the weight in that order."""
+        return shape
 
     def restore_weight(self, rotated: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """The inverse."""

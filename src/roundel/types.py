@@ -221,7 +221,10 @@ class RoundingProblem:
 class Undoable(Protocol):
     """What a weight went through before it was rounded (`rotation.Rotation`)."""
 
-    def restore_weight(self, W: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    def rotated_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of what is rounded of a weight of this shape."""
+
+    def restore_weight(self, rotated: Float[Tensor, "rows columns"]) -> Float[Tensor, "d_out d_in"]:
         """The weight as it was before."""
 
 
@@ -243,3 +246,8 @@ class RoundedWeight:
     """What the weight went through before it was rounded, and is to be undone after decoding."""
     trace: tuple[float, ...] = field(default=())
     """The damped proxy loss before the sweeps over the whole weight and after each: never rising."""
+
+    @property
+    def rotated_shape(self) -> tuple[int, int]:
+        """Of what the codes stand for: the rotated weight's."""
+        return self.shape if self.rotation is None else self.rotation.rotated_shape(self.shape)

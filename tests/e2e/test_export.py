@@ -14,6 +14,7 @@ from e2e import tiny
 from roundel.artifacts.checkpoints import load_written, read
 from roundel.errors import ModelError, OutputError, SchemeError
 from roundel.models import load_model
+from roundel.models.checkpoint import Checkpoint
 from roundel.rounding.round import dequantized
 
 
@@ -96,6 +97,27 @@ def test_a_tuned_trellis_is_read_from_exl3(wide, quantize, text, tmp_path) -> No
     assert weight.rotation.has_vectors
     measured = roundel.evaluate(result.path, reference=wide, data=str(text), sequences=4, seq_len=32)
     assert measured.report.kl_mean == pytest.approx(result.report.kl_mean, rel=0.01)
+
+
+def test_widths_that_128_does_not_divide_are_filled_up_in_exl3(quantize, text, tmp_path) -> None:
+    """A Qwen2 64 wide, with biases: written, tuned, read, and run by our own module in the format native."""
+    tiny.save_model(tmp_path / "model", "qwen2")
+    some = {"include": ("*.0.self_attn.q_proj", "*.0.self_attn.v_proj"), "curvature": "kfac", "sweeps": 0, "eval_data": str(text)}
+    for form, more in (("exl3", {}), ("exl3", {"tune": "end-to-end", "tune_steps": 2}), ("native", {"rotate": "online128"})):
+        out = tmp_path / f"{form}-{len(more)}"
+        result = quantize(tmp_path / "model", out, scheme="trellis2", format=form, **some, **more)
+        measured = roundel.evaluate(out, reference=tmp_path / "model", data=str(text), sequences=4, seq_len=32)
+        assert measured.report.kl_mean == pytest.approx(result.report.kl_mean, rel=0.01)
+        assert result.report.kl_mean > 1e-6
+    tensors, original = Checkpoint.open(tmp_path / "exl3-0"), Checkpoint.open(tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj"
+    bias = original.read(f"{name}.bias")
+    assert tensors.read(f"{name}.trellis").shape[:2] == (8, 8)
+    assert torch.equal(tensors.read(f"{name}.bias"), torch.nn.functional.pad(bias, (0, 128 - len(bias))))
+    roundel.export(tmp_path / "native-1", output=tmp_path / "again", to="exl3")
+    torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "native-1"), rtol=1e-5, atol=1e-5)
+    roundel.export(tmp_path / "exl3-0", output=tmp_path / "back", to="native")
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(tmp_path / "exl3-0"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_trellis_is_exported_to_exl3(wide, quantize, tmp_path) -> None:

@@ -26,7 +26,7 @@ from roundel.grids.trellis import Trellis
 from roundel.integration import linear as layers
 from roundel.integration.linear import QuantizedLinear, decode_rows
 from roundel.linalg.viterbi import states_of
-from roundel.rotation import Rotation
+from roundel.rotation import Rotation, rotated_shape
 from roundel.rounding.round import dequantized
 from roundel.types import RoundedWeight
 
@@ -62,7 +62,7 @@ def random_weight(
     """Random codes and scales; not to be changed."""
     random = torch.Generator().manual_seed(seed)
     grid = parse_scheme(scheme)
-    layout = Layout(scheme=scheme, shape=shape, scale_dtype=dtype if is_free(scheme) else None)
+    layout = Layout(scheme=scheme, shape=shape, rotation=rotation, scale_dtype=dtype if is_free(scheme) else None)
     scales = {}
     for name, field in layout.fields.items():
         if field.bits:
@@ -74,11 +74,11 @@ def random_weight(
         scales[name] = values.to(field.dtype or dtype)
     if isinstance(grid, ScalarGrid):
         low, high = grid.code_range
-        codes = torch.randint(low, high + 1, shape, generator=random).to(torch.int8)
+        codes = torch.randint(low, high + 1, layout.rotated, generator=random).to(torch.int8)
     else:
         assert isinstance(grid, TileGrid)
-        rows, columns = grid.tile(*shape)
-        down, across = -(-shape[0] // rows), -(-shape[1] // columns)
+        rows, columns = grid.tile(*layout.rotated)
+        down, across = -(-layout.rotated[0] // rows), -(-layout.rotated[1] // columns)
         if isinstance(grid, Trellis):
             codes = torch.randint(2**grid.shift, (down, across, 256 // grid.values), generator=random).to(torch.uint8)
         else:
@@ -90,10 +90,10 @@ def random_weight(
 def shape_for(scheme: str, rotation: str | None = None) -> tuple[int, int]:
     """Odd where the grid allows it."""
     grid = parse_scheme(scheme)
-    d_out = 128 if rotation == "hadamard128" else 9
-    for d_in in (128,) if rotation == "hadamard128" else (37, 40, 96):
+    d_out = 9
+    for d_in in (37, 40, 96):
         try:
-            grid.check(d_out, d_in)
+            grid.check(*rotated_shape(rotation, (d_out, d_in)))
         except SchemeError:
             continue
         return d_out, d_in
@@ -255,7 +255,6 @@ def test_the_header_is_read() -> None:
         ({"scale_dtype": ["float16"]}, "is none of ours"),
         ({"rotation": "householder"}, "rotation 'householder'"),
         ({"rotation": 1}, "is no name"),
-        ({"rotation": "hadamard128"}, "do not divide the shape"),
         ({"shape": [64]}, "shape"),
         ({"shape": [64, -96]}, "shape"),
         ({"shape": [64, 2**40]}, "shape"),

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from roundel.errors import ModelError, SchemeError, damaged, in_layer
@@ -137,12 +138,14 @@ def write(
         return path.stat().st_size
     modules = {stored: module for module, stored in frame.weights.items()}
     packer = FORMATS.get(form)
+    outputs = {_bias(stored): packer.outputs(rounded[module].shape[0]) for module, stored in frame.weights.items()} if packer else {}
     packed: dict[str, dict[str, Tensor]] = {}
 
     def produce(tensor: str) -> dict[str, Tensor]:
         module = modules.get(tensor)
         if module is None:
-            return {tensor: frame.reader(tensor)}
+            value = frame.reader(tensor)
+            return {tensor: pad(value, (0, outputs[tensor] - len(value))) if tensor in outputs else value}
         with in_layer(module):
             if packer is None:
                 W = dequantized(rounded[module]).to(frame.dtypes[module])
@@ -219,6 +222,7 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
     weights: dict[str, str] = {}
     dtypes: dict[str, torch.dtype] = {}
     sizes: dict[str, int] = {}
+    d_outs: dict[str, int] = {}
     try:
         layers = {name: (row["scheme"], tuple(map(int, row["shape"])), str(row["dtype"])) for name, row in report["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -241,6 +245,7 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
                 rounded[module] = packer.unpack(parts, parse_scheme(scheme), (shape[0], shape[1]))
             weights[module], dtypes[module] = f"{prefix}weight", getattr(torch, dtype)
             sizes[f"{prefix}weight"] = math.prod(shape) * dtypes[module].itemsize
+            d_outs[_bias(f"{prefix}weight")] = shape[0]
     missing = sorted(set(layers) - set(rounded))
     if missing:
         raise ModelError(f"{path} lacks the tensors of {len(missing)} quantized linears, such as {missing[0]}")
@@ -248,7 +253,7 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
         directory=path,
         config=config,
         sizes=sizes,
-        reader=checkpoint.read,
+        reader=lambda tensor: checkpoint.read(tensor)[: d_outs[tensor]] if tensor in d_outs else checkpoint.read(tensor),
         weights=weights,
         dtypes=dtypes,
         turned=frozenset(name for name, row in report["layers"].items() if row.get("turned")),
@@ -256,6 +261,10 @@ def _read(path: Path, report: dict[str, Any], form: str) -> Stored:
         cache=frozenset(tensor for tensor in sizes if cached and tensor.endswith(CACHE_SCALES)),
     )
     return Stored(frame=frame, rounded=rounded, form=form, report=report)
+
+
+def _bias(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias"
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -125,5 +125,6 @@ def _weight(parts: Mapping[str, Tensor], scheme: str, shape: tuple[int, int]) ->
     kinds = {key.split(".")[2] for key in parts if key.startswith("plain.rotation.")}
     rotation = None
     for kind in kinds:
-        rotation = Rotation(kind=kind, signs_out=parts[f"plain.rotation.{kind}.out"], signs_in=parts[f"plain.rotation.{kind}.in"])
+        signs = {f"signs_{side}": parts[f"plain.rotation.{kind}.{side}"] for side in ("out", "in")}
+        rotation = Rotation(kind=kind, shape=shape, **signs)
     return RoundedWeight(scheme=scheme, codes=parts["plain.codes"], scales=scales, shape=shape, rotation=rotation)

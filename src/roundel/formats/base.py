@@ -119,6 +119,10 @@ class CheckpointFormat(ABC):
             SchemeError: with the engine's limit and the nearest choice that works.
         """
 
+    def outputs(self, d_out: int) -> int:
+        """How many of a linear of this width the engine has: biases get zeros for those that are added."""
+        return d_out
+
     def check_mixture(self, schemes: Iterable[str]) -> None:  # noqa: B027 (most formats hold any, side by side)
         """Refuses schemes that cannot be in one model; called before any work.
 

@@ -1,6 +1,6 @@
 """EXL3, the trellis format of exllamav3: weights of `trellisB` grids under the rotation `hadamard128`, to the last bit.
 
-For a linear of `(N, K) = (d_out, d_in)`, both multiples of 128, with `B` bits a weight:
+For a linear of `(d_out, d_in)`, in which `N` and `K` are these widths up to the next multiple of 128, with `B` bits a weight:
 
     trellis       int16 (K / 16, N / 16, 16 B)   tile (a, b) is of inputs 16 a .. and outputs 16 b ..: its 256 symbols of B bits in the
                                                  order of the trellis, as `bits.pack_tiles` lays them out
@@ -8,6 +8,9 @@ For a linear of `(N, K) = (d_out, d_in)`, both multiples of 128, with `B` bits a
     mul1 or mcg   int32 ()                       which code the states stand for, by its multiplier; neither: 3inst
 
     W = diag(svh) H T^T H diag(suh),     H = I kron H_128 orthonormal,     T[a, b] the decoded tiles
+
+of which the first `d_out` rows and `d_in` columns are the weight. exllamav3 gives the other inputs zeros; `svh` is zero for the other
+outputs, and so are biases there, so that whoever does not cut them off goes on with zeros.
 
 This is `Rotation.restore_weight(scale * T^T)` with `svh = signs_out * 2^e`, `suh = signs_in * scale / 2^e`: exact, since a tile grid's
 scale has 11 significant bits, and is a power of two where tuned vectors stand in place of the signs. Engines compute `H (x * suh)` and
@@ -17,8 +20,7 @@ A weight whose scale is below `2^-38` is written as zeros, which is what engines
 exllamav3 looks at the tensors alone. Other readers want `quantization_config` with a `tensor_storage`, which names every quantized module
 and each of its tensors, and quantization_config.json beside it with the same.
 
-Not done: widths that are not multiples of 128 (exllamav3 pads, other readers do not); `lm_head` in a tied model; modules that Transformers
-fuses and exllamav3 does not (`qkv_proj`, `gate_up_proj`).
+Not done: `lm_head` in a tied model; modules that Transformers fuses and exllamav3 does not (`qkv_proj`, `gate_up_proj`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from roundel.formats.base import CheckpointFormat, expect
 from roundel.formats.bits import pack_tiles, unpack_tiles
 from roundel.grids import Grid, parse_scheme
 from roundel.grids.trellis import SIZE, Trellis
-from roundel.rotation import Rotation
+from roundel.rotation import Rotation, rotated_shape
 from roundel.types import RoundedWeight
 
 __all__ = ["Exl3"]
@@ -89,9 +91,8 @@ class Exl3(CheckpointFormat):
                 f"{BLOCK} on both sides; try rotate {ROTATION}"
             )
 
-    def check_shape(self, grid: Grid, d_out: int, d_in: int) -> None:
-        if d_out % BLOCK or d_in % BLOCK:
-            raise SchemeError(f"exl3: {d_out} x {d_in} is no multiple of {BLOCK} on both sides, as exllamav3's transforms need it")
+    def outputs(self, d_out: int) -> int:
+        return rotated_shape(ROTATION, (d_out, d_out))[0]
 
     def check_names(self, names: Iterable[str]) -> None:
         """Refuses modules that exllamav3 knows by other names.
@@ -106,39 +107,40 @@ class Exl3(CheckpointFormat):
     def pack(self, rounded: RoundedWeight) -> dict[str, Tensor]:
         grid, rotation = parse_scheme(rounded.scheme), rounded.rotation
         self.check(grid, rotation.kind if isinstance(rotation, Rotation) else None)
-        self.check_shape(grid, *rounded.shape)
         assert isinstance(grid, Trellis)
         assert isinstance(rotation, Rotation)
         scale_in, scale_out = _split(rounded.scales["scale"].item(), margin=MARGIN if rotation.has_vectors else 0)
         symbols = rounded.codes.to(torch.uint8).transpose(0, 1)
+        svh = rotation.signs_out.to(torch.float16) * scale_out
+        svh[rounded.shape[0] :] = 0
         tensors = {
             "trellis": pack_tiles(symbols, grid.width),
             "suh": rotation.signs_in.to(torch.float16) * scale_in,
-            "svh": rotation.signs_out.to(torch.float16) * scale_out,
+            "svh": svh,
         }
         marker = MARKERS[grid.code]
         return tensors if marker is None else {**tensors, grid.code: torch.tensor(_signed(marker), dtype=torch.int32)}
 
     def unpack(self, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> RoundedWeight:
         self.check(grid, ROTATION)
-        self.check_shape(grid, *shape)
         assert isinstance(grid, Trellis)
         expect(tensors, _layout(grid, shape), f"a {grid.name} weight of shape {shape} in exl3")
         marker = MARKERS[grid.code]
         if marker is not None and tensors[grid.code].item() != _signed(marker):
             raise ModelError(f"{grid.code} is {tensors[grid.code].item()}: expected {_signed(marker)}")
-        (scale_in, signs_in), (scale_out, signs_out) = (_signs(name, tensors[name]) for name in ("suh", "svh"))
+        (scale_in, signs_in), (scale_out, signs_out) = (
+            _signs(name, tensors[name], d) for name, d in (("suh", shape[1]), ("svh", shape[0]))
+        )
         return RoundedWeight(
             scheme=grid.name,
             codes=unpack_tiles(tensors["trellis"], grid.width).transpose(0, 1).contiguous(),
             scales={"scale": torch.full((1, 1), scale_in * scale_out)},
             shape=shape,
-            rotation=Rotation(kind=ROTATION, signs_out=signs_out, signs_in=signs_in),
+            rotation=Rotation(kind=ROTATION, shape=shape, signs_out=signs_out, signs_in=signs_in),
         )
 
     def packed_bytes(self, shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype, rotation: str | None) -> int:
         self.check(grid, rotation)
-        self.check_shape(grid, *shape)
         assert isinstance(grid, Trellis)
         return sum(math.prod(size) * dtype.itemsize for size, dtype in _layout(grid, shape).values())
 
@@ -173,7 +175,7 @@ class Exl3(CheckpointFormat):
 
 
 def _layout(grid: Trellis, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    d_out, d_in = shape
+    d_out, d_in = rotated_shape(ROTATION, shape)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "trellis": ((d_in // TILE, d_out // TILE, SIZE * grid.width // 16), torch.int16),
         "suh": ((d_in,), torch.float16),
@@ -224,8 +226,8 @@ def _split(scale: float, margin: int = 0) -> tuple[float, float]:
     return math.ldexp(mantissa, kept), math.ldexp(1.0, exponent - kept)
 
 
-def _signs(name: str, values: Tensor) -> tuple[float, Tensor]:
-    """The one magnitude of a vector, and its signs; 1 and the vector, if it has several.
+def _signs(name: str, values: Tensor, width: int) -> tuple[float, Tensor]:
+    """The one magnitude of a vector, and its signs; 1 and the vector, if it has several. Zeros beyond the width become 1.
 
     Raises:
         ModelError: a number is not finite, or zero among others that are not.
@@ -233,8 +235,8 @@ def _signs(name: str, values: Tensor) -> tuple[float, Tensor]:
     size = values[0].abs().item()
     if not torch.isfinite(values).all():
         raise ModelError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
-    if not (values.abs() == size).all():
-        if not values.all():
+    if not (values[:width].abs() == size).all():
+        if not values[:width].all():
             raise ModelError(f"{name} holds zeros among other numbers: no tuned weight of Roundel has any")
-        return 1.0, values
+        return 1.0, torch.where(values == 0, 1, values)
     return size, torch.where(torch.signbit(values), -1, 1).to(torch.int8)

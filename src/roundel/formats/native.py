@@ -45,8 +45,7 @@ from roundel.grids.inputs import CALIBRATED
 from roundel.grids.lattice import Lattice
 from roundel.grids.minifloat import Fp8, MxFp4, NvFp4
 from roundel.grids.trellis import SIZE, Trellis
-from roundel.linalg.hadamard import BLOCK
-from roundel.rotation import KINDS, Rotation
+from roundel.rotation import KINDS, Rotation, rotated_shape
 from roundel.types import RoundedWeight
 
 __all__ = [
@@ -73,7 +72,6 @@ LARGEST_EXPONENT = 252
 """Of `mxfp4`: six times the next power of two would still be finite, that after it would not."""
 
 TABLE_SHAPE = (512, 2)
-
 GRIDS = (Uniform, Asymmetric, Affine, Fp8, MxFp4, NvFp4, Block, Superblock, SuperblockWithMinima, Lattice, Trellis)
 """What version 1 holds."""
 
@@ -108,11 +106,9 @@ class Layout:
             raise SchemeError(f"a weight of shape {self.shape}: expected at least one row and one column")
         if not isinstance(self.grid, GRIDS):
             raise SchemeError(f"{self.scheme}: version {VERSION} of the native format does not hold it")
-        self.grid.check(*self.shape)
         if self.rotation not in (None, *KINDS):
             raise SchemeError(f"rotation {self.rotation!r}: expected one of {', '.join(KINDS)}, or none")
-        if self.rotation == "hadamard128" and any(side % BLOCK for side in self.shape):
-            raise SchemeError(f"hadamard128: blocks of {BLOCK} do not divide the shape {self.shape}; try hadamard")
+        self.grid.check(*self.rotated)
         if self.vectors and self.rotation is None:
             raise SchemeError("vectors without a rotation: expected one of the rotations that they belong to")
         free = any(field.dtype is None for field in self.fields.values())
@@ -126,14 +122,19 @@ class Layout:
         return parse_scheme(self.scheme)
 
     @property
+    def rotated(self) -> tuple[int, int]:
+        """Shape of what the codes stand for, before the rotation is undone."""
+        return rotated_shape(self.rotation, self.shape)
+
+    @property
     def fields(self) -> dict[str, _Field]:
         """The scales."""
-        return _fields(self.grid, self.shape)
+        return _fields(self.grid, self.rotated)
 
     @property
     def stream(self) -> tuple[int, int, int]:
         """Rows of codes, codes in a row, and bits of a code."""
-        grid, (d_out, d_in) = self.grid, self.shape
+        grid, (d_out, d_in) = self.grid, self.rotated
         if isinstance(grid, ScalarGrid):
             low, high = grid.code_range
             return d_out, d_in, (high - low).bit_length()
@@ -161,7 +162,7 @@ class Layout:
                 assert dtype is not None
                 found[name] = field.shape, dtype
         if self.rotation is not None:
-            for side, width in zip(("out", "in"), self.shape, strict=True):
+            for side, width in zip(("out", "in"), self.rotated, strict=True):
                 found[f"{self.rotation}_{side}"] = ((width,), torch.float16) if self.vectors else ((-(-width // 8),), torch.uint8)
         if isinstance(self.grid, Trellis) and self.grid.code == "hyb":
             found["table"] = TABLE_SHAPE, torch.float16
@@ -171,7 +172,7 @@ class Layout:
     def of(cls, tensors: Mapping[str, Tensor], grid: Grid, shape: tuple[int, int]) -> Layout:
         """What tensors of a known scheme and shape say of themselves: the type of scales, and the rotation."""
         rotation = next((kind for kind in KINDS if f"{kind}_in" in tensors), None)
-        free = [name for name, field in _fields(grid, shape).items() if field.dtype is None]
+        free = [name for name, field in _fields(grid, rotated_shape(rotation, shape)).items() if field.dtype is None]
         dtype = tensors[free[0]].dtype if free and free[0] in tensors else SCALE_DTYPES["float32"] if free else None
         vectors = rotation is not None and tensors[f"{rotation}_in"].dtype == torch.float16
         return cls(scheme=grid.name, shape=shape, rotation=rotation, vectors=vectors, scale_dtype=dtype)
@@ -234,7 +235,7 @@ class Native(CheckpointFormat):
         )
 
     def packed_bytes(self, shape: tuple[int, int], grid: Grid, scale_dtype: torch.dtype, rotation: str | None) -> int:
-        free = any(field.dtype is None for field in _fields(grid, shape).values())
+        free = any(field.dtype is None for field in _fields(grid, rotated_shape(rotation, shape)).values())
         layout = Layout(scheme=grid.name, shape=shape, rotation=rotation, scale_dtype=scale_dtype if free else None)
         return sum(math.prod(size) * dtype.itemsize for size, dtype in layout.tensors().values())
 
@@ -352,7 +353,7 @@ def codes_of(words: Int[Tensor, " words"], layout: Layout) -> Integer[Tensor, ".
     if isinstance(grid, ScalarGrid):
         return (codes + grid.code_range[0]).to(torch.int8)
     assert isinstance(grid, TileGrid)
-    across = -(-layout.shape[1] // grid.tile(*layout.shape)[1])
+    across = -(-layout.rotated[1] // grid.tile(*layout.rotated)[1])
     tiled: Tensor = codes.flip(-1).to(torch.uint8).unflatten(0, (-1, across)) if isinstance(grid, Trellis) else codes.unsqueeze(-1)
     return tiled
 
@@ -371,9 +372,9 @@ def rotation_of(tensors: Mapping[str, Tensor], layout: Layout) -> Rotation | Non
     """The rotation that was stored."""
     if layout.rotation is None:
         return None
-    stored = (tensors[f"{layout.rotation}_{side}"] for side in ("out", "in"))
-    signs_out, signs_in = (each if layout.vectors else _unpack_signs(each, width) for each, width in zip(stored, layout.shape, strict=True))
-    return Rotation(kind=layout.rotation, signs_out=signs_out, signs_in=signs_in)
+    stored = [tensors[f"{layout.rotation}_{side}"] for side in ("out", "in")]
+    signs = stored if layout.vectors else [_unpack_signs(each, width) for each, width in zip(stored, layout.rotated, strict=True)]
+    return Rotation(kind=layout.rotation, shape=layout.shape, signs_out=signs[0], signs_in=signs[1])
 
 
 def trellis_states(words: Int[Tensor, "tiles words"], grid: Trellis) -> Int[Tensor, "tiles symbols"]:
@@ -400,7 +401,7 @@ def _layout(rounded: RoundedWeight) -> Layout:
     grid, rotation = parse_scheme(rounded.scheme), rounded.rotation
     if rotation is not None and not isinstance(rotation, Rotation):
         raise SchemeError(f"the native format holds rotations by signs and Hadamard transforms, not a {type(rotation).__name__}")
-    free = [name for name, field in _fields(grid, rounded.shape).items() if field.dtype is None]
+    free = [name for name, field in _fields(grid, rounded.rotated_shape).items() if field.dtype is None]
     return Layout(
         scheme=grid.name,
         shape=rounded.shape,

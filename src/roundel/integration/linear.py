@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
         """`W~ x + bias`, in the type of `x` or in float32."""
         if self._multiplies_packed(x):
             with torch.cuda.device_of(x):
-                y = self._packed_product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+                y = self._packed_product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
             return y if bias is None else y + bias.float()
         bias = None if bias is None else bias.to(x.dtype)
         blocks = self._blocks()
@@ -119,8 +119,9 @@ class QuantizedLinear(nn.Module):
     def _blocks(self) -> list[tuple[int, int]]:
         """First and last row, exclusive, of each block."""
         height = _tile(self.layout)[0]
-        rows = max(1, BLOCK.get(self.weight.device.type, BLOCK["cuda"]) // (self.in_features * height)) * height
-        return [(top, min(top + rows, self.out_features)) for top in range(0, self.out_features, rows)]
+        (d_out, d_in), size = self.layout.rotated, BLOCK.get(self.weight.device.type, BLOCK["cuda"])
+        rows = max(1, size // (d_in * height)) * height
+        return [(top, min(top + rows, d_out)) for top in range(0, d_out, rows)]
 
     def _rows(self, top: int, end: int) -> Float[Tensor, "rows d_in"]:
         compiled = self.weight.device.type == "cpu"
@@ -130,7 +131,7 @@ class QuantizedLinear(nn.Module):
         """Whether the GPU's kernel takes these rows."""
         return (
             x.is_cuda
-            and x.numel() <= FEW * self.in_features
+            and x.numel() <= FEW * x.shape[-1]
             and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
             and not (torch.is_grad_enabled() and x.requires_grad)
             and isinstance(self.layout.grid, Uniform | Asymmetric | Trellis)
@@ -144,10 +145,10 @@ class QuantizedLinear(nn.Module):
         grid, tensors = self.layout.grid, self.packed
         if isinstance(grid, Trellis):
             code = grid.code, grid.shift, grid.values, grid.state_bits
-            return multiply_trellis(x, self.weight, *code, tensors.get("table"), tensors["scale"], self.layout.shape, _tile(self.layout))
+            return multiply_trellis(x, self.weight, *code, tensors.get("table"), tensors["scale"], self.layout.rotated, _tile(self.layout))
         assert isinstance(grid, Uniform | Asymmetric)
         return multiply_integers(
-            x, self.weight, grid.width, grid.code_range[0], tensors["scale"], tensors.get("zero_point"), self.layout.shape
+            x, self.weight, grid.width, grid.code_range[0], tensors["scale"], tensors.get("zero_point"), self.layout.rotated
         )
 
     def _ready(self) -> _Derived:
@@ -191,7 +192,7 @@ def decode_rows(
         table: What a trellis's states stand for.
         compiled: By numba, on the CPU; else by torch on any device.
     """
-    grid, (d_out, d_in) = layout.grid, layout.shape
+    grid, (d_out, d_in) = layout.grid, layout.rotated
     stream_rows, _, bits = layout.stream
     words, shape = tensors["weight"].view(stream_rows, -1), (end - top, d_in)
     if isinstance(grid, Trellis):
@@ -213,12 +214,14 @@ def decode_rows(
         return decode_scalars(part, bits, d_in, _levels(grid.name, bits), step, offset=None if zero is not None else offset, zero=zero)
     if compiled and isinstance(grid, Lattice):
         return decode_vectors(part, d_in, _codewords(grid), scales["scale"].item())
-    return grid.dequantize(codes_of(part.flatten(), replace(layout, shape=shape)), scales, shape, torch.float32)
+    return grid.dequantize(
+        codes_of(part.flatten(), replace(layout, shape=shape, rotation=None, vectors=False)), scales, shape, torch.float32
+    )
 
 
 def _tile(layout: Layout) -> tuple[int, int]:
     grid = layout.grid
-    return grid.tile(*layout.shape) if isinstance(grid, TileGrid) else (1, 1)
+    return grid.tile(*layout.rotated) if isinstance(grid, TileGrid) else (1, 1)
 
 
 @cache

@@ -220,5 +220,5 @@ def stacked(parts: list[RoundedWeight]) -> RoundedWeight:
 
 def dequantized(rounded: RoundedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`W_hat`, `(d_out, d_in)`, in `dtype`."""
-    W_hat = parse_scheme(rounded.scheme).dequantize(rounded.codes, rounded.scales, rounded.shape, dtype)
+    W_hat = parse_scheme(rounded.scheme).dequantize(rounded.codes, rounded.scales, rounded.rotated_shape, dtype)
     return W_hat if rounded.rotation is None else rounded.rotation.restore_weight(W_hat)

@@ -145,10 +145,11 @@ def _start(given: RoundedWeight | None, device: torch.device) -> Start | None:
 def _result(grid: Grid, linear: Linear, parts: Sequence[_Part], found: Sequence[RoundedWeight]) -> tuple[RoundedWeight, dict[str, Any]]:
     weights, proxy_loss = [], 0.0
     for part, weight in zip(parts, found, strict=True):
-        E = part.W - dequantized(dataclasses.replace(weight, rotation=part.rotation))
+        restored = dataclasses.replace(weight, rotation=part.rotation, shape=(part.W.shape[0], part.W.shape[1]))
+        E = part.W - dequantized(restored)
         proxy_loss += part.factors.loss(E)
         scales = {key: scale.cpu() for key, scale in weight.scales.items()}
-        weights.append(dataclasses.replace(weight, codes=weight.codes.cpu(), scales=scales, rotation=part.rotation))
+        weights.append(dataclasses.replace(restored, codes=weight.codes.cpu(), scales=scales))
     result = stacked(weights)
     row = {
         "tensor": linear.tensor,

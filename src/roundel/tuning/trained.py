@@ -87,11 +87,11 @@ class TrainedScalars(Trained):
             assert isinstance(weight.rotation, Rotation)
             W = weight.rotation.rotate_weight(W)
         codes = weight.codes.to(device)
-        step, offset = grid.affine(self.fixed, weight.shape, torch.float32)
+        step, offset = grid.affine(self.fixed, weight.rotated_shape, torch.float32)
         units = (W if offset is None else W - offset) / step
         position = _position(torch.where(torch.isfinite(units), units, grid.units(codes, torch.float32)), grid)
         self.latent = nn.Parameter(codes + (position - codes).clamp(-INSIDE, INSIDE))
-        refitted = grid.parts(codes, self.fixed, weight.shape, torch.float32)
+        refitted = grid.parts(codes, self.fixed, weight.rotated_shape, torch.float32)
         self.factors = nn.ParameterDict({name: torch.ones_like(self.fixed[name], dtype=torch.float32) for name in refitted})
 
     @property
@@ -104,7 +104,7 @@ class TrainedScalars(Trained):
 
     def W_hat(self) -> Float[Tensor, "d_out d_in"]:
         moved = {name: self.fixed[name].float() * factor for name, factor in self.factors.items()}
-        step, offset = self.grid.affine({**self.fixed, **moved}, self.start.shape, torch.float32)
+        step, offset = self.grid.affine({**self.fixed, **moved}, self.start.rotated_shape, torch.float32)
         units = self.grid.units(self._codes(), torch.float32)
         W = (units + (self.latent - self.latent.detach())) * step
         W = W if offset is None else W + offset
@@ -136,7 +136,8 @@ class TrainedTiles(Trained):
         self.grid, rotation, device = grid, weight.rotation, linear.weight.device
         fixed = dequantized(weight).to(device)
         if isinstance(rotation, Rotation):
-            out, into = rotation.signs_out.to(device, torch.float32), rotation.signs_in.to(device, torch.float32)
+            signs = zip((rotation.signs_out, rotation.signs_in), weight.shape, strict=True)
+            out, into = (each[:width].to(device, torch.float32) for each, width in signs)
             fixed = fixed / out[:, None] / into
             self.vectors = nn.ParameterList([nn.Parameter(out), nn.Parameter(into)])
         else:
@@ -165,7 +166,10 @@ class TrainedTiles(Trained):
             stored = self.grid.stored(self.grid.free, scale.float() * vectors[0], scale)
             return replace(self.start, scales={**self.start.scales, self.grid.free: stored}, trace=())
         mantissa, exponent = math.frexp(scale.item())
-        out, into = vectors
+        out, into = (
+            torch.cat([vector, signs[len(vector) :]])
+            for vector, signs in zip(vectors, (rotation.signs_out, rotation.signs_in), strict=True)
+        )
         turned = replace(rotation, signs_out=(out * mantissa).half(), signs_in=into.half())
         return replace(self.start, scales={"scale": torch.full_like(scale, math.ldexp(1.0, exponent))}, rotation=turned, trace=())
 
