@@ -311,6 +311,12 @@ def real(name: str) -> str:
     return markdown(columns, cells)
 
 
+def _minutes(rows: Rows) -> dict[str, float]:
+    """Mean minutes of the processor, by its kind."""
+    kinds = {row["processor"] for row in rows}
+    return {kind: statistics.mean(row["cpu_seconds"] for row in rows if row["processor"] == kind) / 60 for kind in sorted(kinds)}
+
+
 def methods(model: str) -> str:
     """Every method on a real model, by scheme: means over seeds, the error over sequences."""
     content = load(f"methods-{model}")
@@ -335,7 +341,7 @@ def methods(model: str) -> str:
                     f"{100 * texts['c4']['top1']:.1f} %",
                     " ".join(f"{texts[name]['perplexity']:.1f}" for name in TEXTS),
                     f"{mean('bytes') / 1e6:.0f}",
-                    f"{mean('cpu_seconds') / 60:.0f}",
+                    ", ".join(f"{minutes:.0f}{'' if kind == 'AVX2' else f' ({kind})'}" for kind, minutes in _minutes(own).items()),
                     f"{mean('peak_mib') * 2**20 / 1e9:.1f}",
                     str(len(own)),
                 ]

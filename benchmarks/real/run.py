@@ -67,6 +67,11 @@ SEEDS = {"roundel": 2}
 """Of each tool, if not 1."""
 
 
+def processor() -> str:
+    """What decides how fast it multiplies."""
+    return torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else "")
+
+
 def texts_of(given: Path | None, tokenizer: Any, kept: Path) -> tuple[Path, dict[str, TokenBatch]]:
     """A file with the calibration sequences' text, and the windows of each held-out text."""
     spec = {name: str(given / FILES[name]) if given else HUB[name] for name in FILES}
@@ -110,7 +115,7 @@ class Table:
                 found = measure(tool, method, scheme, seed, Path(scratch))
         except PeerError as error:
             found = {"error": str(error)}
-        return {**found, "row_seconds": round(time.monotonic() - began, 1)}
+        return {**found, "processor": processor(), "row_seconds": round(time.monotonic() - began, 1)}
 
     def ours(self, _tool: str, method: str, scheme: str, seed: int, scratch: Path) -> dict[str, Any]:
         options = ["--scheme", scheme, "--effort", method, "--calibration", str(self.calibration), "--seed", str(seed)]
