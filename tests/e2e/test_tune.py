@@ -87,7 +87,7 @@ FORMATS_OF = {
 def test_tuned_weights_go_into_every_format(model, quantize, tmp_path, scheme: str) -> None:
     """Also norms, and vectors in place of signs; `quantize` has measured the KL of what its own format's reader gives."""
     form = "native" if scheme == "q4_0" else "auto"
-    given = {**SETTINGS, "scheme": scheme, "format": form}
+    given = {**SETTINGS, "sweeps": 0, "scheme": scheme, "format": form}  # what is left to gain is more than a processor's rounding
     plain = quantize(model(), tmp_path / "plain", **given)
     steps = 40 if "4" in scheme else 8  # 4 bits are hardest to make better
     result = quantize(model(), tmp_path / "out", **given, tune="end-to-end", tune_steps=steps, tune_rest=True)
