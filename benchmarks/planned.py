@@ -22,8 +22,6 @@ from commands import read_json, run
 from roundel.stages.report import versions
 from roundel.store import write_json
 
-TARGET = Path(__file__).parent / "results" / "planned.json"
-
 
 def row_of(model: Path, options: list[str], kept: Path) -> dict[str, Any]:
     roundel, plan = [sys.executable, "-m", "roundel"], kept / "plan.json"
@@ -37,13 +35,16 @@ def row_of(model: Path, options: list[str], kept: Path) -> dict[str, Any]:
     if not whole:
         sys.exit(0)
     planned, report = read_json(plan), read_json(out / "roundel.json")
-    keys = ("kl", "kl_stderr", "perplexity_original", "perplexity")
+    measured = report["evaluation"]
     return {
         **spent,
         "planned": {name: planned[name] for name in ("seconds", "total_seconds", "memory", "timed")} | {"took_seconds": took["seconds"]},
         "stages": report["seconds"],
         "bits_per_weight": report["bits_per_weight"]["quantized"],
-        **{key: report["evaluation"][key] for key in keys},
+        "kl": measured["kl"]["mean"],
+        "kl_stderr": measured["kl"]["stderr"],
+        "perplexity_original": measured["perplexity"]["reference"],
+        "perplexity": measured["perplexity"]["model"],
         "versions": versions(),
         "cores": os.cpu_count(),
     }
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="int3-g64")
     parser.add_argument("--memory")
     parser.add_argument("--kept", type=Path, help="Where work and results stay.")
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "planned.json")
     given = parser.parse_args()
     options = ["--scheme", given.scheme, "--effort", "quick", "--calibration", given.calibration, "--eval-data", given.eval_data]
     limited = ["--memory", given.memory] if given.memory else []
@@ -66,9 +68,9 @@ def main() -> None:
             kept = (given.kept or Path(scratch)) / f"{model.name}-{given.scheme}"
             kept.mkdir(parents=True, exist_ok=True)
             row = key | row_of(model, options + limited, kept)
-        rows = read_json(TARGET)["rows"] if TARGET.is_file() else []
+        rows = read_json(given.output)["rows"] if given.output.is_file() else []
         others = [each for each in rows if any(each[name] != value for name, value in key.items())]
-        write_json(TARGET, {"kind": "planned", "rows": [*others, row]})
+        write_json(given.output, {"kind": "planned", "rows": [*others, row]})
 
 
 if __name__ == "__main__":
