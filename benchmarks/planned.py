@@ -23,17 +23,19 @@ from roundel.stages.report import versions
 from roundel.store import write_json
 
 
-def row_of(model: Path, options: list[str], kept: Path) -> dict[str, Any]:
+def row_of(model: Path, options: list[str], kept: Path) -> dict[str, Any] | None:
+    """None of a job that was stopped before."""
     roundel, plan = [sys.executable, "-m", "roundel"], kept / "plan.json"
-    took = run([*roundel, "plan", str(model), *options, "--quiet", "--json", str(plan)])
     out, work = kept / "out", kept / "work"
-    if work.exists():
+    if stopped := work.exists():
         print(f"{work} is half done: the job goes on, and no row is made of it", file=sys.stderr)
-    whole = not work.exists()
+    else:
+        took = run([*roundel, "plan", str(model), *options, "--quiet", "--json", str(plan)])
     shutil.rmtree(out, ignore_errors=True)
     spent = run([*roundel, "quantize", str(model), "-o", str(out), *options, "--work", str(work)])
-    if not whole:
-        sys.exit(0)
+    shutil.rmtree(work)
+    if stopped:
+        return None
     planned, report = read_json(plan), read_json(out / "roundel.json")
     measured = report["evaluation"]
     return {
@@ -67,10 +69,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="planned-") as scratch:
             kept = (given.kept or Path(scratch)) / f"{model.name}-{given.scheme}"
             kept.mkdir(parents=True, exist_ok=True)
-            row = key | row_of(model, options + limited, kept)
+            row = row_of(model, options + limited, kept)
+        if row is None:
+            continue
         rows = read_json(given.output)["rows"] if given.output.is_file() else []
         others = [each for each in rows if any(each[name] != value for name, value in key.items())]
-        write_json(given.output, {"kind": "planned", "rows": [*others, row]})
+        write_json(given.output, {"kind": "planned", "rows": [*others, key | row]})
 
 
 if __name__ == "__main__":

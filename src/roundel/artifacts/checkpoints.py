@@ -138,14 +138,15 @@ def write(
         return path.stat().st_size
     modules = {stored: module for module, stored in frame.weights.items()}
     packer = FORMATS.get(form)
-    outputs = {_bias(stored): packer.outputs(rounded[module].shape[0]) for module, stored in frame.weights.items()} if packer else {}
+    d_outs = {_bias(stored): rounded[module].shape[0] for module, stored in frame.weights.items()} if packer else {}
+    added = {bias: more for bias, d_out in d_outs.items() if packer and (more := packer.outputs(d_out) - d_out)}
     packed: dict[str, dict[str, Tensor]] = {}
 
     def produce(tensor: str) -> dict[str, Tensor]:
         module = modules.get(tensor)
         if module is None:
             value = frame.reader(tensor)
-            return {tensor: pad(value, (0, outputs[tensor] - len(value))) if tensor in outputs else value}
+            return {tensor: pad(value, (0, added[tensor])) if tensor in added else value}
         with in_layer(module):
             if packer is None:
                 W = dequantized(rounded[module]).to(frame.dtypes[module])
