@@ -50,7 +50,7 @@ def rates() -> dict[str, float]:
 def on_gpus(source: Any, recipe: Recipe, count: int, rate: dict[str, float]) -> float:
     """Seconds."""
     length = recipe.seq_len
-    units = units_of(source, length)
+    units = units_of(source)
     over_text = recipe.sequences * (units.gradients + 3 * units.head) + recipe.prefix_count * units.moments
     over_text += recipe.eval_sequences * 2 * (units.forward + units.head) + PREDICTED * (units.gradients + 3 * units.head)
     seconds = over_text * length / rate["products"] / count

@@ -45,13 +45,17 @@ MIXTURE = {
 RATES = Timing(
     what="nothing",
     waited=0.0,
-    gradients=1e-12,
-    forward=1e-12,
-    moments=1e-12,
-    factors=1e-15,
-    overhead=1e-6,
-    rounding=1e-12,
-    sweep=1e-12,
+    product=1e-12,
+    product32=1e-12,
+    inverse=1e-15,
+    gradients=1e-10,
+    forward=1e-10,
+    moments=1e-10,
+    predicted=1e-10,
+    factors=1e-12,
+    rounding=1e-8,
+    sweep=1e-8,
+    writing=1e-9,
     head_gradients=1e-12,
     head=1e-12,
     reading=1e-10,
@@ -154,7 +158,17 @@ def test_the_best_effort_that_fits(untimed, tmp_path: Path) -> None:
 
 
 def test_seconds_grow_with_text_and_weights() -> None:
-    units = Units(gradients=1e9, forward=1e8, moments=1e9, rounding=1e12, cubes=1e10, head=1e7, linears=10, weights=10**8)
+    units = Units(
+        gradients=1e9,
+        forward=1e8,
+        moments=1e9,
+        widths=1e5,
+        products=1e12,
+        cubes=1e10,
+        squares=1e8,
+        head=1e7,
+        weights=10**8,
+    )
 
     def of(**settings: Any) -> dict[str, float]:
         return seconds(Recipe.of(curvature="pilot", calibration="stdlib", **settings), units, RATES, item=4)

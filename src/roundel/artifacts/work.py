@@ -27,7 +27,7 @@ from roundel.errors import StorageError, damaged
 from roundel.store import common, hidden_beside, locked, write_json
 from roundel.sweeps import HiddenStore
 
-__all__ = ["Work", "open_work", "readable"]
+__all__ = ["Work", "budgets", "open_work", "readable"]
 
 HIDDEN = 1 << 28
 """Bytes of hidden states in main memory where nothing is said: files of the size that they then have are cached by the system anyway."""
@@ -99,6 +99,16 @@ def readable(path: Path) -> Iterator[None]:
         yield
 
 
+def budgets(memory: str | int | None) -> tuple[int, int]:
+    """Bytes of main memory for all and, a part of it, for hidden states.
+
+    Raises:
+        SchemeError: `memory` is no size.
+    """
+    whole = memory_budget(memory)
+    return whole, min(whole // 4, HIDDEN) if memory is None else whole // 4
+
+
 @contextmanager
 def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> Iterator[Work]:
     """The directory of a job, for as long as it is at work; `beside`: the output, next to which a temporary one is made.
@@ -107,8 +117,7 @@ def open_work(path: Path | None, *, beside: Path, memory: str | int | None) -> I
         StorageError: another process is at work there, or the disk refuses.
         SchemeError: `memory` is no size.
     """
-    budget = memory_budget(memory)
-    hidden = min(budget // 4, HIDDEN) if memory is None else budget // 4
+    budget, hidden = budgets(memory)
     if path is None:
         temporary = hidden_beside(beside, "work-")
         try:

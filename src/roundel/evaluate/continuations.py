@@ -21,7 +21,7 @@ from roundel.errors import DataError
 from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
-__all__ = ["beginnings", "continued", "of_prompts", "told"]
+__all__ = ["PROMPT", "PROMPTS", "beginnings", "continued", "of_prompts", "told"]
 
 PROMPTS, PROMPT = 3, 16
 """Beginnings of so many sequences, and tokens of each."""

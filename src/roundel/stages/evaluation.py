@@ -38,9 +38,19 @@ PREDICTED = 8
 """Sequences that the KL is predicted on."""
 
 
-def predict(recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Work) -> Prediction:
+def predict(
+    recipe: Recipe,
+    source: Source,
+    split: Split,
+    rounded: Rounded,
+    notes: Notes,
+    *,
+    batch_size: int,
+    work: Work,
+    sequences: int = PREDICTED,
+) -> Prediction:
     """The KL that gradients on held-out text predict for the errors of all linears."""
-    chosen, some = {name: source.linears[name] for name in rounded.weights}, split.heldout[:PREDICTED]
+    chosen, some = {name: source.linears[name] for name in rounded.weights}, split.heldout[:sequences]
     with notes.timed("prediction"), notes.progress.stage("prediction", steps(source.layers, chosen) * len(some)) as advance:
         return predicted_kl(
             source.layers,

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundel.artifacts.memory import memory_budget
 from roundel.artifacts.source import Source, outlined_source
-from roundel.artifacts.work import HIDDEN, Work
+from roundel.artifacts.work import Work, budgets
 from roundel.errors import RoundelError, SchemeError
 from roundel.grids import parse_scheme
 from roundel.models.coverage import coverage_of
@@ -106,7 +105,7 @@ def plan(
         left = 8 * (size_in_bytes(recipe.target_size) - sizes["bytes"]["output"]) / _weights(source, recipe) + sizes["bits_per_weight"]
         recipe = dataclasses.replace(recipe, bits=min(max(left, 1.0), MOST_BITS))
     place = pick_device(device)
-    kind, budget = pick_dtype(dtype, place, notes.warn), memory_budget(memory)
+    kind, (budget, hidden) = pick_dtype(dtype, place, notes.warn), budgets(memory)
     timing = timing_of(source, names, recipe, place, kind)
     if timing.waited > BUSY:
         notes.warn(
@@ -115,7 +114,8 @@ def plan(
         )
 
     def taken(recipe: Recipe) -> dict[str, float]:
-        return seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)
+        on_disk = stays_on_disk(source, kind, budget)
+        return seconds(recipe, units_of(source), timing, item=kind.itemsize, on_disk=on_disk)
 
     spent = taken(recipe)
     found = {
@@ -128,7 +128,7 @@ def plan(
         "format": recipe.written_format(),
         "effort": recipe.effort,
         **_sizes(source, recipe),
-        "memory": {"budget": budget, **peak_memory(source, names, recipe, kind, budget)},
+        "memory": {"budget": budget, **peak_memory(source, names, recipe, kind, budget, hidden)},
         "seconds": spent,
         "total_seconds": sum(spent.values()),
         "timed": timing.what,
@@ -138,7 +138,7 @@ def plan(
         efforts, best = {}, None
         for effort in EFFORTS:
             other = Recipe.of(**with_block_type({**settings, "effort": effort}))
-            total, main = sum(taken(other).values()), peak_memory(source, names, other, kind, budget)["main"]
+            total, main = sum(taken(other).values()), peak_memory(source, names, other, kind, budget, hidden)["main"]
             efforts[effort] = {"seconds": total, "main": main}
             best = effort if total <= limit and main <= budget else best
         found["fits"] = {"limit_seconds": limit, "efforts": efforts, "best": best}
@@ -156,8 +156,9 @@ def say_plan(recipe: Recipe, source: Source, notes: Notes, *, work: Work) -> Non
         except (RoundelError, RuntimeError) as error:
             notes.warn(f"how long this takes could not be tried: {error}")
             return
-        spent = seconds(recipe, units_of(source, recipe.seq_len), timing, item=kind.itemsize)
-        main = peak_memory(source, names, recipe, kind, work.memory)["main"]
+        on_disk = source.weights is not None
+        spent = seconds(recipe, units_of(source), timing, item=kind.itemsize, on_disk=on_disk)
+        main = peak_memory(source, names, recipe, kind, work.memory, work.hidden)["main"]
     notes.planned = {"seconds": spent, "total_seconds": sum(spent.values()), "peak_memory": main}
     notes.progress.say(f"about {spoken(sum(spent.values()))} and {main / 1e9:.1f} GB of memory")
 
@@ -194,8 +195,13 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int) -> dict[str, int]:
-    """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files.
+def stays_on_disk(source: Source, dtype: torch.dtype, budget: int) -> bool:
+    """Whether the model's layers are loaded one after the other."""
+    return source.parameters * dtype.itemsize > budget // 2
+
+
+def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int, held: int) -> dict[str, int]:
+    """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files; `held`: hidden states in memory.
 
     While the model is loaded, its weights beside the mapped files. Later, with `SLACK`, the program, the weights (all, or those outside of
     the decoder layers and one layer), hidden states, and the largest of three: sums of curvature of one layer with a batch of its
@@ -205,7 +211,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     embedding: Any = source.model.get_input_embeddings()
     in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
     weights, head = source.parameters * item, 0
-    on_demand = weights > budget // 2
+    on_demand = stays_on_disk(source, dtype, budget)
     if on_demand:
         head = sum(source.model.get_parameter(f"{name}.weight").numel() for name in head_of_its_own(source.model)) * item
         weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item - head
@@ -224,13 +230,13 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     codes = sum(each.weight.numel() for each in source.linears.values())
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
     factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
-    working = SLACK * (PROGRAM + weights + min(hidden, HIDDEN) + max(collecting, rounding, logits)) + tuning
+    working = SLACK * (PROGRAM + weights + min(hidden, held) + max(collecting, rounding, logits)) + tuning
     loading = PROGRAM + weights + stored
     if on_demand:  # pages of mapped files go where memory is short
         loading = min(loading, max(budget, PROGRAM + weights))
     return {
         "main": int(max(loading, working)),
-        "disk": int(factors + max(0, hidden - HIDDEN) + 4 * codes),
+        "disk": int(factors + max(0, hidden - held) + 4 * codes),
     }
 
 

@@ -202,7 +202,7 @@ def refinable(
             "bytes": sum(file.stat().st_size for file in job.given.files),
             "schemes": dict(Counter(source.given_schemes.values()).most_common()),
             "left": dict(job.given.left),
-            "memory": peak_memory(source, source.layers.names, recipe, source.model.dtype, place.memory)["main"],
+            "memory": peak_memory(source, source.layers.names, recipe, source.model.dtype, place.memory, place.hidden)["main"],
             "disk": bound(recipe, source, job.split, place).total,
             "warnings": notes.warnings,
         }

@@ -1,10 +1,11 @@
 """How long a job will take: its stages run over one decoder layer, and taken to the whole model.
 
 One layer (of the kind that there are most of) is made with random weights, and the stages themselves are run over it three times: with few
-sequences, with twice as many, and with more tokens in the vocabulary and no sweeps. What a sequence costs, what a linear costs whatever
-the text, and what the output head costs are told apart by that, and each is taken to the whole model by multiply-adds (`Units`). A layer
-of more than `TIMED` weights would take too long: then a narrow one is timed, and taken to the model's widths. Natural-gradient steps and
-tuning are counted in passes of that kind, sampling of text in readings of the weights.
+sequences and no sweeps, with more sequences, and with sweeps and more tokens in the vocabulary. What a sequence costs, what a linear costs
+whatever the text, and what the output head costs are told apart by that. Of each the part is taken off that matrix products take, whose
+rates are measured by themselves, on large ones; products are taken to the whole model by their multiply-adds, what is left by widths and
+weights (`Units`). A layer of more than `TIMED` weights would take too long: then a narrow one is timed, of which almost everything is that
+rest. Natural-gradient steps and tuning are counted in passes of that kind, sampling of text in readings of the weights.
 
 Seconds that the process has waited for a processor, because other programs had it, do not count (`undisturbed`): a plan is of a machine
 that does nothing else, and warns where they were many.
@@ -36,14 +37,16 @@ from roundel.calibration import SAMPLES_PER_PASS, split_tokens
 from roundel.curvature import parse_curvature
 from roundel.curvature.collect import pilot_first
 from roundel.errors import RoundelError, SchemeError
+from roundel.evaluate.continuations import PROMPT, PROMPTS
 from roundel.models import Checkpoint
 from roundel.models.experts import experts_of
 from roundel.models.load import load_config, skeleton, without_quantization
 from roundel.progress import Silent
 from roundel.recipes import STEP_TOKENS, Recipe
+from roundel.settings import NEW_TOKENS
 from roundel.stages.curvature import measure_curvature
 from roundel.stages.ends import Ends
-from roundel.stages.evaluation import PREDICTED, evaluate_values
+from roundel.stages.evaluation import PREDICTED, evaluate_values, predict
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import choose_schemes, round_model
 from roundel.stages.text import default_batch
@@ -54,88 +57,120 @@ __all__ = ["Timing", "Units", "seconds", "timing_of", "units_of"]
 TIMED = 8_000_000
 """Weights of a layer that is timed itself."""
 
-FEW, VOCABULARY, MORE_VOCABULARY = 3, 1024, 8192
-"""Sequences, and tokens of the head, of the timed runs."""
+FEW, MORE, VOCABULARY, MORE_VOCABULARY = 4, 12, 1024, 8192
+"""Sequences, and tokens of the head, of the timed runs: so few cost what a batch costs, and the difference is well above the noise."""
 
 DRAFTS = 4
 """Of `auto`, for each linear."""
 
 INVERSES = 3
-"""Factorisations of each factor in the curvature stage."""
+"""Factorisations of each factor in the curvature stage; half as many are counted for its rounding."""
+
+FEEDBACK, SWEPT = 1.0, 0.5
+"""Products of a linear with both of its factors: for its feedback, and for each sweep."""
 
 REPLAY = 0.6
-"""What a forward and backward pass takes of one in which curvature is summed, too. A prediction, in float32 and with the gradients of whole
-weights, takes all of it."""
+"""What a forward and backward pass takes of one in which curvature is summed, too."""
+
+BACKWARD = 4
+"""Forward passes that a prediction is: two of them, and the products with gradients of inputs and of weights."""
+
+CONTINUED = 2 * PROMPTS * NEW_TOKENS * (PROMPT + NEW_TOKENS // 2)
+"""Tokens that the original and what is written go through for the continuations of a report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Multiply-adds in the linears of some decoder layers, and the numbers of a head."""
+    """What there is to do for some decoder layers, in multiply-adds or numbers of their linears, and of a head."""
 
     gradients: float
-    """Of a token: forward, forward and backward, and sums of curvature."""
+    """Multiply-adds of a token: forward, forward and backward, and sums of curvature."""
     forward: float
-    """Of a token."""
+    """The same, forward."""
     moments: float
-    """Of a token on both paths of the rounding sweep."""
-    rounding: float
-    """Of all linears, whatever the text."""
+    """On both paths of the rounding sweep."""
+    widths: float
+    """Inputs and outputs of a token."""
+    products: float
+    """Multiply-adds of all linears with their factors of both sides, whatever the text."""
     cubes: float
     """Of the widths of all linears: factors are inverted."""
+    squares: float
+    """Entries of all factors."""
     head: float
     """Of a token: its width times the vocabulary."""
-    linears: int
     weights: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds for each multiply-add of `Units`."""
+    """Seconds for each of `Units`, beside what products take."""
 
     what: str
     """Which layer was timed."""
     waited: float
     """What part of the time of trying other programs had the processors."""
+    product: float
+    """For a multiply-add of large matrices in the type in which the model runs."""
+    product32: float
+    """In float32."""
+    inverse: float
+    """For a cube of the width of a matrix that is factorised in float64."""
     gradients: float
+    """For each width of a token."""
     forward: float
     moments: float
+    predicted: float
     factors: float
-    """For each of `Units.cubes`, in the curvature stage."""
-    overhead: float
-    """There too, for each linear, whatever its size."""
+    """For each entry of factors, in the curvature stage."""
     rounding: float
-    """Without sweeps."""
+    """For each weight, without sweeps."""
     sweep: float
-    """For one sweep more."""
+    """For each weight and one sweep more."""
+    writing: float
+    """For each weight."""
     head_gradients: float
-    """Forward and backward."""
+    """For each number of the head: forward and backward."""
     head: float
     """Forward, of the original and of what is written."""
     reading: float
     """Seconds for a byte of weights that is read."""
 
+    def curvature(self, units: Units, tokens: float) -> float:
+        """Of a model whose curvature is collected on so many tokens, without its head."""
+        text = tokens * (self.product * units.gradients + self.gradients * units.widths)
+        return text + INVERSES * self.inverse * units.cubes + self.factors * units.squares
 
-def units_of(source: Source, length: int) -> Units:
-    """Of all linears that are quantized, on sequences of this length."""
+    def rounded(self, units: Units, sweeps: int) -> float:
+        """Of rounding with feedback and so many sweeps, whatever the text."""
+        products = (FEEDBACK + SWEPT * sweeps) * self.product32 * units.products
+        return products + INVERSES / 2 * self.inverse * units.cubes + (self.rounding + sweeps * self.sweep) * units.weights
+
+
+def units_of(source: Source) -> Units:
+    """Of all linears that are quantized."""
     used = _use_of_experts(source)
-    forward = gradients = moments = rounding = cubes = 0.0
+    forward = gradients = moments = widths = products = cubes = squares = 0.0
     for name, linear in source.linears.items():
         d_out, d_in = linear.out_features, linear.in_features
         use = used if experts_of(source.model, name) is not None else 1.0
         forward += use * d_out * d_in
         gradients += use * (5 * d_out * d_in + 2 * (d_in**2 + d_out**2))
         moments += use * (4 * d_out * d_in + 2 * d_in**2)
+        widths += use * (d_in + d_out)
+        products += d_in * d_out * (d_in + d_out)
         cubes += d_in**3 + d_out**3
-        rounding += 10 * d_in * d_out * (d_in + d_out) + 1.5 * (d_in**3 + d_out**3)
+        squares += d_in**2 + d_out**2
     embedding: Any = source.model.get_input_embeddings()
     return Units(
         gradients=gradients,
         forward=forward,
         moments=moments,
-        rounding=rounding,
+        widths=widths,
+        products=products,
         cubes=cubes,
+        squares=squares,
         head=float(embedding.num_embeddings * embedding.embedding_dim),
-        linears=len(source.linears),
         weights=sum(linear.weight.numel() for linear in source.linears.values()),
     )
 
@@ -152,33 +187,35 @@ def _use_of_experts(source: Source) -> float:
     return min(1.0, chosen / there) if chosen and there else 1.0
 
 
-def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int) -> dict[str, float]:
-    """Of each stage of a job; `item`: bytes of a weight in memory."""
+def seconds(recipe: Recipe, units: Units, timing: Timing, *, item: int, on_disk: bool = False) -> dict[str, float]:
+    """Of each stage of a job; `item`: bytes of a weight in memory; `on_disk`: the model stays there, and continues no text."""
     length = recipe.seq_len
     collected, held = recipe.sequences * length, recipe.eval_sequences * length
-    head = timing.head_gradients * units.head
-    one_pass = REPLAY * timing.gradients * units.gradients + head
+    head, forward = timing.head_gradients * units.head, timing.product * units.forward + timing.forward * units.widths
+    one_pass = REPLAY * (timing.product * units.gradients + timing.gradients * units.widths) + head
     found = {"text": 0.0}
     if recipe.calibration == "self":
         draws = -(-(recipe.sequences + (0 if recipe.eval_data else recipe.eval_sequences)) // SAMPLES_PER_PASS) * length
         found["text"] = draws * max(
-            timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * timing.forward * (units.forward + units.head)
+            timing.reading * item * (units.weights + units.head), SAMPLES_PER_PASS * (forward + timing.product * units.head)
         )
-    found["curvature"] = 0.0 if imatrix_file(recipe) else collected * (timing.gradients * units.gradients + head)
-    found["curvature"] += timing.factors * units.cubes + timing.overhead * units.linears
+    collected_on = 0 if imatrix_file(recipe) else collected
+    found["curvature"] = timing.curvature(units, collected_on) + collected_on * head
     compared = DRAFTS if parse_curvature(recipe.curvature).held_out(recipe.sequences) else 0
     compared = compared if recipe.bits is None else len(recipe.used_schemes)
-    found["curvature"] += compared * timing.rounding * units.rounding
-    found["rounding"] = (timing.rounding + recipe.sweeps * timing.sweep) * units.rounding
+    found["curvature"] += compared * timing.rounded(units, 0)
+    found["rounding"] = timing.rounded(units, recipe.sweeps)
     if recipe.corrects(collected):
-        found["rounding"] += recipe.prefix_count * length * timing.moments * units.moments
+        found["rounding"] += recipe.prefix_count * length * (timing.product * units.moments + timing.moments * units.widths)
         places, steps = recipe.natural_steps(recipe.sequences, length, weights=units.weights)
         found["rounding"] += places * steps * STEP_TOKENS * 2 * one_pass
     if recipe.tune != "none":
         found["tuning"] = recipe.steps * recipe.step_tokens * 2 * one_pass
-    found["writing"] = units.weights * item * timing.reading * 4
-    found["evaluation"] = held * (timing.forward * units.forward + timing.head * units.head)
-    found["prediction"] = PREDICTED * length * (timing.gradients * units.gradients + head)
+    found["writing"] = timing.writing * units.weights + timing.reading * item * 4 * units.head
+    found["evaluation"] = held * (2 * forward + timing.head * units.head)
+    found["continuations"] = 0.0 if on_disk else CONTINUED * forward + timing.writing * units.weights
+    predicted = BACKWARD * timing.product32 * units.forward + timing.predicted * units.widths
+    found["prediction"] = PREDICTED * length * (predicted + head)
     return found
 
 
@@ -239,36 +276,52 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
         )
         with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
             alone = _layer_alone(settings, layer, vocabulary, given, device, dtype, Path(scratch))
-            return _stages(alone, given, Path(scratch)), units_of(alone, length)
+            return _stages(alone, given, Path(scratch)), units_of(alone)
 
     run(FEW, VOCABULARY, 1, 16)  # compiled and warm
     began, began_alone = time.monotonic(), undisturbed()
-    few, units = run(FEW, VOCABULARY, sweeps, length)
-    more, _ = run(2 * FEW, VOCABULARY, sweeps, length)
-    wide, wider = run(FEW, MORE_VOCABULARY, 0, length)
+    few, units = run(FEW, VOCABULARY, 0, length)
+    more, _ = run(MORE, VOCABULARY, 0, length)
+    wide, wider = run(FEW, MORE_VOCABULARY, sweeps, length)
     tokens, head = FEW * length, wider.head - units.head
-
-    def each_token(stage: str, unit: float) -> float:
-        return max(more[stage] - few[stage], 0.05 * few[stage]) / (tokens * unit)
-
-    def whatever_the_text(stage: str) -> float:
-        return max(2 * few[stage] - more[stage], 0.1 * few[stage])
-
-    fixed, factors = whatever_the_text("rounding"), INVERSES * _inverting(device)
-    swept = min(max(few["rounding"] - wide["rounding"], 0.0), 0.9 * fixed)
-    return Timing(
+    product, product32, inverse = _product(device, dtype), _product(device, torch.float32), _inverting(device)
+    rates = Timing(
         what=what,
         waited=1 - (undisturbed() - began_alone) / (time.monotonic() - began),
-        gradients=each_token("curvature", units.gradients),
-        forward=each_token("evaluation", units.forward) / 2,  # twice as many sequences are held out
-        moments=each_token("rounding", units.moments),
-        factors=factors,
-        overhead=max(0.0, whatever_the_text("curvature") - factors * units.cubes) / units.linears,
-        rounding=(fixed - swept) / units.rounding,
-        sweep=swept / sweeps / units.rounding,
+        product=product,
+        product32=product32,
+        inverse=inverse,
+        gradients=0.0,
+        forward=0.0,
+        moments=0.0,
+        predicted=0.0,
+        factors=0.0,
+        rounding=0.0,
+        sweep=0.0,
+        writing=few["writing"] / units.weights,
         head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
         head=max(0.0, wide["evaluation"] - few["evaluation"]) / (2 * tokens * head),
         reading=_reading(device),
+    )
+
+    def each_token(stage: str, products: float) -> float:
+        """For each width, beside these products of a token."""
+        all_of_it = max(more[stage] - few[stage], 0.05 * few[stage]) / ((MORE - FEW) * length)
+        return max(all_of_it - products, 0.0) / units.widths
+
+    def whatever_the_text(stage: str) -> float:
+        return max(few[stage] - (more[stage] - few[stage]) * FEW / (MORE - FEW), 0.1 * few[stage])
+
+    fixed, swept = whatever_the_text("rounding"), max(wide["rounding"] - few["rounding"], 0.0) / sweeps
+    return dataclasses.replace(
+        rates,
+        gradients=each_token("curvature", product * units.gradients),
+        forward=each_token("evaluation", 4 * product * units.forward) / 4,  # twice as many sequences are held out, and pass twice
+        moments=each_token("rounding", product * units.moments),
+        predicted=each_token("prediction", BACKWARD * product32 * units.forward),
+        factors=max(0.0, whatever_the_text("curvature") - rates.curvature(units, 0)) / units.squares,
+        rounding=max(0.0, fixed - rates.rounded(units, 0)) / units.weights,
+        sweep=max(0.0, swept - SWEPT * product32 * units.products) / units.weights,
     )
 
 
@@ -315,6 +368,7 @@ def _stages(source: Source, recipe: Recipe, folder: Path) -> dict[str, float]:
     write_model(target, recipe, source, rounded, notes)
     written = Written(target, source, recipe.written_format(), {**rounded.layers, **rounded.ends.rows}, rounded.others)
     evaluate_values(written, source, split, notes, batch_size=batch, work=work)
+    predict(recipe, source, split, rounded, notes, batch_size=batch, work=work, sequences=recipe.sequences)
     return notes.seconds
 
 
@@ -325,6 +379,16 @@ def undisturbed() -> float:
         with suppress(OSError):  # a thread that has ended
             waits.append(int(task.read_text(encoding="ascii").split()[1]))
     return time.monotonic() - max(waits) / 1e9
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds for a multiply-add of matrices that are large enough."""
+    rows, width = 2048, 1024
+    left, right = (torch.ones(n, width, device=device, dtype=dtype) for n in (rows, width))
+    (left @ right).sum().item()
+    began = undisturbed()
+    (left @ right).sum().item()
+    return (undisturbed() - began) / (rows * width**2)
 
 
 def _inverting(device: torch.device) -> float:
