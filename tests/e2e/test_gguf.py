@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from llama.files import MIXTURES, MODELS, ROWS, nearest, save_model, write
+from llama.files import MIXTURES, MODELS, OTHERS, ROWS, nearest, save_model, write
+from roundel.artifacts.checkpoints import load_written
 from roundel.errors import ModelError, SchemeError
 from roundel.formats.gguf import check_linears, check_model, check_tokenizer, read
 from roundel.formats.gguf import write as write_gguf
@@ -113,6 +115,15 @@ def test_every_tensor_is_what_it_should_be(name: str, sources: dict[str, Path], 
         if name == "mistral" and short[-6:] in ("attn_q", "attn_k"):
             expected = torch.cat([head[[k // 2 + k % 2 * (head_dim // 2) for k in range(head_dim)]] for head in expected.split(head_dim)])
         assert torch.equal(found[f"{short}.weight"], expected), short
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "gemma", "mixtral"])
+def test_what_transformers_does_not_read_is_read_here(name: str, tmp_path: Path) -> None:
+    made = write(save_model(tmp_path / "source", name), tmp_path / "model.gguf", "q8_0")
+    shutil.copy(tmp_path / "source" / "config.json", tmp_path)
+    read = load_written(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        assert (read(IDS).logits - made.model(IDS).logits).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("kind", PACKERS)
@@ -459,9 +470,12 @@ def test_experts_of_several_types_are_refused() -> None:
         check_linears({names[0]: "q4_0", names[1]: "q8_0"}, [])
 
 
-@pytest.mark.parametrize(("name", "refused"), [("mtp.layers.0.up_proj.weight", False), ("model.layers.2.eh_proj.weight", True)])
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("mtp.layers.0.up_proj.weight", False), ("model.layers.2.eh_proj.weight", False), ("model.layers.1.eh_proj.weight", True)],
+)
 def test_tensors_that_llama_cpp_has_no_place_for(name: str, refused: bool, sources: dict[str, Path]) -> None:
-    """Before any work: those for tokens further ahead are left out under the names under which its converter leaves them out."""
+    """Before any work: those for tokens further ahead are left out, under their names or as layers behind the last."""
     config = json.loads((sources["qwen3"] / "config.json").read_text())
     stored = [*load_file(sources["qwen3"] / "model.safetensors"), name]
     if not refused:

@@ -29,6 +29,16 @@ SIZES: dict[str, Any] = {**tiny.GROUPED, "vocab_size": ROWS, "hidden_size": 256,
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}
+LONG: dict[str, Any] = {
+    "max_position_embeddings": 512,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + 0.01 * k for k in range(24)],
+        "long_factor": [1.5 + 0.1 * k for k in range(24)],
+    },
+}
 BOTH = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
@@ -49,6 +59,54 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": BOTH}),
 }
 """Configurations by name: kv heads are fewer than heads, and everything that metadata can say is said at least once."""
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_shared_experts": 1}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("ArceeConfig", {"head_dim": 64}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "cohere2": ("Cohere2Config", {"num_hidden_layers": 5, "sliding_window": 16, "logit_scale": 0.25}),
+    "dots": ("Dots1Config", {**EXPERTS, "routed_scaling_factor": 2.5, "num_key_value_heads": 4}),
+    "ernie": ("Ernie4_5Config", {"head_dim": 32}),
+    "ernie-moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_end_index": 1, "moe_num_shared_experts": 2},
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+    ),
+    "exaone4-windows": (
+        "Exaone4Config",
+        {"num_hidden_layers": 64, "intermediate_size": 64, "sliding_window": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+    ),
+    "glm4": ("Glm4Config", {"head_dim": 32}),
+    "glm4-moe": ("Glm4MoeConfig", {**EXPERTS, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 3}),
+    "gpt-neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 3.0},
+    ),
+    "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 64}),
+    "jais2": ("Jais2Config", {}),
+    "minimax": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}),
+    "nemotron": ("NemotronConfig", {}),
+    "olmo": ("OlmoConfig", {}),
+    "olmo-clipped": ("OlmoConfig", {"clip_qkv": 0.1}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", {"num_hidden_layers": 5, "sliding_window": 16}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "phi3-long": ("Phi3Config", {**LONG, "original_max_position_embeddings": 32}),
+    "phi3-short": ("Phi3Config", {**LONG, "original_max_position_embeddings": 256}),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 5}),
+    "stablelm": ("StableLmConfig", {}),
+    "stablelm-parallel": ("StableLmConfig", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2Config", {}),
+    "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+}
+"""Of types of models that Transformers does not read from GGUF, or not all of them."""
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -79,7 +137,7 @@ class Written:
 
 def save_model(directory: Path, name: str, **changes: Any) -> Path:
     """A random model with a byte-level tokenizer, or with SentencePiece's for Gemma and Mistral."""
-    kind, settings = (MODELS | MIXTURES)[name]
+    kind, settings = (MODELS | MIXTURES | OTHERS)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **settings, **changes})).eval()
@@ -181,6 +239,14 @@ def write(source: Path, path: Path, scheme: Scheme, *, fitted: int | None = None
         if chosen is not None:
             rounded[name], decoded[name] = nearest(linear.weight.detach(), chosen, fitted=fitted)
             linear.weight.data = decoded[name]
-    given = {"tensors": list(checkpoint), "read": checkpoint.read, "name": "tiny", "dense": "f32", **settings}
+    parts = checkpoint.names.parts
+    stacks = {stack for stack, _ in parts.values()}
+    given = {
+        "tensors": [*(each for each in checkpoint if each not in stacks), *parts],
+        "read": checkpoint.read,
+        "name": "tiny",
+        "dense": "f32",
+        **settings,
+    }
     gguf.write(path, model=source, rounded=rounded, **given)
     return Written(path=path, model=model, rounded=rounded, decoded=decoded)

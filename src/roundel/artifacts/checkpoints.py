@@ -33,6 +33,7 @@ from roundel.formats import FORMATS, gguf
 from roundel.grids import parse_scheme
 from roundel.models import Checkpoint, load_model
 from roundel.models.decode import decoded
+from roundel.models.experts import join_experts, split_experts, split_modules
 from roundel.models.linears import matrix_modules
 from roundel.models.load import load_config, quantization_of, read_config, skeleton, without_quantization
 from roundel.models.packed import METHODS
@@ -377,8 +378,14 @@ def weight_bytes(path: Path) -> int:
 
 def _decoded_gguf(file: Path, original: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A GGUF file, decoded here, as the architecture of `original`."""
-    config = read_config(original)
-    tensors = gguf.read(file, config=config, tensors=_skeleton(original).state_dict())
+    config, model = read_config(original), _skeleton(original)
+    split_experts(model)
+    tensors = gguf.read(file, config=config, tensors=model.state_dict())
+    if experts := split_modules(model):
+        model.load_state_dict(tensors, strict=False, assign=True)
+        for module in experts.values():
+            join_experts(module)
+        tensors = {name: value for name, value in model.state_dict().items() if not value.is_meta}
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
         write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
         write_config(Path(scratch) / "config.json", config)

@@ -49,12 +49,12 @@ from roundel.formats.gguf_mixes import mix_types
 from roundel.formats.gguf_settings import FAMILIES, add_settings, head_dim_of, language_config, ropes_of
 from roundel.formats.gguf_tensors import (
     EXPERT,
-    LEFT_OUT,
     Counterparts,
     decoded,
     names_of,
     order_of_rows,
     stored_values,
+    targets_of,
     tensors_of,
     without_rows,
 )
@@ -132,7 +132,7 @@ def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) 
         ModelError: with the reason, or the list of what is supported.
     """
     settings = language_config(config)
-    names_of(architecture(settings.model_type), {each.rpartition(".")[0] for each in tensors if not LEFT_OUT.search(each)})
+    targets_of(settings, tensors)
     check_tokenizer(model)
 
 
@@ -313,9 +313,8 @@ def _plan(
     config: PreTrainedConfig, tensors: Iterable[str], read: Callable[[str], Tensor], rounded: Mapping[str, RoundedWeight], dense: Dense
 ) -> list[_Entry]:
     """All tensors in the order in which a model uses them."""
-    family, arch = FAMILIES[config.model_type], architecture(config.model_type)
-    stored = [each for each in tensors if not LEFT_OUT.search(each)]
-    names = names_of(arch, {each.rpartition(".")[0] for each in stored} | set(rounded))
+    family = FAMILIES[config.model_type]
+    names = names_of(architecture(config.model_type), rounded)
     quantized = _stacked({module: names[module] for module in rounded})
     entries = []
     for target, modules in quantized.items():
@@ -337,12 +336,11 @@ def _plan(
     check_linears({module: weight.scheme for module, weight in rounded.items()}, ())
 
     tied = bool(config.tie_word_embeddings)
-    targets = {source: names[source.rpartition(".")[0]].removesuffix("weight") + source.rpartition(".")[2] for source in stored}
-    for target, sources in _stacked(targets).items():
+    for target, sources in _stacked(targets_of(config, tensors)).items():
         if target in quantized or (tied and target == "output.weight"):
             continue
         values = without_rows(target, read(sources[0]))
-        kind = GGMLQuantizationType.F32 if "_inp" in target else _dense_kind(values, dense)
+        kind = GGMLQuantizationType.F32 if "_inp" in target or target.endswith(".bias") else _dense_kind(values, dense)
 
         def plain(target: str = target, sources: list[str] = sources, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
             own = [without_rows(target, read(source)) for source in sources]
@@ -352,10 +350,11 @@ def _plan(
 
         shape = (len(sources), *values.shape) if EXPERT.search(sources[0]) else tuple(values.shape)
         entries.append(_Entry(name=target, kind=kind, shape=shape, make=plain))
-    factors = _frequency_factors(config)
-    if factors is not None:
-        entries.append(_Entry(name="rope_freqs.weight", kind=GGMLQuantizationType.F32, shape=tuple(factors.shape), make=factors.numpy))
-    missing = {"token_embd.weight", "output_norm.weight", *(() if tied else ("output.weight",))} - {entry.name for entry in entries}
+    for target, factors in _frequency_factors(config).items():
+        entries.append(_Entry(name=f"{target}.weight", kind=GGMLQuantizationType.F32, shape=tuple(factors.shape), make=factors.numpy))
+    missing = {"token_embd.weight", *(("output_norm.weight",) if family.last_norm else ()), *(() if tied else ("output.weight",))} - {
+        entry.name for entry in entries
+    }
     if missing:
         raise ModelError(f"the original has no tensor that becomes {sorted(missing)[0]}: its directory lacks a part of the model")
     return sorted(entries, key=lambda entry: _position(entry.name))
@@ -382,12 +381,13 @@ def _dense_kind(values: Tensor, dense: Dense) -> GGMLQuantizationType:
     return GGMLQuantizationType.F32 if overflows else kind
 
 
-def _frequency_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What Llama 3.1 divides the rotary frequencies by, half of `head_dim` float32 numbers."""
+def _frequency_factors(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """What Llama 3.1 and long Phi-3 divide the rotary frequencies by, half of `rotated_of` float32 numbers, by the names of tensors."""
     rope = ropes_of(config).get("", {})
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{which}": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32) for which in ("short", "long")}
     if rope.get("rope_type") != "llama3":
-        return None
+        return {}
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     plain = 1 / rope["rope_theta"] ** (torch.arange(0, head_dim_of(config), 2, dtype=torch.float64) / head_dim_of(config))
-    factors: Tensor = (plain / scaled.double()).float()
-    return factors
+    return {"rope_freqs": (plain / scaled.double()).float()}

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roundel.errors import ModelError
 
-__all__ = ["FAMILIES", "Family", "add_settings", "head_dim_of", "language_config", "ropes_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "add_settings",
+    "first_context_of",
+    "head_dim_of",
+    "kv_heads_of",
+    "language_config",
+    "ropes_of",
+    "rotated_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,33 +39,137 @@ class Family:
     activation: str = "silu"
     permuted: bool = False
     """Whether rotary pairs are neighbours, in q and k."""
+    rope: str = ""
+    """A way to scale the rotary embedding that not all families have."""
+    partial: bool = False
+    """Whether some columns of a head may have no rotary embedding."""
+    norm: str = "rms_norm_eps"
+    """What the setting is called that norms add to a variance; by any other name than this they take off the mean first."""
     norm_offset: int = 0
+    last_norm: bool = True
+    """Whether the last norm has weights."""
     biases: bool = False
     """Whether linears may have biases beyond those that the type always has."""
     window_period: int | None = None
     """Every how many layers one sees the whole context; None: there are no windows."""
+    window_layers: int | None = None
+    """The number of layers of that model which has windows, where others have none."""
     experts: bool | None = None
-    """Whether weights of the chosen experts are made to add up to one; None: there are no experts."""
+    """Whether weights of the chosen experts are made to add up to one; None: there are no experts, or metadata say it."""
+    sigmoid: bool = False
+    """Whether experts are chosen by a sigmoid of the router's values, not by their softmax."""
+    whole_width: bool = False
+    """Whether the heads of q must be as wide as the model, together."""
+    equal_heads: bool = False
+    """Whether there must be as many heads of keys as of queries."""
     wide_layers: int | None = None
     """The number of layers of that model which scales attention by the width of a head as `hidden_size / heads`, not by `head_dim`."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """Settings that metadata have, each with what it is called there (`GGUFWriter.add_...`)."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that must be so."""
 
 
 _GELU = "gelu_pytorch_tanh"
 
+_GRANITE = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logit_scale",
+}
+
+_EXPERTS = {
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+}
+"""As DeepSeek's models have them."""
+
+_ERNIE_EXPERTS = {
+    "moe_num_experts": "expert_count",
+    "moe_k": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "moe_num_shared_experts": "expert_shared_count",
+    "moe_layer_start_index": "leading_dense_block_count",
+    "moe_layer_interval": "interleave_moe_layer_step",
+}
+
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+
 
 FAMILIES = {
-    "llama": Family(permuted=True, biases=True),
-    "mistral": Family(permuted=True),
+    "llama": Family(permuted=True, rope="llama3", biases=True),
+    "mistral": Family(permuted=True, rope="llama3"),
     "qwen2": Family(),
     "qwen2_moe": Family(experts=False),
     "qwen3": Family(),
     "qwen3_moe": Family(experts=True),
-    "mixtral": Family(permuted=True, experts=True),
+    "mixtral": Family(permuted=True, rope="llama3", experts=True),
     "gemma": Family(activation=_GELU, norm_offset=1),
-    "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46),
+    "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46, numbers=_CAPS),
     "gemma3_text": Family(activation=_GELU, norm_offset=1, window_period=6, wide_layers=62),
+    "arcee": Family(activation="relu2", permuted=True),
+    "cohere": Family(whole_width=True, norm="layer_norm_eps", numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}),
+    "cohere2": Family(whole_width=True, norm="layer_norm_eps", window_period=4, numbers={"logit_scale": "logit_scale"}),
+    "ernie4_5": Family(fixed={"use_bias": False}),
+    "dots1": Family(equal_heads=True, sigmoid=True, numbers=_EXPERTS),
+    "ernie4_5_moe": Family(fixed={"use_bias": False}, numbers=_ERNIE_EXPERTS),
+    "exaone4": Family(rope="llama3", window_period=4, window_layers=64),
+    "glm4": Family(partial=True, biases=True),
+    "glm4_moe": Family(partial=True, biases=True, sigmoid=True, numbers=_EXPERTS),
+    "gpt_neox": Family(
+        activation="gelu",
+        norm="layer_norm_eps",
+        partial=True,
+        biases=True,
+        fixed={"attention_bias": True},
+        numbers={"use_parallel_residual": "parallel_residual"},
+    ),
+    "hunyuan_v1_dense": Family(),
+    "minimax_m2": Family(
+        sigmoid=True,
+        partial=True,
+        numbers={
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "intermediate_size": "expert_feed_forward_length",
+        },
+    ),
+    "granite": Family(permuted=True, rope="llama3", numbers=_GRANITE),
+    "granitemoe": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE),
+    "jais2": Family(activation="relu2", norm="layer_norm_eps", biases=True),
+    "nemotron": Family(whole_width=True, activation="relu2", norm="norm_eps", norm_offset=1, partial=True),
+    "olmo": Family(whole_width=True, permuted=True, norm="", last_norm=False, numbers={"clip_qkv": "clamp_kqv"}),
+    "olmo2": Family(whole_width=True),
+    "olmo3": Family(whole_width=True, window_period=4),
+    "olmoe": Family(equal_heads=True, whole_width=True, experts=False, fixed={"clip_qkv": None}),
+    "phi": Family(whole_width=True, activation="gelu_new", norm="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
+    "phi3": Family(rope="longrope", whole_width=True, partial=True),
+    "seed_oss": Family(biases=True, fixed={"attention_out_bias": False, "mlp_bias": False}),
+    "smollm3": Family(permuted=True),
+    "stablelm": Family(
+        whole_width=True,
+        norm="layer_norm_eps",
+        partial=True,
+        fixed={"qk_layernorm": False},
+        numbers={"use_parallel_residual": "parallel_residual"},
+    ),
+    "starcoder2": Family(whole_width=True, activation=_GELU, norm="norm_epsilon", fixed={"use_bias": True}),
 }
 """By Transformers' model type."""
+
+_OLMO_EPS = 1e-5
+"""Of norms without settings."""
+
+_WITHOUT_ROPE = 4
+"""Every how many layers one of SmolLM3's has no rotary embedding."""
 
 
 _WRAPPERS = ("gemma3",)
@@ -95,16 +211,17 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         yield "its attention looks ahead"
     for kind, rope in ropes_of(config).items():
         allowed = {"linear", "default"} if kind == "full_attention" else {"default"} if kind else {"default", "linear", "yarn"}
-        allowed |= {"llama3"} if family.permuted else set()
+        allowed |= {family.rope} if family.rope else set()
         if rope["rope_type"] not in allowed:
             yield f"its rotary embedding is {rope['rope_type']}, and here llama.cpp has {', '.join(sorted(allowed))}"
-        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
+        usual: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+        usual |= {} if family.partial else {"partial_rotary_factor": 1.0}
         others = {"attention_factor", "mscale", "mscale_all_dim"} | usual.keys()
         for name in sorted(others & rope.keys()):
             if rope[name] not in (None, usual.get(name)):
                 yield f"its rotary embedding has {name} {rope[name]}"
     if family.experts is not None:
-        if getattr(config, "norm_topk_prob", True) != family.experts:
+        if getattr(config, "norm_topk_prob", family.experts) != family.experts:
             yield f"norm_topk_prob is {config.norm_topk_prob}, and llama.cpp has {family.experts}"
         if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", None):
             yield "some of its layers have no experts"
@@ -113,11 +230,24 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         expected = config.hidden_size // config.num_attention_heads if wide else config.head_dim
         if config.query_pre_attn_scalar != expected:
             yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp has {expected}"
-    if family.window_period is not None:
+    if family.window_layers is not None and (config.num_hidden_layers == family.window_layers) != (_window(config) is not None):
+        yield f"llama.cpp takes the models with windows for those of {family.window_layers} layers"
+    elif family.window_period is not None and not (family.window_layers is not None and _window(config) is None):
         period = family.window_period
         kinds = ["full_attention" if k % period == period - 1 else "sliding_attention" for k in range(config.num_hidden_layers)]
         if list(config.layer_types) != kinds:
             yield f"its full attention is not in every layer of {period}"
+    if family.whole_width and head_dim_of(config) * config.num_attention_heads != config.hidden_size:
+        yield f"its heads are {head_dim_of(config) * config.num_attention_heads} wide together, and llama.cpp has {config.hidden_size}"
+    if family.equal_heads and kv_heads_of(config) != config.num_attention_heads:
+        yield "it has fewer heads of keys than of queries"
+    for name, value in family.fixed.items():
+        if getattr(config, name, value) != value:
+            yield f"its {name} is {getattr(config, name)}, and llama.cpp has {value}"
+    if config.model_type == "smollm3":
+        rotated = [int((k + 1) % _WITHOUT_ROPE != 0) for k in range(config.num_hidden_layers)]
+        if list(config.no_rope_layers) != rotated:
+            yield f"its layers without rotary embedding are not every {_WITHOUT_ROPE}th"
     if config.model_type == "gemma3_text" and (config.attn_logit_softcapping or config.final_logit_softcapping):
         yield "its logits are capped, which llama.cpp does for gemma2 only"
 
@@ -136,9 +266,27 @@ def _window(config: PreTrainedConfig) -> int | None:
     return window
 
 
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """How many heads of keys and values there are."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Width of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rotated_of(config: PreTrainedConfig) -> int:
+    """How many columns of a head the rotary embedding turns."""
+    ropes = ropes_of(config)
+    part = (ropes.get("full_attention") or ropes[""]).get("partial_rotary_factor")
+    return int(head_dim_of(config) * (1.0 if part is None else part))
+
+
+def first_context_of(config: PreTrainedConfig) -> int:
+    """How many tokens a model was trained on before its context was made longer."""
+    rope = ropes_of(config)[""]
+    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
 
 
 def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -> None:
@@ -155,11 +303,14 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(kv_heads_of(config))
     writer.add_key_length(head_dim_of(config))
     writer.add_value_length(head_dim_of(config))
-    writer.add_rope_dimension_count(head_dim_of(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(rotated_of(config))
+    if family.norm == "rms_norm_eps":
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(getattr(config, family.norm) if family.norm else _OLMO_EPS)
     rope = ropes.get("full_attention") or ropes[""]
     writer.add_rope_freq_base(rope["rope_theta"])
     if "sliding_attention" in ropes:
@@ -167,15 +318,22 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(first_context_of(config))
+        writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=1)[1])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    for name, key in family.numbers.items():
+        if getattr(config, name) is not None:
+            getattr(writer, f"add_{key}")(getattr(config, name))
+    if config.model_type == "ernie4_5_moe":
+        writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
+    if family.sigmoid:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family.experts is not None:
-        writer.add_expert_count(config.num_local_experts if config.model_type == "mixtral" else config.num_experts)
+        writer.add_expert_count(next(getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)))
         writer.add_expert_used_count(config.num_experts_per_tok)
-        if config.model_type != "mixtral":
+        if hasattr(config, "moe_intermediate_size"):
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-        if config.model_type == "qwen2_moe":
+        if hasattr(config, "shared_expert_intermediate_size"):
             writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if config.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)

@@ -17,18 +17,18 @@ from transformers import PreTrainedConfig
 
 from roundel.errors import ModelError, damaged
 from roundel.formats.gguf_reader import Reader
-from roundel.formats.gguf_settings import FAMILIES, Family, language_config
+from roundel.formats.gguf_settings import FAMILIES, Family, kv_heads_of, language_config
 from roundel.formats.imatrix import architecture, tensor_names
 
 __all__ = [
     "EXPERT",
-    "LEFT_OUT",
     "Counterparts",
     "data_of",
     "decoded",
     "names_of",
     "order_of_rows",
     "stored_values",
+    "targets_of",
     "tensors_of",
     "without_rows",
 ]
@@ -37,20 +37,27 @@ LEFT_OUT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|mtp)\.|\.rotar
 """Tensors that the language model needs not: of pictures, of tokens further ahead (llama.cpp's converter leaves out those of these names,
 too), or computed from its settings."""
 
-_ONE_ROW = "ffn_gate_inp_shexp.weight"
-"""A matrix of one row that llama.cpp has as a vector."""
+_ONE_ROW = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")
+"""Matrices of one row that llama.cpp has as vectors."""
+
+_USUAL_PARTS = {".block_sparse_moe.": ".mlp.", ".input_linear": ".experts.gate_proj", ".gate.moe_statics.": ".moe_statics."}
+_USUAL = re.compile("|".join(map(re.escape, _USUAL_PARTS)))
+"""Parts of names in Granite's and Ernie's mixtures, and what others have in their place."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 """Where a name has the number of an expert."""
 
 
 def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
-    """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`"""
+    """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`."""
     own = {module: EXPERT.sub(".experts.", module) for module in sorted(modules)}
     modules = sorted(set(own.values()))
     found = tensor_names(arch, modules)
     longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found])
     found |= {module.removeprefix("model."): name for module, name in longer.items()}
+    usual = {module: _USUAL.sub(lambda found: _USUAL_PARTS[found[0]], module) for module in modules}
+    named = tensor_names(arch, [usual[module] for module in modules if module not in found])
+    found |= {module: named[name] for module, name in usual.items() if name in named}
     unknown = [module for module in modules if module not in found]
     if unknown:
         raise ModelError(
@@ -59,10 +66,27 @@ def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
     return {module: found[name] for module, name in own.items()}
 
 
+def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, str]:
+    """The GGUF names of an original's tensors, by theirs; without what the language model needs not, layers behind its last among it.
+
+    Raises:
+        ModelError: llama.cpp has none for one of them.
+    """
+    spelled = {}
+    for source in tensors:
+        layer = re.search(r"\.layers\.(\d+)\.", source)
+        if not LEFT_OUT.search(source) and (layer is None or int(layer[1]) < config.num_hidden_layers):
+            spelled[source] = re.sub(r"_bias$", ".bias", re.sub(r"\.sinks$", ".sinks.weight", source))
+    names = names_of(architecture(config.model_type), {name.rpartition(".")[0] for name in spelled.values()})
+    return {source: names[name.rpartition(".")[0]].removesuffix("weight") + name.rpartition(".")[2] for source, name in spelled.items()}
+
+
 def order_of_rows(config: PreTrainedConfig, family: Family, rows: int, name: str) -> Int[Tensor, " rows"]:
     """Where the rows of a tensor come from."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if family.permuted else {}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": kv_heads_of(config)} if family.permuted else {}
     part = name.split(".")[-2]
+    if part == "attn_qkv" and config.model_type == "gpt_neox":  # there q, k and v of each head follow each other
+        return torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
     return _pairs_side_by_side(rows, heads[part]) if part in heads else torch.arange(rows)
 
 
@@ -73,7 +97,7 @@ def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
 
 def without_rows(target: str, values: Tensor) -> Tensor:
     """A tensor, which may be a matrix of one row that the file has as a vector."""
-    return values[0] if target.endswith(_ONE_ROW) else values
+    return values[0] if target.endswith(_ONE_ROW) and values.ndim == 2 else values
 
 
 def stored_values(values: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
@@ -104,9 +128,7 @@ class Counterparts:
         self._family = FAMILIES[self._settings.model_type]
         self.architecture = architecture(self._settings.model_type)
         tied = "lm_head.weight" if self._settings.tie_word_embeddings else None
-        stored = [each for each in tensors if not LEFT_OUT.search(each) and each != tied]
-        names = names_of(self.architecture, {each.rpartition(".")[0] for each in stored})
-        self.names = {each: names[each.rpartition(".")[0]].removesuffix("weight") + each.rpartition(".")[2] for each in stored}
+        self.names = targets_of(self._settings, (each for each in tensors if each != tied))
         """By the original's name; experts share one."""
 
     def order(self, name: str, rows: int) -> Int[Tensor, " rows"]:
@@ -117,7 +139,8 @@ class Counterparts:
         """Values of a tensor of the file, in float32, as the original has them."""
         if name.endswith("norm.weight"):
             values = values - self._family.norm_offset
-        if name.endswith(_ONE_ROW) and values.ndim == 1:
+        ernie = self._settings.model_type == "ernie4_5_moe"  # others have a vector, too
+        if name.endswith(_ONE_ROW if ernie else _ONE_ROW[:1]) and values.ndim == 1:
             values = values[None]
         return torch.empty_like(values).index_copy_(0, self.order(name, len(values)), values)
 
