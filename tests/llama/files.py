@@ -61,6 +61,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Configurations by name: kv heads are fewer than heads, and everything that metadata can say is said at least once."""
 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_shared_experts": 1}
+LINEAR = {
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
@@ -98,6 +106,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {}),
     "phi3-long": ("Phi3Config", {**LONG, "original_max_position_embeddings": 32}),
     "phi3-short": ("Phi3Config", {**LONG, "original_max_position_embeddings": 256}),
+    "qwen35": ("Qwen3_5TextConfig", LINEAR),
+    "qwen35-alike": ("Qwen3_5TextConfig", {**LINEAR, "linear_num_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen35-moe": (
+        "Qwen3_5MoeTextConfig",
+        {**LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
     "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 5}),
     "stablelm": ("StableLmConfig", {}),
@@ -201,12 +215,19 @@ def split(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES])
 
 
+MARKS = QWEN.replace(r"?\p{L}+|", r"?[\p{L}\p{M}]+|").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+")
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    f"{BEFORE}{UPPER}*{LOWER}+{SHORT}|{BEFORE}{UPPER}+{LOWER}*{SHORT}|" + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS: dict[str, tuple[pre_tokenizers.PreTokenizer, dict[str, Any]]] = {
     "gpt-2": (WORDS, {}),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]), {}),
     "qwen2": (split(QWEN), {}),
     "llama-bpe": (split(LLAMA), {"ignore_merges": True}),
     "tekken": (split(TEKKEN), {"ignore_merges": True}),
+    "qwen35": (split(MARKS), {}),
+    "gpt-4o": (split(O200K), {}),
 }
 """Ways to split text, by llama.cpp's name, and settings of the tokenizer."""
 

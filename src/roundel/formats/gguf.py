@@ -48,22 +48,26 @@ from roundel.formats.gguf_blocks import PACKERS
 from roundel.formats.gguf_mixes import mix_types
 from roundel.formats.gguf_settings import FAMILIES, add_settings, head_dim_of, language_config, ropes_of
 from roundel.formats.gguf_tensors import (
+    ALWAYS_FLOAT,
     EXPERT,
     Counterparts,
+    as_in_file,
     decoded,
     names_of,
+    order_of_columns,
     order_of_rows,
+    packed_in_order,
     stored_values,
     targets_of,
     tensors_of,
-    without_rows,
+    unbroken,
 )
 from roundel.formats.gguf_tokenizer import add_tokenizer, backend_of, open_tokenizer, vocabulary_of
 from roundel.formats.imatrix import architecture
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "size", "usual_end", "write"]
+__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "size", "unbroken", "usual_end", "write"]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -328,7 +332,10 @@ def _plan(
             rows = []
             for weight in map(rounded.__getitem__, modules):
                 own = PACKERS[weight.scheme](weight.codes, weight.scales)
-                rows.append(own[order_of_rows(config, family, len(own), target)].cpu().numpy())
+                columns = order_of_columns(config, weight.shape[1], target)
+                kind = GGMLQuantizationType[weight.scheme.upper()]
+                own = packed_in_order(own[order_of_rows(config, family, len(own), target)], columns, kind)
+                rows.append(own.cpu().numpy())
             return np.stack(rows) if EXPERT.search(modules[0]) else rows[0]
 
         shape: tuple[int, ...] = (len(modules), *first.shape) if EXPERT.search(modules[0]) else first.shape
@@ -339,14 +346,12 @@ def _plan(
     for target, sources in _stacked(targets_of(config, tensors)).items():
         if target in quantized or (tied and target == "output.weight"):
             continue
-        values = without_rows(target, read(sources[0]))
-        kind = GGMLQuantizationType.F32 if "_inp" in target or target.endswith(".bias") else _dense_kind(values, dense)
+        values = as_in_file(config, target, read(sources[0]))
+        kind = GGMLQuantizationType.F32 if ALWAYS_FLOAT.search(target) else _dense_kind(values, dense)
 
         def plain(target: str = target, sources: list[str] = sources, kind: GGMLQuantizationType = kind) -> np.ndarray[Any, Any]:
-            own = [without_rows(target, read(source)) for source in sources]
-            values = torch.stack(own) if EXPERT.search(sources[0]) else own[0]
-            values = values[order_of_rows(config, family, len(values), target)]
-            return stored_values(values.float() + family.norm_offset if target.endswith("norm.weight") else values, kind)
+            own = [as_in_file(config, target, read(source)) for source in sources]
+            return stored_values(torch.stack(own) if EXPERT.search(sources[0]) else own[0], kind)
 
         shape = (len(sources), *values.shape) if EXPERT.search(sources[0]) else tuple(values.shape)
         entries.append(_Entry(name=target, kind=kind, shape=shape, make=plain))

@@ -101,6 +101,17 @@ _ERNIE_EXPERTS = {
     "moe_layer_interval": "interleave_moe_layer_step",
 }
 
+_LINEAR = {
+    "linear_conv_kernel_dim": "ssm_conv_kernel",
+    "linear_key_head_dim": "ssm_state_size",
+    "linear_num_key_heads": "ssm_group_count",
+    "linear_num_value_heads": "ssm_time_step_rank",
+}
+"""Of linear attention."""
+
+_SECTIONS = [11, 11, 10]
+"""Columns of a head that the rotary embedding turns by time, height and width, where nothing is said."""
+
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
 
@@ -152,6 +163,8 @@ FAMILIES = {
     "olmoe": Family(equal_heads=True, whole_width=True, experts=False, fixed={"clip_qkv": None}),
     "phi": Family(whole_width=True, activation="gelu_new", norm="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
     "phi3": Family(rope="longrope", whole_width=True, partial=True),
+    "qwen3_5_moe_text": Family(norm_offset=1, partial=True, experts=True, numbers=_LINEAR),
+    "qwen3_5_text": Family(norm_offset=1, partial=True, numbers=_LINEAR),
     "seed_oss": Family(biases=True, fixed={"attention_out_bias": False, "mlp_bias": False}),
     "smollm3": Family(permuted=True),
     "stablelm": Family(
@@ -172,7 +185,7 @@ _WITHOUT_ROPE = 4
 """Every how many layers one of SmolLM3's has no rotary embedding."""
 
 
-_WRAPPERS = ("gemma3",)
+_WRAPPERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
 """Model types with pictures around a language model of these families."""
 
 
@@ -241,6 +254,11 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         yield f"its heads are {head_dim_of(config) * config.num_attention_heads} wide together, and llama.cpp has {config.hidden_size}"
     if family.equal_heads and kv_heads_of(config) != config.num_attention_heads:
         yield "it has fewer heads of keys than of queries"
+    if family.numbers is _LINEAR:
+        kinds = list(config.layer_types)
+        period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+        if not period or kinds != ["full_attention" if (k + 1) % period == 0 else "linear_attention" for k in range(len(kinds))]:
+            yield "its full attention is not in layers at equal distances"
     for name, value in family.fixed.items():
         if getattr(config, name, value) != value:
             yield f"its {name} is {getattr(config, name)}, and llama.cpp has {value}"
@@ -326,6 +344,10 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     for name, key in family.numbers.items():
         if getattr(config, name) is not None:
             getattr(writer, f"add_{key}")(getattr(config, name))
+    if family.numbers is _LINEAR:
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_full_attention_interval(list(config.layer_types).index("full_attention") + 1)
+        writer.add_rope_dimension_sections([*(rope.get("mrope_section") or _SECTIONS), 0])
     if config.model_type == "ernie4_5_moe":
         writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
     if family.sigmoid:

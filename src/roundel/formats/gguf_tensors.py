@@ -21,19 +21,23 @@ from roundel.formats.gguf_settings import FAMILIES, Family, kv_heads_of, languag
 from roundel.formats.imatrix import architecture, tensor_names
 
 __all__ = [
+    "ALWAYS_FLOAT",
     "EXPERT",
     "Counterparts",
+    "as_in_file",
     "data_of",
     "decoded",
     "names_of",
+    "order_of_columns",
     "order_of_rows",
+    "packed_in_order",
     "stored_values",
     "targets_of",
     "tensors_of",
-    "without_rows",
+    "unbroken",
 ]
 
-LEFT_OUT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
+LEFT_OUT = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
 """Tensors that the language model needs not: of pictures, of tokens further ahead (llama.cpp's converter leaves out those of these names,
 too), or computed from its settings."""
 
@@ -44,6 +48,18 @@ _USUAL_PARTS = {".block_sparse_moe.": ".mlp.", ".input_linear": ".experts.gate_p
 _USUAL = re.compile("|".join(map(re.escape, _USUAL_PARTS)))
 """Parts of names in Granite's and Ernie's mixtures, and what others have in their place."""
 
+_SPELLED = {".sinks": ".sinks.weight", ".A_log": ".A_log.weight", ".dt_bias": ".dt_proj.bias", "_bias": ".bias"}
+"""Ends of the names of parameters that are no module's weight or bias, and of modules that would have them so."""
+
+_DECAY, _CONVOLUTION = "ssm_a.weight", "ssm_conv1d.weight"
+"""Of linear attention: `A` itself in the place of `log -A`, by a name of its own, and a convolution without its channels' one input."""
+
+_VALUES_OUT = ".ssm_out.weight"
+"""The matrix whose columns are the heads of values of linear attention."""
+
+ALWAYS_FLOAT = re.compile(r"_inp|\.bias$|conv")
+"""Matrices that are never less than float32: of routers, biases of experts, convolutions."""
+
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 """Where a name has the number of an expert."""
 
@@ -52,11 +68,11 @@ def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
     """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`."""
     own = {module: EXPERT.sub(".experts.", module) for module in sorted(modules)}
     modules = sorted(set(own.values()))
-    found = tensor_names(arch, modules)
-    longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found])
+    found = tensor_names(arch, modules, reordered=True)
+    longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found], reordered=True)
     found |= {module.removeprefix("model."): name for module, name in longer.items()}
     usual = {module: _USUAL.sub(lambda found: _USUAL_PARTS[found[0]], module) for module in modules}
-    named = tensor_names(arch, [usual[module] for module in modules if module not in found])
+    named = tensor_names(arch, [usual[module] for module in modules if module not in found], reordered=True)
     found |= {module: named[name] for module, name in usual.items() if name in named}
     unknown = [module for module in modules if module not in found]
     if unknown:
@@ -76,13 +92,23 @@ def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, st
     for source in tensors:
         layer = re.search(r"\.layers\.(\d+)\.", source)
         if not LEFT_OUT.search(source) and (layer is None or int(layer[1]) < config.num_hidden_layers):
-            spelled[source] = re.sub(r"_bias$", ".bias", re.sub(r"\.sinks$", ".sinks.weight", source))
+            spelled[source] = next((source.removesuffix(end) + own for end, own in _SPELLED.items() if source.endswith(end)), source)
     names = names_of(architecture(config.model_type), {name.rpartition(".")[0] for name in spelled.values()})
-    return {source: names[name.rpartition(".")[0]].removesuffix("weight") + name.rpartition(".")[2] for source, name in spelled.items()}
+    found = {source: names[name.rpartition(".")[0]].removesuffix("weight") + name.rpartition(".")[2] for source, name in spelled.items()}
+    return {source: name.removesuffix(".weight") if name.endswith(_DECAY) else name for source, name in found.items()}
 
 
 def order_of_rows(config: PreTrainedConfig, family: Family, rows: int, name: str) -> Int[Tensor, " rows"]:
     """Where the rows of a tensor come from."""
+    if shared := _shared(config):
+        heads, width, before = config.linear_num_key_heads, config.linear_value_head_dim, 2 * config.linear_num_key_heads
+        before = before * config.linear_key_head_dim
+        if re.search(r"\.(ssm_a|ssm_dt\.bias|ssm_alpha\.weight|ssm_beta\.weight)$", name):
+            return _turns(heads, shared, 1)
+        if name.endswith(".attn_gate.weight"):
+            return _turns(heads, shared, width)
+        if re.search(r"\.(attn_qkv|ssm_conv1d)\.weight$", name):
+            return torch.cat([torch.arange(before), before + _turns(heads, shared, width)])
     heads = {"attn_q": config.num_attention_heads, "attn_k": kv_heads_of(config)} if family.permuted else {}
     part = name.split(".")[-2]
     if part == "attn_qkv" and config.model_type == "gpt_neox":  # there q, k and v of each head follow each other
@@ -90,14 +116,64 @@ def order_of_rows(config: PreTrainedConfig, family: Family, rows: int, name: str
     return _pairs_side_by_side(rows, heads[part]) if part in heads else torch.arange(rows)
 
 
+def order_of_columns(config: PreTrainedConfig, columns: int, name: str) -> Int[Tensor, " columns"] | None:
+    """Where the columns of a tensor come from, if they are moved."""
+    shared = _shared(config)
+    return _turns(config.linear_num_key_heads, shared, config.linear_value_head_dim) if shared and name.endswith(_VALUES_OUT) else None
+
+
+def unbroken(config: Mapping[str, Any], module: str, columns: int) -> int:
+    """How many of a linear's columns stay side by side in the file: a block may not be longer."""
+    own: Mapping[str, Any] = config.get("text_config") or config
+    moved = module.endswith(".linear_attn.out_proj") and str(own.get("model_type")).startswith("qwen3_5")
+    if not moved or own.get("linear_num_key_heads") == own.get("linear_num_value_heads"):
+        return columns
+    return int(own["linear_value_head_dim"])
+
+
+def packed_in_order(rows: Tensor, order: Tensor | None, kind: GGMLQuantizationType) -> Tensor:
+    """Packed rows with their columns in another order, which keeps those of a block together."""
+    if order is None:
+        return rows
+    columns, size = gguf.GGML_QUANT_SIZES[kind]
+    return rows.reshape(len(rows), -1, size)[:, order[::columns] // columns].reshape(len(rows), -1)
+
+
+def _shared(config: PreTrainedConfig) -> int:
+    """How many heads of values of linear attention have one of keys in common; 0: llama.cpp has them in the same order."""
+    values, keys = (getattr(config, f"linear_num_{which}_heads", 0) for which in ("value", "key"))
+    return values // keys if config.model_type.startswith("qwen3_5") and values != keys else 0
+
+
+def _turns(heads: int, shared: int, width: int) -> Int[Tensor, " rows"]:
+    """Heads that are grouped by their keys, in turns: the first of each group, then the second."""
+    return torch.arange(heads * shared * width).reshape(heads, shared, width).transpose(0, 1).flatten()
+
+
 def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
     """Where the rows of q or k come from."""
     return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def without_rows(target: str, values: Tensor) -> Tensor:
-    """A tensor, which may be a matrix of one row that the file has as a vector."""
-    return values[0] if target.endswith(_ONE_ROW) and values.ndim == 2 else values
+def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
+    """A tensor of an original, or of one of its experts, as the file has it, before it is stored in a type of the file's."""
+    family = FAMILIES[config.model_type]
+    if target.endswith(_ONE_ROW) and values.ndim == 2:
+        values = values[0]
+    if target.endswith(_CONVOLUTION):
+        values = values.squeeze(1)
+    if target.endswith(_DECAY.removesuffix(".weight")):
+        values = -values.float().exp()
+    if _is_norm(target):
+        values = values.float() + family.norm_offset
+    values = values[order_of_rows(config, family, len(values), target)]
+    columns = order_of_columns(config, values.shape[-1], target)
+    return values if columns is None else values[:, columns]
+
+
+def _is_norm(target: str) -> bool:
+    """Whether it has Gemma's offset where there is one; the norm inside of linear attention has not."""
+    return target.endswith("norm.weight") and not target.endswith("ssm_norm.weight")
 
 
 def stored_values(values: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
@@ -135,10 +211,21 @@ class Counterparts:
         """Where the rows of a tensor of the file come from."""
         return order_of_rows(self._settings, self._family, rows, name)
 
+    def moves_columns(self, name: str, columns: int) -> bool:
+        """Whether those of a tensor of the file are in another order."""
+        return order_of_columns(self._settings, columns, name) is not None
+
     def restored(self, name: str, values: Tensor) -> Tensor:
         """Values of a tensor of the file, in float32, as the original has them."""
-        if name.endswith("norm.weight"):
+        if _is_norm(name):
             values = values - self._family.norm_offset
+        if name.endswith(_DECAY.removesuffix(".weight")):
+            values = (-values).log()
+        if name.endswith(_CONVOLUTION):
+            values = values[:, None]
+        columns = order_of_columns(self._settings, values.shape[-1], name)
+        if columns is not None:
+            values = torch.empty_like(values).index_copy_(1, columns, values)
         ernie = self._settings.model_type == "ernie4_5_moe"  # others have a vector, too
         if name.endswith(_ONE_ROW if ernie else _ONE_ROW[:1]) and values.ndim == 1:
             values = values[None]
@@ -150,10 +237,8 @@ class Counterparts:
         Raises:
             ModelError: nothing here rounds to that type.
         """
-        values = without_rows(name, values.float())
-        values = values[self.order(name, len(values))] + (self._family.norm_offset if name.endswith("norm.weight") else 0)
         try:
-            return stored_values(values, kind)
+            return stored_values(as_in_file(self._settings, name, values.float()), kind)
         except NotImplementedError as error:
             raise ModelError(f"{name} is {kind.name} in the file, which nothing here rounds to") from error
 

@@ -50,12 +50,24 @@ _SPLIT_TEKKEN = (
 )
 
 
+_SPLIT_MARKS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+_SPLIT_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 _PRE: dict[tuple[str, ...], tuple[str, bool]] = {
     ("words",): ("gpt-2", False),
     ("digits", "words"): ("smollm", False),
     (_SPLIT.format(digits=""), "bytes"): ("qwen2", False),
     (_SPLIT.format(digits="{1,3}"), "bytes"): ("llama-bpe", True),
     (_SPLIT_TEKKEN, "bytes"): ("tekken", True),
+    (_SPLIT_MARKS, "bytes"): ("qwen35", False),
+    (_SPLIT_O200K, "bytes"): ("gpt-4o", False),
 }
 """llama.cpp's name of a way to split text, and whether it takes a word that is a token as that token without a look at the merges."""
 

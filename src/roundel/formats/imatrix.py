@@ -87,15 +87,16 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def tensor_names(architecture: str, modules: Iterable[str]) -> dict[str, str]:
-    """The GGUF names of the weights of `modules`; without those that llama.cpp has no such matrix for, or not with these columns."""
+def tensor_names(architecture: str, modules: Iterable[str], *, reordered: bool = False) -> dict[str, str]:
+    """The GGUF names of the weights of `modules`; without those that llama.cpp has no such matrix for, or, by default, not with these
+    columns."""
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     modules = list(modules)
     layers = (re.search(r"\.(\d+)\.", module) for module in modules)
     blocks = 1 + max((int(found[1]) for found in layers if found), default=0)
     known = gguf.get_tensor_name_map(kind, blocks)
     found = {module: known.get_name(f"{module.replace('language_model.', '')}.weight", (".weight",)) for module in modules}
-    return {module: name for module, name in found.items() if name is not None and not name.endswith(_REORDERED)}
+    return {module: name for module, name in found.items() if name is not None and (reordered or not name.endswith(_REORDERED))}
 
 
 def read(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

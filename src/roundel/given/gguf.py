@@ -80,6 +80,9 @@ def open_gguf(path: Path, source: Source) -> Given:
             raise ModelError(f"{target} is {whole} in {path}, and the original's {module} is {shape}: another model")
         if (own := tensor.tensor_type.name) in DENSE:
             continue
+        if counterparts.moves_columns(target, columns):
+            left[module] = "its columns are in another order in the file"
+            continue
         if own.lower() not in PACKERS:
             left[module] = f"the type {own} has no grid here"
             continue

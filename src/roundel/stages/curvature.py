@@ -44,7 +44,7 @@ from roundel.recipes import Recipe
 from roundel.rounding.round import dequantized
 from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
 from roundel.stages.ends import drafts_of_ends, ends_measured, measure_ends, wants_ends
-from roundel.stages.linears import schemes_of
+from roundel.stages.linears import schemes_of, width_of
 from roundel.stages.notes import Notes
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import ENDS, steps, visits_without_gradients
@@ -359,7 +359,7 @@ def _draft_schemes(
     draft = dataclasses.replace(recipe, sweeps=min(recipe.sweeps, DRAFT_SWEEPS))
 
     def made(name: str) -> dict[str, Draft]:
-        candidate, width = next(iter(pooled.candidates(name).values())), source.linears[name].in_features
+        candidate, width = next(iter(pooled.candidates(name).values())), width_of(recipe, source, name)
         return {
             scheme: draft_rounding(draft, parse_scheme(recipe.fitting(scheme, width)), source, name, {"": candidate}, kept=True)[""]
             for scheme in recipe.candidate_schemes()

@@ -30,7 +30,7 @@ from roundel.rounding import make_problem, round_weights
 from roundel.rounding.round import Start, dequantized, stacked
 from roundel.types import Factors, KroneckerFactors, RoundedWeight, RoundingProblem
 
-__all__ = ["Linear", "by_decoder_layer", "round_linears", "schemes_of", "stored_bits"]
+__all__ = ["Linear", "by_decoder_layer", "round_linears", "schemes_of", "stored_bits", "width_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +171,15 @@ def schemes_of(recipe: Recipe, source: Source) -> dict[str, str]:
     """Of each linear, where none is chosen by what it costs: what it has, the recipe's, or its mix's, or what fits in its place."""
     if source.given_schemes:
         return {name: source.given_schemes[name] for name in source.linears}
-    widths = {name: linear.in_features for name, linear in source.linears.items()}
+    widths = {name: width_of(recipe, source, name) for name in source.linears}
     chosen = dict.fromkeys(widths, recipe.scheme) if recipe.mix is None else gguf.mixed(recipe.mix, source.config, widths)
     return {name: recipe.fitting(scheme, widths[name]) for name, scheme in chosen.items()}
+
+
+def width_of(recipe: Recipe, source: Source, name: str) -> int:
+    """How many columns of a linear may be in blocks: all, or those that the format keeps together."""
+    columns = source.linears[name].in_features
+    return gguf.unbroken(source.config, name, columns) if recipe.written_format() == "gguf" else columns
 
 
 def by_decoder_layer(names: Iterable[str]) -> list[list[str]]:

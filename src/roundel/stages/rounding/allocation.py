@@ -23,7 +23,7 @@ from roundel.recipes import Recipe
 from roundel.rounding import allocate
 from roundel.stages.curvature import Measured
 from roundel.stages.ends import schemes_of_ends
-from roundel.stages.linears import schemes_of
+from roundel.stages.linears import schemes_of, width_of
 
 __all__ = ["Chosen", "choose_schemes"]
 
@@ -95,7 +95,7 @@ def choose_schemes(recipe: Recipe, source: Source, measured: Measured) -> Chosen
         report["uniform"] = {"scheme": best, "predicted_kl": uniform[best]}
     return Chosen(
         linears={
-            name: recipe.fitting(by_unit[unit], source.linears[name].in_features) for unit, members in units.items() for name in members
+            name: recipe.fitting(by_unit[unit], width_of(recipe, source, name)) for unit, members in units.items() for name in members
         },
         ends=known_ends | {name: by_unit[name] for name in measured.ends},
         report=report,
