@@ -125,7 +125,8 @@ def test_what_transformers_does_not_read_is_read_here(name: str, tmp_path: Path)
     shutil.copy(tmp_path / "source" / "config.json", tmp_path)
     read = load_written(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
-        assert (read(IDS).logits - made.model(IDS).logits).abs().max() == 0.0
+        # GPT-OSS's experts are run one by one in the one, together in the other
+        assert (read(IDS).logits - made.model(IDS).logits).abs().max() <= (1e-5 if name == "gpt-oss" else 0.0)
 
 
 @pytest.mark.parametrize("kind", PACKERS)

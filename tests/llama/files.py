@@ -69,6 +69,7 @@ LINEAR = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
+OSS = {**YARN, "rope_theta": 1e4, "truncate": True}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
@@ -90,6 +91,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", {"head_dim": 32}),
     "glm4-moe": ("Glm4MoeConfig", {**EXPERTS, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 3}),
     "gpt-neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16, "rope_parameters": OSS},
+    ),
     "granite": (
         "GraniteConfig",
         {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 3.0},

@@ -53,6 +53,8 @@ from roundel.formats.gguf_tensors import (
     Counterparts,
     as_in_file,
     decoded,
+    halves_apart,
+    halves_together,
     names_of,
     order_of_columns,
     order_of_rows,
@@ -294,7 +296,7 @@ def _read(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> dict
         if target not in found:
             raise ModelError(f"{path} lacks {target}")
         result[source] = counterparts.restored(target, decoded(found[target], source))
-    return result
+    return halves_together(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +345,7 @@ def _plan(
     check_linears({module: weight.scheme for module, weight in rounded.items()}, ())
 
     tied = bool(config.tie_word_embeddings)
+    tensors, read = halves_apart(tensors, read)
     for target, sources in _stacked(targets_of(config, tensors)).items():
         if target in quantized or (tied and target == "output.weight"):
             continue

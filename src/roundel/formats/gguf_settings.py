@@ -153,6 +153,13 @@ FAMILIES = {
             "intermediate_size": "expert_feed_forward_length",
         },
     ),
+    "gpt_oss": Family(
+        biases=True,
+        window_period=2,
+        experts=True,
+        numbers={"intermediate_size": "expert_feed_forward_length"},
+        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    ),
     "granite": Family(permuted=True, rope="llama3", numbers=_GRANITE),
     "granitemoe": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE),
     "jais2": Family(activation="relu2", norm="layer_norm_eps", biases=True),
@@ -227,7 +234,8 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         allowed |= {family.rope} if family.rope else set()
         if rope["rope_type"] not in allowed:
             yield f"its rotary embedding is {rope['rope_type']}, and here llama.cpp has {', '.join(sorted(allowed))}"
-        usual: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+        usual: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1}
+        usual |= {} if config.model_type == "gpt_oss" else {"truncate": True}  # there llama.cpp truncates all the same
         usual |= {} if family.partial else {"partial_rotary_factor": 1.0}
         others = {"attention_factor", "mscale", "mscale_all_dim"} | usual.keys()
         for name in sorted(others & rope.keys()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ __all__ = [
     "as_in_file",
     "data_of",
     "decoded",
+    "halves_apart",
+    "halves_together",
     "names_of",
     "order_of_columns",
     "order_of_rows",
@@ -53,6 +55,9 @@ _SPELLED = {".sinks": ".sinks.weight", ".A_log": ".A_log.weight", ".dt_bias": ".
 
 _DECAY, _CONVOLUTION = "ssm_a.weight", "ssm_conv1d.weight"
 """Of linear attention: `A` itself in the place of `log -A`, by a name of its own, and a convolution without its channels' one input."""
+
+_BOTH, _HALVES = ".experts.gate_up_proj_bias", (".experts.gate_proj_bias", ".experts.up_proj_bias")
+"""Of GPT-OSS."""
 
 _VALUES_OUT = ".ssm_out.weight"
 """The matrix whose columns are the heads of values of linear attention."""
@@ -82,6 +87,32 @@ def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
     return {module: found[name] for module, name in own.items()}
 
 
+def halves_apart(tensors: Iterable[str], read: Callable[[str], Tensor]) -> tuple[list[str], Callable[[str], Tensor]]:
+    """An original whose biases of experts' gate and up projections, where they are one tensor of columns in turn, are two."""
+
+    def part(name: str) -> Tensor:
+        for which, half in enumerate(_HALVES):
+            if name.endswith(half):
+                return read(name.removesuffix(half) + _BOTH)[..., which::2].contiguous()
+        return read(name)
+
+    return [own for name in tensors for own in _apart(name)], part
+
+
+def halves_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse."""
+    found = {name: values for name, values in tensors.items() if not name.endswith(_HALVES)}
+    for name in tensors:
+        if name.endswith(_HALVES[0]):
+            stem = name.removesuffix(_HALVES[0])
+            found[stem + _BOTH] = torch.stack([tensors[stem + half] for half in _HALVES], dim=-1).flatten(-2)
+    return found
+
+
+def _apart(name: str) -> list[str]:
+    return [name.removesuffix(_BOTH) + half for half in _HALVES] if name.endswith(_BOTH) else [name]
+
+
 def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, str]:
     """The GGUF names of an original's tensors, by theirs; without what the language model needs not, layers behind its last among it.
 
@@ -89,7 +120,7 @@ def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, st
         ModelError: llama.cpp has none for one of them.
     """
     spelled = {}
-    for source in tensors:
+    for source in (own for name in tensors for own in _apart(name)):
         layer = re.search(r"\.layers\.(\d+)\.", source)
         if not LEFT_OUT.search(source) and (layer is None or int(layer[1]) < config.num_hidden_layers):
             spelled[source] = next((source.removesuffix(end) + own for end, own in _SPELLED.items() if source.endswith(end)), source)
