@@ -70,10 +70,25 @@ LINEAR = {
     "linear_value_head_dim": 64,
 }
 OSS = {**YARN, "rope_theta": 1e4, "truncate": True}
+LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": 4}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", {"num_hidden_layers": 5, "sliding_window": 16, "logit_scale": 0.25}),
+    "deepseek-2": ("DeepseekV2Config", {**EXPERTS, **LATENT, "q_lora_rank": 64, "routed_scaling_factor": 0.5}),
+    "deepseek-2-lite": ("DeepseekV2Config", {**EXPERTS, **LATENT, "q_lora_rank": None, "num_hidden_layers": 27, "intermediate_size": 64}),
+    "deepseek-3": ("DeepseekV3Config", {**EXPERTS, **LATENT, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 64}),
+    "deepseek-3-yarn": (
+        "DeepseekV3Config",
+        {
+            **EXPERTS,
+            **LATENT,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 64,
+            "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
     "dots": ("Dots1Config", {**EXPERTS, "routed_scaling_factor": 2.5, "num_key_value_heads": 4}),
     "ernie": ("Ernie4_5Config", {"head_dim": 32}),
     "ernie-moe": (

@@ -103,6 +103,8 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
         ({"model_type": "granite", "attention_bias": True}, "biases"),
         ({"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}, "not every 4th"),
         ({"model_type": "exaone4", "num_hidden_layers": 8, "sliding_window": 16}, "for those of 64 layers"),
+        ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "q_lora_rank": None, "num_experts_per_tok": 2}, "a model of 27 layers"),
+        ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "topk_method": "group_limited_greedy"}, "llama.cpp has greedy"),
         ({"model_type": "phi3", "rope_scaling": LLAMA3}, "rope"),
         ({"model_type": "olmoe", "num_key_value_heads": 4}, "fewer heads of keys than of queries"),
         ({"model_type": "olmo2", "head_dim": 64}, "its heads are 2048 wide together, and llama.cpp has 4096"),

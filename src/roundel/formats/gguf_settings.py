@@ -92,6 +92,18 @@ _EXPERTS = {
 }
 """As DeepSeek's models have them."""
 
+_LATENT = {
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "key_length",
+    "v_head_dim": "value_length",
+    "qk_rope_head_dim": "rope_dimension_count",
+}
+"""Of latent attention, whose keys and values llama.cpp makes of `kv_b_proj` for each head where there are no two matrices in its place."""
+
+_LITE = (26, 27)
+"""Layers of the models whose queries do not go through fewer columns."""
+
 _ERNIE_EXPERTS = {
     "moe_num_experts": "expert_count",
     "moe_k": "expert_used_count",
@@ -130,6 +142,8 @@ FAMILIES = {
     "cohere": Family(whole_width=True, norm="layer_norm_eps", numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}),
     "cohere2": Family(whole_width=True, norm="layer_norm_eps", window_period=4, numbers={"logit_scale": "logit_scale"}),
     "ernie4_5": Family(fixed={"use_bias": False}),
+    "deepseek_v2": Family(numbers=_EXPERTS | _LATENT, fixed={"topk_method": "greedy"}),
+    "deepseek_v3": Family(sigmoid=True, numbers=_EXPERTS | _LATENT, fixed={"rope_interleave": True}),
     "dots1": Family(equal_heads=True, sigmoid=True, numbers=_EXPERTS),
     "ernie4_5_moe": Family(fixed={"use_bias": False}, numbers=_ERNIE_EXPERTS),
     "exaone4": Family(rope="llama3", window_period=4, window_layers=64),
@@ -238,6 +252,8 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         usual |= {} if config.model_type == "gpt_oss" else {"truncate": True}  # there llama.cpp truncates all the same
         usual |= {} if family.partial else {"partial_rotary_factor": 1.0}
         others = {"attention_factor", "mscale", "mscale_all_dim"} | usual.keys()
+        if "kv_lora_rank" in family.numbers and rope.get("mscale") == rope.get("mscale_all_dim"):
+            others -= {"mscale", "mscale_all_dim"}  # attention is scaled by them, not the embedding
         for name in sorted(others & rope.keys()):
             if rope[name] not in (None, usual.get(name)):
                 yield f"its rotary embedding has {name} {rope[name]}"
@@ -267,6 +283,8 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
         if not period or kinds != ["full_attention" if (k + 1) % period == 0 else "linear_attention" for k in range(len(kinds))]:
             yield "its full attention is not in layers at equal distances"
+    if "q_lora_rank" in family.numbers and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
+        yield f"llama.cpp takes latent attention without q_lora_rank for a model of {_LITE[-1]} layers, and only that"
     for name, value in family.fixed.items():
         if getattr(config, name, value) != value:
             yield f"its {name} is {getattr(config, name)}, and llama.cpp has {value}"
@@ -330,9 +348,10 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(kv_heads_of(config))
-    writer.add_key_length(head_dim_of(config))
-    writer.add_value_length(head_dim_of(config))
-    writer.add_rope_dimension_count(rotated_of(config))
+    if "kv_lora_rank" not in family.numbers:
+        writer.add_key_length(head_dim_of(config))
+        writer.add_value_length(head_dim_of(config))
+        writer.add_rope_dimension_count(rotated_of(config))
     if family.norm == "rms_norm_eps":
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
@@ -347,6 +366,8 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(first_context_of(config))
         writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=1)[1])
+    if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     for name, key in family.numbers.items():
