@@ -116,6 +116,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 64}),
     "jais2": ("Jais2Config", {}),
+    "lfm2": ("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32}),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "num_dense_layers": 1,
+        },
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    ),
     "minimax": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}),
     "nemotron": ("NemotronConfig", {}),
     "olmo": ("OlmoConfig", {}),

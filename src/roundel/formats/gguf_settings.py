@@ -43,8 +43,10 @@ class Family:
     """A way to scale the rotary embedding that not all families have."""
     partial: bool = False
     """Whether some columns of a head may have no rotary embedding."""
-    norm: str = "rms_norm_eps"
-    """What the setting is called that norms add to a variance; by any other name than this they take off the mean first."""
+    eps: str = "rms_norm_eps"
+    """What the setting is called that norms add to a variance; empty: there is none."""
+    centred: bool = False
+    """Whether norms take off the mean first."""
     norm_offset: int = 0
     last_norm: bool = True
     """Whether the last norm has weights."""
@@ -104,6 +106,17 @@ _LATENT = {
 _LITE = (26, 27)
 """Layers of the models whose queries do not go through fewer columns."""
 
+_SHORT = {"conv_L_cache": "shortconv_l_cache"}
+
+_LFM_EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_dense_layers": "leading_dense_block_count",
+    "norm_topk_prob": "expert_weights_norm",
+    "routed_scaling_factor": "expert_weights_scale",
+}
+
 _ERNIE_EXPERTS = {
     "moe_num_experts": "expert_count",
     "moe_k": "expert_used_count",
@@ -139,8 +152,10 @@ FAMILIES = {
     "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46, numbers=_CAPS),
     "gemma3_text": Family(activation=_GELU, norm_offset=1, window_period=6, wide_layers=62),
     "arcee": Family(activation="relu2", permuted=True),
-    "cohere": Family(whole_width=True, norm="layer_norm_eps", numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}),
-    "cohere2": Family(whole_width=True, norm="layer_norm_eps", window_period=4, numbers={"logit_scale": "logit_scale"}),
+    "cohere": Family(
+        whole_width=True, eps="layer_norm_eps", centred=True, numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}
+    ),
+    "cohere2": Family(whole_width=True, eps="layer_norm_eps", centred=True, window_period=4, numbers={"logit_scale": "logit_scale"}),
     "ernie4_5": Family(fixed={"use_bias": False}),
     "deepseek_v2": Family(numbers=_EXPERTS | _LATENT, fixed={"topk_method": "greedy"}),
     "deepseek_v3": Family(sigmoid=True, numbers=_EXPERTS | _LATENT, fixed={"rope_interleave": True}),
@@ -151,13 +166,17 @@ FAMILIES = {
     "glm4_moe": Family(partial=True, biases=True, sigmoid=True, numbers=_EXPERTS),
     "gpt_neox": Family(
         activation="gelu",
-        norm="layer_norm_eps",
+        eps="layer_norm_eps",
+        centred=True,
         partial=True,
         biases=True,
         fixed={"attention_bias": True},
         numbers={"use_parallel_residual": "parallel_residual"},
     ),
     "hunyuan_v1_dense": Family(),
+    "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),
+    "lfm2_moe": Family(eps="norm_eps", last_norm=False, sigmoid=True, numbers=_SHORT | _LFM_EXPERTS),
+    "ministral3": Family(permuted=True),
     "minimax_m2": Family(
         sigmoid=True,
         partial=True,
@@ -176,13 +195,13 @@ FAMILIES = {
     ),
     "granite": Family(permuted=True, rope="llama3", numbers=_GRANITE),
     "granitemoe": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE),
-    "jais2": Family(activation="relu2", norm="layer_norm_eps", biases=True),
-    "nemotron": Family(whole_width=True, activation="relu2", norm="norm_eps", norm_offset=1, partial=True),
-    "olmo": Family(whole_width=True, permuted=True, norm="", last_norm=False, numbers={"clip_qkv": "clamp_kqv"}),
+    "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
+    "nemotron": Family(whole_width=True, activation="relu2", eps="norm_eps", centred=True, norm_offset=1, partial=True),
+    "olmo": Family(whole_width=True, permuted=True, eps="", centred=True, last_norm=False, numbers={"clip_qkv": "clamp_kqv"}),
     "olmo2": Family(whole_width=True),
     "olmo3": Family(whole_width=True, window_period=4),
     "olmoe": Family(equal_heads=True, whole_width=True, experts=False, fixed={"clip_qkv": None}),
-    "phi": Family(whole_width=True, activation="gelu_new", norm="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
+    "phi": Family(whole_width=True, activation="gelu_new", eps="layer_norm_eps", centred=True, partial=True, fixed={"qk_layernorm": False}),
     "phi3": Family(rope="longrope", whole_width=True, partial=True),
     "qwen3_5_moe_text": Family(norm_offset=1, partial=True, experts=True, numbers=_LINEAR),
     "qwen3_5_text": Family(norm_offset=1, partial=True, numbers=_LINEAR),
@@ -190,12 +209,13 @@ FAMILIES = {
     "smollm3": Family(permuted=True),
     "stablelm": Family(
         whole_width=True,
-        norm="layer_norm_eps",
+        eps="layer_norm_eps",
+        centred=True,
         partial=True,
         fixed={"qk_layernorm": False},
         numbers={"use_parallel_residual": "parallel_residual"},
     ),
-    "starcoder2": Family(whole_width=True, activation=_GELU, norm="norm_epsilon", fixed={"use_bias": True}),
+    "starcoder2": Family(whole_width=True, activation=_GELU, eps="norm_epsilon", centred=True, fixed={"use_bias": True}),
 }
 """By Transformers' model type."""
 
@@ -206,7 +226,7 @@ _WITHOUT_ROPE = 4
 """Every how many layers one of SmolLM3's has no rotary embedding."""
 
 
-_WRAPPERS = ("gemma3", "qwen3_5", "qwen3_5_moe")
+_WRAPPERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Model types with pictures around a language model of these families."""
 
 
@@ -237,7 +257,7 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         return next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)
 
     activation = setting("hidden_activation", "hidden_act")
-    if activation != family.activation:
+    if activation not in (None, family.activation):
         yield f"its activation is {activation}, and llama.cpp has {family.activation}"
     if not family.biases and (setting("attention_bias") or setting("mlp_bias")):
         yield "its linears have biases, for which llama.cpp has no place"
@@ -252,7 +272,7 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         usual |= {} if config.model_type == "gpt_oss" else {"truncate": True}  # there llama.cpp truncates all the same
         usual |= {} if family.partial else {"partial_rotary_factor": 1.0}
         others = {"attention_factor", "mscale", "mscale_all_dim"} | usual.keys()
-        if "kv_lora_rank" in family.numbers and rope.get("mscale") == rope.get("mscale_all_dim"):
+        if ("kv_lora_rank" in family.numbers or config.model_type == "ministral3") and rope.get("mscale") == rope.get("mscale_all_dim"):
             others -= {"mscale", "mscale_all_dim"}  # attention is scaled by them, not the embedding
         for name in sorted(others & rope.keys()):
             if rope[name] not in (None, usual.get(name)):
@@ -320,6 +340,14 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _inner(config: PreTrainedConfig) -> int:
+    """Width of a feed-forward block."""
+    if config.model_type != "lfm2" or not config.block_auto_adjust_ff_dim:
+        return int(config.intermediate_size)
+    inner, multiple = int((config.block_ffn_dim_multiplier or 1.0) * int(2 * config.intermediate_size / 3)), int(config.block_multiple_of)
+    return -(-inner // multiple) * multiple
+
+
 def rotated_of(config: PreTrainedConfig) -> int:
     """How many columns of a head the rotary embedding turns."""
     ropes = ropes_of(config)
@@ -345,17 +373,16 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     writer.add_context_length(context)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_inner(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(kv_heads_of(config))
+    kinds = getattr(config, "layer_types", None) or ()
+    writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
     if "kv_lora_rank" not in family.numbers:
         writer.add_key_length(head_dim_of(config))
         writer.add_value_length(head_dim_of(config))
         writer.add_rope_dimension_count(rotated_of(config))
-    if family.norm == "rms_norm_eps":
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    else:
-        writer.add_layer_norm_eps(getattr(config, family.norm) if family.norm else _OLMO_EPS)
+    add_eps = writer.add_layer_norm_eps if family.centred else writer.add_layer_norm_rms_eps
+    add_eps(getattr(config, family.eps) if family.eps else _OLMO_EPS)
     rope = ropes.get("full_attention") or ropes[""]
     writer.add_rope_freq_base(rope["rope_theta"])
     if "sliding_attention" in ropes:
@@ -367,7 +394,9 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         writer.add_rope_scaling_orig_ctx_len(first_context_of(config))
         writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=1)[1])
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
-        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+        writer.add_rope_scaling_yarn_log_mul((1.0 if config.model_type == "ministral3" else 0.1) * rope["mscale_all_dim"])
+    if rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     for name, key in family.numbers.items():

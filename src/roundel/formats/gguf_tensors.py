@@ -47,13 +47,20 @@ _ONE_ROW = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")
 """Matrices of one row that llama.cpp has as vectors."""
 
 _USUAL_PARTS = {".block_sparse_moe.": ".mlp.", ".input_linear": ".experts.gate_proj", ".gate.moe_statics.": ".moe_statics."}
+_USUAL_PARTS |= {f".experts.{short}": f".experts.{name}_proj" for short, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))}
 _USUAL = re.compile("|".join(map(re.escape, _USUAL_PARTS)))
-"""Parts of names in Granite's and Ernie's mixtures, and what others have in their place."""
+"""Parts of names in Granite's, Ernie's and LFM's mixtures, and what others have in their place."""
 
-_SPELLED = {".sinks": ".sinks.weight", ".A_log": ".A_log.weight", ".dt_bias": ".dt_proj.bias", "_bias": ".bias"}
+_SPELLED = {
+    ".sinks": ".sinks.weight",
+    ".A_log": ".A_log.weight",
+    ".dt_bias": ".dt_proj.bias",
+    ".expert_bias": ".expert_bias.bias",
+    "_bias": ".bias",
+}
 """Ends of the names of parameters that are no module's weight or bias, and of modules that would have them so."""
 
-_DECAY, _CONVOLUTION = "ssm_a.weight", "ssm_conv1d.weight"
+_DECAY, _CONVOLUTIONS = "ssm_a.weight", ("ssm_conv1d.weight", "shortconv.conv.weight")
 """Of linear attention: `A` itself in the place of `log -A`, by a name of its own, and a convolution without its channels' one input."""
 
 _BOTH, _HALVES = ".experts.gate_up_proj_bias", (".experts.gate_proj_bias", ".experts.up_proj_bias")
@@ -191,7 +198,7 @@ def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
     family = FAMILIES[config.model_type]
     if target.endswith(_ONE_ROW) and values.ndim == 2:
         values = values[0]
-    if target.endswith(_CONVOLUTION):
+    if target.endswith(_CONVOLUTIONS):
         values = values.squeeze(1)
     if target.endswith(_DECAY.removesuffix(".weight")):
         values = -values.float().exp()
@@ -252,7 +259,7 @@ class Counterparts:
             values = values - self._family.norm_offset
         if name.endswith(_DECAY.removesuffix(".weight")):
             values = (-values).log()
-        if name.endswith(_CONVOLUTION):
+        if name.endswith(_CONVOLUTIONS):
             values = values[:, None]
         columns = order_of_columns(self._settings, values.shape[-1], name)
         if columns is not None:

@@ -44,6 +44,7 @@ _OTHER_NAMES = {
     "gpt_bigcode": "starcoder",
     "granitemoehybrid": "granitehybrid",
     "hunyuan_v1_dense": "hunyuan-dense",
+    "ministral3": "mistral3",
     "mistral": "llama",
     "mixtral": "llama",
     "olmo3": "olmo2",
