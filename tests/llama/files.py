@@ -71,6 +71,15 @@ LINEAR = {
 }
 OSS = {**YARN, "rope_theta": 1e4, "truncate": True}
 LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": 4}
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 16,
+    "vocab_size_per_layer_input": ROWS,
+    "hidden_size_per_layer_input": 32,
+}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
@@ -102,6 +111,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4-windows": (
         "Exaone4Config",
         {"num_hidden_layers": 64, "intermediate_size": 64, "sliding_window": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+    ),
+    "gemma4": ("Gemma4TextConfig", {**GEMMA4, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 8.0}),
+    "gemma4-equal": (
+        "Gemma4TextConfig",
+        {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "gemma4-inputs": ("Gemma4TextConfig", {**GEMMA4, "hidden_size_per_layer_input": 32}),
+    "gemma4-shared": (
+        "Gemma4TextConfig",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+        },
     ),
     "glm4": ("Glm4Config", {"head_dim": 32}),
     "glm4-moe": ("Glm4MoeConfig", {**EXPERTS, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 3}),

@@ -105,6 +105,7 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
         ({"model_type": "exaone4", "num_hidden_layers": 8, "sliding_window": 16}, "for those of 64 layers"),
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "q_lora_rank": None, "num_experts_per_tok": 2}, "a model of 27 layers"),
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "topk_method": "group_limited_greedy"}, "llama.cpp has greedy"),
+        ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, "its enable_moe_block is True"),
         ({"model_type": "phi3", "rope_scaling": LLAMA3}, "rope"),
         ({"model_type": "olmoe", "num_key_value_heads": 4}, "fewer heads of keys than of queries"),
         ({"model_type": "olmo2", "head_dim": 64}, "its heads are 2048 wide together, and llama.cpp has 4096"),

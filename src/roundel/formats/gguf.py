@@ -2,10 +2,12 @@
 
 Codes and scales go into blocks as they are (`gguf_blocks`), so a reader's weights are bit for bit ours. What changes on the way:
 
-    q, k of Llama and Mistral   rows of a head (halves of its rotary pairs one after the other) become pairs side by side:
+    q, k of Llama's families    rows of a head (halves of its rotary pairs one after the other) become pairs side by side:
                                 new row 2 i + s of a head is its old row i + s head_dim / 2. Rows are packed by themselves, so packed
                                 rows are moved; biases likewise
-    norms of Gemma              1 + w is stored
+    norms of Gemma, Qwen3.5     1 + w is stored
+    linear attention            heads of values in another order (`order_of_rows`, `order_of_columns`), `-exp` of `A_log`
+    q, k, v of GPT-NeoX         all heads' q, then k, then v, not head by head
     norms, biases               float32
     embedding, head             blocks too, where they are rounded
     what is not quantized       `dense`, float16 by default; float32 where float16 would overflow
@@ -15,7 +17,7 @@ Codes and scales go into blocks as they are (`gguf_blocks`), so a reader's weigh
 
 float16 holds bfloat16 exactly down to 6e-5, and everything to 2^-11 of its size: far below what quantized weights change.
 
-Settings are written by `gguf_settings`, the tokenizer by `gguf_tokenizer`.
+`gguf_families` has the types of models; settings are written by `gguf_settings`, the tokenizer by `gguf_tokenizer`.
 
 Cost: the dense tensors are read twice, since their shapes precede all data; one tensor at a time is in memory.
 
@@ -45,8 +47,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roundel.errors import ModelError, SchemeError, damaged
 from roundel.formats.gguf_blocks import PACKERS
+from roundel.formats.gguf_families import FAMILIES
 from roundel.formats.gguf_mixes import mix_types
-from roundel.formats.gguf_settings import FAMILIES, add_settings, head_dim_of, language_config, ropes_of
+from roundel.formats.gguf_settings import add_settings, head_dim_in, head_dim_of, language_config, ropes_of
 from roundel.formats.gguf_tensors import (
     ALWAYS_FLOAT,
     EXPERT,
@@ -389,9 +392,18 @@ def _dense_kind(values: Tensor, dense: Dense) -> GGMLQuantizationType:
     return GGMLQuantizationType.F32 if overflows else kind
 
 
+NEVER = 1e30
+"""What a frequency is divided by of columns that no position turns."""
+
+
 def _frequency_factors(config: PreTrainedConfig) -> dict[str, Tensor]:
     """What Llama 3.1 and long Phi-3 divide the rotary frequencies by, half of `rotated_of` float32 numbers, by the names of tensors."""
-    rope = ropes_of(config).get("", {})
+    ropes = ropes_of(config)
+    rope = ropes.get("") or ropes["full_attention"]
+    if rope["rope_type"] == "proportional":
+        half = head_dim_in(config, "full_attention") // 2
+        turned = int(rope.get("partial_rotary_factor", 1.0) * half)
+        return {"rope_freqs": torch.cat([torch.ones(turned), torch.full((half - turned,), NEVER)]) * rope.get("factor", 1.0)}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{which}": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32) for which in ("short", "long")}
     if rope.get("rope_type") != "llama3":

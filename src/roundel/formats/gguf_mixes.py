@@ -167,4 +167,11 @@ def _grouped(config: PreTrainedConfig) -> int:
 
 def _experts(config: PreTrainedConfig) -> int:
     """How many a layer has."""
-    return next((int(found) for name in ("num_local_experts", "num_experts") if (found := getattr(config, name, None))), 0)
+    return next(
+        (
+            int(found)
+            for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+            if (found := getattr(config, name, None))
+        ),
+        0,
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
@@ -18,12 +17,12 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roundel.errors import ModelError
+from roundel.formats.gguf_families import FAMILIES, Family
 
 __all__ = [
-    "FAMILIES",
-    "Family",
     "add_settings",
     "first_context_of",
+    "head_dim_in",
     "head_dim_of",
     "kv_heads_of",
     "language_config",
@@ -32,192 +31,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What llama.cpp does with the models of a Transformers type, whatever the metadata say."""
-
-    activation: str = "silu"
-    permuted: bool = False
-    """Whether rotary pairs are neighbours, in q and k."""
-    rope: str = ""
-    """A way to scale the rotary embedding that not all families have."""
-    partial: bool = False
-    """Whether some columns of a head may have no rotary embedding."""
-    eps: str = "rms_norm_eps"
-    """What the setting is called that norms add to a variance; empty: there is none."""
-    centred: bool = False
-    """Whether norms take off the mean first."""
-    norm_offset: int = 0
-    last_norm: bool = True
-    """Whether the last norm has weights."""
-    biases: bool = False
-    """Whether linears may have biases beyond those that the type always has."""
-    window_period: int | None = None
-    """Every how many layers one sees the whole context; None: there are no windows."""
-    window_layers: int | None = None
-    """The number of layers of that model which has windows, where others have none."""
-    experts: bool | None = None
-    """Whether weights of the chosen experts are made to add up to one; None: there are no experts, or metadata say it."""
-    sigmoid: bool = False
-    """Whether experts are chosen by a sigmoid of the router's values, not by their softmax."""
-    whole_width: bool = False
-    """Whether the heads of q must be as wide as the model, together."""
-    equal_heads: bool = False
-    """Whether there must be as many heads of keys as of queries."""
-    wide_layers: int | None = None
-    """The number of layers of that model which scales attention by the width of a head as `hidden_size / heads`, not by `head_dim`."""
-    numbers: Mapping[str, str] = field(default_factory=dict)
-    """Settings that metadata have, each with what it is called there (`GGUFWriter.add_...`)."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that must be so."""
-
-
-_GELU = "gelu_pytorch_tanh"
-
-_GRANITE = {
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "attention_multiplier": "attention_scale",
-    "logits_scaling": "logit_scale",
-}
-
-_EXPERTS = {
-    "n_routed_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "n_shared_experts": "expert_shared_count",
-    "first_k_dense_replace": "leading_dense_block_count",
-    "routed_scaling_factor": "expert_weights_scale",
-    "norm_topk_prob": "expert_weights_norm",
-    "n_group": "expert_group_count",
-    "topk_group": "expert_group_used_count",
-}
-"""As DeepSeek's models have them."""
-
-_LATENT = {
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_head_dim": "key_length",
-    "v_head_dim": "value_length",
-    "qk_rope_head_dim": "rope_dimension_count",
-}
-"""Of latent attention, whose keys and values llama.cpp makes of `kv_b_proj` for each head where there are no two matrices in its place."""
-
 _LITE = (26, 27)
 """Layers of the models whose queries do not go through fewer columns."""
 
-_SHORT = {"conv_L_cache": "shortconv_l_cache"}
-
-_LFM_EXPERTS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "num_dense_layers": "leading_dense_block_count",
-    "norm_topk_prob": "expert_weights_norm",
-    "routed_scaling_factor": "expert_weights_scale",
-}
-
-_ERNIE_EXPERTS = {
-    "moe_num_experts": "expert_count",
-    "moe_k": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "moe_num_shared_experts": "expert_shared_count",
-    "moe_layer_start_index": "leading_dense_block_count",
-    "moe_layer_interval": "interleave_moe_layer_step",
-}
-
-_LINEAR = {
-    "linear_conv_kernel_dim": "ssm_conv_kernel",
-    "linear_key_head_dim": "ssm_state_size",
-    "linear_num_key_heads": "ssm_group_count",
-    "linear_num_value_heads": "ssm_time_step_rank",
-}
-"""Of linear attention."""
-
 _SECTIONS = [11, 11, 10]
 """Columns of a head that the rotary embedding turns by time, height and width, where nothing is said."""
-
-_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-
-
-FAMILIES = {
-    "llama": Family(permuted=True, rope="llama3", biases=True),
-    "mistral": Family(permuted=True, rope="llama3"),
-    "qwen2": Family(),
-    "qwen2_moe": Family(experts=False),
-    "qwen3": Family(),
-    "qwen3_moe": Family(experts=True),
-    "mixtral": Family(permuted=True, rope="llama3", experts=True),
-    "gemma": Family(activation=_GELU, norm_offset=1),
-    "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46, numbers=_CAPS),
-    "gemma3_text": Family(activation=_GELU, norm_offset=1, window_period=6, wide_layers=62),
-    "arcee": Family(activation="relu2", permuted=True),
-    "cohere": Family(
-        whole_width=True, eps="layer_norm_eps", centred=True, numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}
-    ),
-    "cohere2": Family(whole_width=True, eps="layer_norm_eps", centred=True, window_period=4, numbers={"logit_scale": "logit_scale"}),
-    "ernie4_5": Family(fixed={"use_bias": False}),
-    "deepseek_v2": Family(numbers=_EXPERTS | _LATENT, fixed={"topk_method": "greedy"}),
-    "deepseek_v3": Family(sigmoid=True, numbers=_EXPERTS | _LATENT, fixed={"rope_interleave": True}),
-    "dots1": Family(equal_heads=True, sigmoid=True, numbers=_EXPERTS),
-    "ernie4_5_moe": Family(fixed={"use_bias": False}, numbers=_ERNIE_EXPERTS),
-    "exaone4": Family(rope="llama3", window_period=4, window_layers=64),
-    "glm4": Family(partial=True, biases=True),
-    "glm4_moe": Family(partial=True, biases=True, sigmoid=True, numbers=_EXPERTS),
-    "gpt_neox": Family(
-        activation="gelu",
-        eps="layer_norm_eps",
-        centred=True,
-        partial=True,
-        biases=True,
-        fixed={"attention_bias": True},
-        numbers={"use_parallel_residual": "parallel_residual"},
-    ),
-    "hunyuan_v1_dense": Family(),
-    "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),
-    "lfm2_moe": Family(eps="norm_eps", last_norm=False, sigmoid=True, numbers=_SHORT | _LFM_EXPERTS),
-    "ministral3": Family(permuted=True),
-    "minimax_m2": Family(
-        sigmoid=True,
-        partial=True,
-        numbers={
-            "num_local_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "intermediate_size": "expert_feed_forward_length",
-        },
-    ),
-    "gpt_oss": Family(
-        biases=True,
-        window_period=2,
-        experts=True,
-        numbers={"intermediate_size": "expert_feed_forward_length"},
-        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-    ),
-    "granite": Family(permuted=True, rope="llama3", numbers=_GRANITE),
-    "granitemoe": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE),
-    "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
-    "nemotron": Family(whole_width=True, activation="relu2", eps="norm_eps", centred=True, norm_offset=1, partial=True),
-    "olmo": Family(whole_width=True, permuted=True, eps="", centred=True, last_norm=False, numbers={"clip_qkv": "clamp_kqv"}),
-    "olmo2": Family(whole_width=True),
-    "olmo3": Family(whole_width=True, window_period=4),
-    "olmoe": Family(equal_heads=True, whole_width=True, experts=False, fixed={"clip_qkv": None}),
-    "phi": Family(whole_width=True, activation="gelu_new", eps="layer_norm_eps", centred=True, partial=True, fixed={"qk_layernorm": False}),
-    "phi3": Family(rope="longrope", whole_width=True, partial=True),
-    "qwen3_5_moe_text": Family(norm_offset=1, partial=True, experts=True, numbers=_LINEAR),
-    "qwen3_5_text": Family(norm_offset=1, partial=True, numbers=_LINEAR),
-    "seed_oss": Family(biases=True, fixed={"attention_out_bias": False, "mlp_bias": False}),
-    "smollm3": Family(permuted=True),
-    "stablelm": Family(
-        whole_width=True,
-        eps="layer_norm_eps",
-        centred=True,
-        partial=True,
-        fixed={"qk_layernorm": False},
-        numbers={"use_parallel_residual": "parallel_residual"},
-    ),
-    "starcoder2": Family(whole_width=True, activation=_GELU, eps="norm_epsilon", centred=True, fixed={"use_bias": True}),
-}
-"""By Transformers' model type."""
 
 _OLMO_EPS = 1e-5
 """Of norms without settings."""
@@ -225,8 +43,7 @@ _OLMO_EPS = 1e-5
 _WITHOUT_ROPE = 4
 """Every how many layers one of SmolLM3's has no rotary embedding."""
 
-
-_WRAPPERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe")
+_WRAPPERS = ("gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe")
 """Model types with pictures around a language model of these families."""
 
 
@@ -261,18 +78,18 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         yield f"its activation is {activation}, and llama.cpp has {family.activation}"
     if not family.biases and (setting("attention_bias") or setting("mlp_bias")):
         yield "its linears have biases, for which llama.cpp has no place"
-    if setting("use_bidirectional_attention"):
+    if setting("use_bidirectional_attention") not in (None, False, "vision"):
         yield "its attention looks ahead"
     for kind, rope in ropes_of(config).items():
         allowed = {"linear", "default"} if kind == "full_attention" else {"default"} if kind else {"default", "linear", "yarn"}
-        allowed |= {family.rope} if family.rope else set()
+        allowed |= {family.rope} if family.rope and kind in ("", "full_attention") else set()
         if rope["rope_type"] not in allowed:
             yield f"its rotary embedding is {rope['rope_type']}, and here llama.cpp has {', '.join(sorted(allowed))}"
         usual: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1}
         usual |= {} if config.model_type == "gpt_oss" else {"truncate": True}  # there llama.cpp truncates all the same
-        usual |= {} if family.partial else {"partial_rotary_factor": 1.0}
+        usual |= {} if family.partial or rope["rope_type"] == "proportional" else {"partial_rotary_factor": 1.0}
         others = {"attention_factor", "mscale", "mscale_all_dim"} | usual.keys()
-        if ("kv_lora_rank" in family.numbers or config.model_type == "ministral3") and rope.get("mscale") == rope.get("mscale_all_dim"):
+        if (family.latent or config.model_type == "ministral3") and rope.get("mscale") == rope.get("mscale_all_dim"):
             others -= {"mscale", "mscale_all_dim"}  # attention is scaled by them, not the embedding
         for name in sorted(others & rope.keys()):
             if rope[name] not in (None, usual.get(name)):
@@ -298,12 +115,12 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         yield f"its heads are {head_dim_of(config) * config.num_attention_heads} wide together, and llama.cpp has {config.hidden_size}"
     if family.equal_heads and kv_heads_of(config) != config.num_attention_heads:
         yield "it has fewer heads of keys than of queries"
-    if family.numbers is _LINEAR:
+    if family.linear:
         kinds = list(config.layer_types)
         period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
         if not period or kinds != ["full_attention" if (k + 1) % period == 0 else "linear_attention" for k in range(len(kinds))]:
             yield "its full attention is not in layers at equal distances"
-    if "q_lora_rank" in family.numbers and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
+    if family.latent and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
         yield f"llama.cpp takes latent attention without q_lora_rank for a model of {_LITE[-1]} layers, and only that"
     for name, value in family.fixed.items():
         if getattr(config, name, value) != value:
@@ -348,6 +165,18 @@ def _inner(config: PreTrainedConfig) -> int:
     return -(-inner // multiple) * multiple
 
 
+def _wide_inner(config: PreTrainedConfig) -> list[int]:
+    """The same of each layer, where those that have others' keys and values are twice as wide."""
+    first = config.num_hidden_layers - config.num_kv_shared_layers
+    return [config.intermediate_size * (1 + (k >= first)) for k in range(config.num_hidden_layers)]
+
+
+def head_dim_in(config: PreTrainedConfig, kind: str) -> int:
+    """Width of a head in the layers of a kind, where kinds may differ; of the last layer where there is none."""
+    layer = next((k for k, each in enumerate(config.layer_types) if each == kind), config.num_hidden_layers - 1)
+    return int(config.per_layer_config[layer].head_dim)
+
+
 def rotated_of(config: PreTrainedConfig) -> int:
     """How many columns of a head the rotary embedding turns."""
     ropes = ropes_of(config)
@@ -365,7 +194,7 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     """Writes the metadata of a model whose embedding has so many rows."""
     family, ropes = FAMILIES[config.model_type], ropes_of(config)
     window, context = _window(config), config.max_position_embeddings
-    if window is not None and family.window_period is None:
+    if window is not None and family.window_period is None and not family.windows_listed:
         context = min(context, window)
     elif window is not None:
         writer.add_sliding_window(window)
@@ -373,11 +202,23 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     writer.add_context_length(context)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_inner(config))
+    writer.add_feed_forward_length(_wide_inner(config) if getattr(config, "use_double_wide_mlp", False) else _inner(config))
     writer.add_head_count(config.num_attention_heads)
     kinds = getattr(config, "layer_types", None) or ()
-    writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
-    if "kv_lora_rank" not in family.numbers:
+    if family.windows_listed:
+        writer.add_head_count_kv([config.per_layer_config[k].num_key_value_heads for k in range(config.num_hidden_layers)])
+    else:
+        writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
+    if family.windows_listed:
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+        for add_whole, add_windowed in (
+            (writer.add_key_length, writer.add_key_length_swa),
+            (writer.add_value_length, writer.add_value_length_swa),
+            (writer.add_rope_dimension_count, writer.add_rope_dimension_count_swa),
+        ):
+            add_whole(head_dim_in(config, "full_attention"))
+            add_windowed(head_dim_in(config, "sliding_attention"))
+    elif not family.latent:
         writer.add_key_length(head_dim_of(config))
         writer.add_value_length(head_dim_of(config))
         writer.add_rope_dimension_count(rotated_of(config))
@@ -400,9 +241,12 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
     for name, key in family.numbers.items():
-        if getattr(config, name) is not None:
-            getattr(writer, f"add_{key}")(getattr(config, name))
-    if family.numbers is _LINEAR:
+        value = getattr(config, name)
+        if value is None and key == "final_logit_softcapping":
+            value = 0.0  # llama.cpp caps where nothing is said
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
+    if family.linear:
         writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
         writer.add_full_attention_interval(list(config.layer_types).index("full_attention") + 1)
         writer.add_rope_dimension_sections([*(rope.get("mrope_section") or _SECTIONS), 0])

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from roundel.errors import ModelError, damaged
+from roundel.formats.gguf_families import FAMILIES, Family
 from roundel.formats.gguf_reader import Reader
-from roundel.formats.gguf_settings import FAMILIES, Family, kv_heads_of, language_config
+from roundel.formats.gguf_settings import kv_heads_of, language_config
 from roundel.formats.imatrix import architecture, tensor_names
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
     "unbroken",
 ]
 
-LEFT_OUT = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
+LEFT_OUT = re.compile(r"(^|\.)(vision_tower|visual|audio_tower|embed_(vision|audio)|multi_modal_projector|mtp)\.|\.rotary_emb\.inv_freq$")
 """Tensors that the language model needs not: of pictures, of tokens further ahead (llama.cpp's converter leaves out those of these names,
 too), or computed from its settings."""
 
@@ -53,6 +54,7 @@ _USUAL = re.compile("|".join(map(re.escape, _USUAL_PARTS)))
 
 _SPELLED = {
     ".sinks": ".sinks.weight",
+    ".layer_scalar": ".layer_scalar.weight",
     ".A_log": ".A_log.weight",
     ".dt_bias": ".dt_proj.bias",
     ".expert_bias": ".expert_bias.bias",
