@@ -249,7 +249,7 @@ def distortion() -> str:
 
 def planned(name: str) -> str:
     """What `roundel plan` has said of jobs on real models, beside what they took."""
-    columns = ("`--effort quick`", "planned, min", "real, min", "ratio", "planned, GB", "real, GB", "ratio", "planning, s")
+    columns = ("`--effort quick`", "KL", "planned, min", "real, min", "ratio", "planned, GB", "real, GB", "ratio", "planning, s")
     cells = []
     for row in load(name)["rows"]:
         plan, used = row["planned"], row["peak_mib"] * 2**20
@@ -257,7 +257,8 @@ def planned(name: str) -> str:
         ratios = (minutes / (row["seconds"] / 60), main / used)
         cells.append(
             [
-                row["model"],
+                " ".join([f"{row['model']}, {row['scheme']}", *row["options"]]),
+                f"{row['kl']:.3f} ± {row['kl_stderr']:.3f}",
                 f"{minutes:.1f}",
                 f"{row['seconds'] / 60:.1f}",
                 f"{ratios[0]:.2f}",
@@ -268,6 +269,19 @@ def planned(name: str) -> str:
             ]
         )
     return markdown(columns, cells)
+
+
+def chat(name: str) -> str:
+    """Answers of real models before and after."""
+
+    def fenced(text: str) -> str:
+        return f"````text\n{text.strip()}\n````"
+
+    return "\n\n".join(
+        f"**{row['question']}** ({row['model']}; {row['scheme']}, KL {row['kl']:.3f}; {row['equal_tokens']} tokens are equal)\n\n"
+        f"Before:\n\n{fenced(row['original'])}\n\nAfter:\n\n{fenced(row['quantized'])}"
+        for row in load(name)["rows"]
+    )
 
 
 def read_back(name: str) -> str:
@@ -569,6 +583,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front-smollm2-135m": lambda: front("real-smollm2-135m"),
     "methods-smollm2-135m": lambda: methods("smollm2-135m"),
     "planned": lambda: planned("planned"),
+    "chat": lambda: chat("chat"),
     "sweeps": sweeps,
     "processes": lambda: several("processes"),
     "estimates": lambda: estimates("estimates"),
