@@ -1,4 +1,5 @@
-"""Every causal architecture of the installed Transformers that can be built small: what of it is quantized, written and read back.
+"""Every causal architecture of the installed Transformers that can be built small, and every one for pictures and text: what of it is
+quantized, written and read back.
 
     python studies/architectures.py [KIND ...] [-o benchmarks/results/architectures.json] [--page docs/architectures.md]
 
@@ -111,6 +112,9 @@ LISTS = (
 )
 """Attributes with an entry for each layer."""
 
+SECTIONED = ("vl", "glm4v", "glm46v", "glm_ocr", "glmga", "omni")
+"""In the names of types whose rotary embedding has a part for time, height and width each."""
+
 TOKENS = ("pad_token_id", "bos_token_id", "image_token_id", "audio_token_id", "video_token_id")
 
 
@@ -122,6 +126,8 @@ def shrunk(config: Any, vocabulary: int) -> None:
             put(config, name, value)
     if isinstance(attribute(config, "kv_lora_rank"), int) and isinstance(attribute(config, "num_key_value_heads"), int):
         config.num_key_value_heads = config.num_attention_heads  # latent attention has one for each
+    if any(part in config.model_type for part in SECTIONED) and isinstance(rope := attribute(config, "rope_parameters"), dict):
+        rope["mrope_section"] = [2, 3, 3]
     if hasattr(config, "vocab_size"):
         config.vocab_size = vocabulary
     if hasattr(config, "vocab_size_per_layer_input"):
@@ -156,12 +162,12 @@ def put(config: Any, name: str, value: Any) -> None:
 
 def one(kind: str, work: Path, *, nearest: bool = True) -> dict[str, Any]:
     """The row of an architecture; rounded to `nearest` as well, to compare with."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     import roundel
     from roundel.artifacts.checkpoints import read
     from roundel.models.experts import split_experts
-    from roundel.models.load import load_model, locate
+    from roundel.models.load import auto_class, load_model, locate
     from roundel.recipes import NEAREST
     from roundel.rounding.round import dequantized
 
@@ -176,7 +182,7 @@ def one(kind: str, work: Path, *, nearest: bool = True) -> dict[str, Any]:
         shrunk(config, len(tokenizer))
         for name in otherwise.keys() - given.keys():
             put(config, name, otherwise[name])
-        model = AutoModelForCausalLM.from_config(config).float().eval()
+        model = auto_class(config).from_config(config).float().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
@@ -184,7 +190,7 @@ def one(kind: str, work: Path, *, nearest: bool = True) -> dict[str, Any]:
             if not torch.isfinite(model(torch.arange(3, 51)[None], use_cache=False).logits).all():
                 return {"state": "not built", "why": "the random model's logits are not finite"}
         model.save_pretrained(work / "model")
-        AutoModelForCausalLM.from_pretrained(work / "model")  # not all that can be made
+        auto_class(config).from_pretrained(work / "model")  # not all that can be made
     except Exception as error:
         return {"state": "not built", "why": reason(error)}
     tokenizer.save_pretrained(work / "model")
@@ -266,7 +272,7 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"All {len(rows)} causal architectures of Transformers {content['versions']['transformers']}, as random models of few layers.",
+        f"All {len(rows)} architectures of Transformers {content['versions']['transformers']}, as random models of few layers.",
         f"{len(built)} can be built so small; {len(good)} of them ({share:.1f} %) are read back with 95 % or more of the weights of",
         "their decoder layers' matrices quantized. Made by `make architectures`: int4-g32, 24 sequences of 48 tokens. Random models",
         "say what can be done, not how well. The difference is the largest between the weights that Transformers has after it has",
@@ -313,14 +319,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     from roundel.stages.report import versions
     from roundel.store import write_json
 
     content = json.loads(given.output.read_text(encoding="utf-8")) if given.output.is_file() else {"kind": "architectures", "rows": {}}
     content["versions"] = versions()
-    for kind in given.kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for kind in given.kinds or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}):
         if kind in content["rows"] and not given.kinds:
             continue
         content["rows"][kind] = run(kind)

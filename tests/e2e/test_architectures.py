@@ -22,7 +22,7 @@ REPORT = {
     "schema_version": None,
     "roundel": None,
     "versions": {"torch", "transformers", "compressed-tensors", "numba"},
-    "model": {"name", "repository", "revision", "parameters", "quantized", "terms"},
+    "model": {"name", "repository", "revision", "parameters", "quantized", "terms", "auto_class"},
     "scheme": None,
     "continuations": None,
     "allocation": None,

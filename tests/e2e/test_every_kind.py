@@ -12,7 +12,7 @@ KINDS = {
     "experts that do nothing": ("longcat_flash",),
     "latent attention": ("deepseek_v32",),
     "hybrid": ("qwen3_next", "zamba2", "mamba2", "lfm2"),
-    "wrapper": ("gemma4",),
+    "wrapper": ("gemma4", "qwen2_5_vl", "llava"),
     "cross-attention": ("bart",),
 }
 """Beside those that other files look at (test_architectures, test_experts, test_plain, test_renamed, test_quantized_sources)."""

@@ -33,6 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```{note}"""
 
 
+CAUSAL = "AutoModelForCausalLM"
+"""Transformers' class of most models."""
+
 _PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")"""
@@ -94,7 +97,7 @@ def _metadata(report: dict[str, Any]) -> str:
         base_model=base,
         base_model_relation=base and "quantized",
         library_name=_LIBRARIES.get(form, "transformers"),
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if model.get("auto_class", CAUSAL) == CAUSAL else "image-text-to-text",
         tags=["roundel", form, report["scheme"].replace(" ", "-")],
         **model.get("terms", {}),
     ).to_yaml()
@@ -135,7 +138,7 @@ occur in the calibration text.
 
 `PATH` is the directory that has these files; vLLM and Transformers take the id of this repository as well.
 
-{_USE["asymmetric" if form == "compressed-tensors" and zero_points else form]}
+{_USE["asymmetric" if form == "compressed-tensors" and zero_points else form].replace(CAUSAL, report["model"].get("auto_class", CAUSAL))}
 
 ## Recipe
 

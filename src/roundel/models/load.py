@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from roundel.errors import MemoryLimitError, ModelError, damaged, is_out_of_memory, of_reading, reason_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
+    "auto_class",
     "check_depth",
     "described",
     "guarded",
@@ -250,6 +251,15 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Transformers' class that makes the model of a configuration: of language models, or of those that see pictures besides, and take text
+    alone as well. The first also where there is neither, for its error."""
+    mapped: Any = AutoModelForImageTextToText._model_mapping
+    causal: Any = AutoModelForCausalLM._model_mapping
+    encoded = any(getattr(each, "is_encoder_decoder", False) for each in (config, config.get_text_config()))
+    return AutoModelForImageTextToText if type(config) in mapped and type(config) not in causal and not encoded else AutoModelForCausalLM
+
+
 def skeleton(config: PretrainedConfig) -> nn.Module:
     """The causal language model of a configuration, without storage.
 
@@ -257,7 +267,7 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
         ModelError: none can be made.
     """
     with damaged(ModelError, "config.json", "no model can be made of it"), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model: nn.Module = auto_class(config).from_config(config, trust_remote_code=False)
     return model
 
 
@@ -302,7 +312,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, gguf_fil
         "config": config,
         **({} if gguf_file is None else {"gguf_file": gguf_file}),
     }
-    model, info = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    model, info = guarded("model", path, lambda: auto_class(config).from_pretrained(path, **options))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")

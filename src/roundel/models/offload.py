@@ -20,12 +20,12 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from roundel.errors import ModelError
 from roundel.models.ends import head_of_its_own
 from roundel.models.experts import SplitExperts
-from roundel.models.load import described, guarded, load_config
+from roundel.models.load import auto_class, described, guarded, load_config
 from roundel.models.plain import is_turned
 from roundel.store import staged_file, storage
 from roundel.sweeps.layers import decoder_layers
@@ -164,7 +164,7 @@ def load_on_demand(path: Path, *, device: torch.device, dtype: torch.dtype, fold
         "offload_folder": str(folder),
         "offload_buffers": False,
     }
-    model, info = guarded("model", path, lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    model, info = guarded("model", path, lambda: auto_class(options["config"]).from_pretrained(path, **options))
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{path} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}")
     where: dict[str, tuple[Mapping[str, Tensor], str]] = {}

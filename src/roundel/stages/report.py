@@ -16,6 +16,7 @@ from roundel.curvature.collect import Prediction
 from roundel.evaluate import Divergence
 from roundel.evaluate.card import model_card
 from roundel.evaluate.report import quantized_page
+from roundel.models.load import auto_class
 from roundel.recipes import Recipe
 from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
@@ -91,6 +92,7 @@ def report_details(
             "parameters": source.parameters,
             "quantized": source.quantized,
             "terms": source.terms,
+            "auto_class": auto_class(source.model.config).__name__,
         },
         "fused_rotation": source.fusion,
         "scheme": recipe.mix or recipe.scheme if rounded.carried.get("allocation") is None else f"{recipe.bits:g} bits",

@@ -242,6 +242,8 @@ class Layers:
             except Exception as error:  # whatever an architecture raises whose settings do not go together
                 if isinstance(error, RoundelError) or is_out_of_memory(error):
                     raise
+                if any(parameter.is_meta for parameter in self.model.parameters()):  # a forward pass that looks at values
+                    return False
                 raise ModelError(
                     f"the model cannot be run ({type(error).__name__}: {reason_of(error)}): is its config.json right?"
                 ) from error
