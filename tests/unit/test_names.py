@@ -4,11 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, NemotronHConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MixtralConfig,
+    NemotronHConfig,
+    Qwen3VLMoeConfig,
+)
 
 from roundel.models import Checkpoint, load_model
+from roundel.models.experts import split_experts
 from roundel.models.names import StoredNames, stored_names
 from roundel.sweeps.layers import decoder_layers
 
@@ -73,3 +83,26 @@ def test_names_of_a_base_model_lack_the_prefix(tmp_path: Path) -> None:
 
 def test_decoder_layers_are_those_of_the_language_model() -> None:
     assert decoder_layers(gemma3()) == ["model.language_model.layers.0", "model.language_model.layers.1"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_that_are_stored_transposed(turned: bool, tmp_path: Path) -> None:
+    """As Qwen3-VL's mixtures are; Transformers turns them back if their shape says so."""
+    text = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32})
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    experts = {name for name in tensors if ".experts." in name}
+    assert len(experts) == 4
+    if turned:
+        tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
+        save_file(tensors, file, metadata={"format": "pt"})
+    loaded = load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    split_experts(loaded)
+    checkpoint = Checkpoint.open(tmp_path).of(loaded)
+    linears = [f"{name}.weight" for name, module in loaded.named_modules() if isinstance(module, nn.Linear) and ".experts." in name]
+    assert len(linears) == 2 * 4 * 3
+    for name in linears:
+        assert torch.equal(checkpoint.read(str(checkpoint.stored(name))), loaded.get_parameter(name))

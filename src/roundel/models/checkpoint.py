@@ -68,7 +68,14 @@ class Checkpoint:
 
     def of(self, model: nn.Module) -> Checkpoint:
         """The same, with the names of the model that is loaded from it."""
-        return replace(self, names=stored_names(model, self.files))
+        return replace(self, names=stored_names(model, self.files, self._shape))
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a stored tensor; None where there is only a config.json."""
+        if self.files[name].suffix != ".safetensors":
+            return None
+        with damaged(ModelError, self.files[name]), safe_open(self.files[name], framework="pt") as handle:
+            return tuple(handle.get_slice(name).get_shape())
 
     def fused_in(self, model: nn.Module) -> dict[str, list[str]]:
         """The model's parameters of three dimensions that are stored in pieces (one for each expert), with the pieces' names."""

@@ -10,8 +10,8 @@ Experts that were split (`experts`) are found in either form: stored one by one,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -39,16 +39,19 @@ class StoredNames:
     """Stored tensors of weights that are transposed."""
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
-    """How a model's parameters are stored in a checkpoint that has these tensors."""
+def stored_names(
+    model: nn.Module, stored: Iterable[str], shape_of: Callable[[str], tuple[int, ...] | None] = lambda _name: None
+) -> StoredNames:
+    """How a model's parameters are stored in a checkpoint that has these tensors; `shape_of` one, if that is known."""
     if not isinstance(model, PreTrainedModel):
         return StoredNames(same={name: name for name in stored})
     split = split_modules(model)
     conversions = split_conversions(model, get_model_conversion_mapping(model))
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    transposing = {entry.source_patterns[0] for entry in converters if _transposes(entry)}
     known = {**model.state_dict(), **dict.fromkeys(_stacks(split), True)}
-    found = StoredNames()
+    found, transposed = StoredNames(), dict[str, str]()
 
     def target_of(name: str) -> tuple[str, str | None]:
         return rename_source_key(name, renamings, converters, model.base_model_prefix, known)
@@ -57,6 +60,8 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
         target, pattern = target_of(name)
         if pattern is None:
             found.same[target] = name
+        elif pattern in transposing:
+            transposed[target] = name
         else:
             found.made.setdefault(target, []).append(name)
     for name, module in model.named_modules():
@@ -64,14 +69,35 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> StoredNames:
             found.turned.add(found.same[f"{name}.weight"])
     for name, module in split.items():
         for own, part in parts_of(module).items():
-            if (whole := found.same.get(f"{name}.{part.stack}")) is not None:
+            stack = f"{name}.{part.stack}"
+            if (whole := found.same.get(stack, transposed.get(stack))) is not None:
+                place = part
+                if stack in transposed and shape_of(whole) not in (None, _shape_of(module, part.stack)):
+                    place = replace(part, transposed=not part.transposed)
                 parameter = f"{name}.{own}.weight"
                 owners = (whole.removesuffix(f".{part.stack}"), whole.removesuffix(".weight").rpartition(".")[0], name)
                 found.same[parameter] = next(
-                    (place for owner in owners if target_of(place := f"{owner}.{own}.weight")[0] == parameter), parameter
+                    (stored_as for owner in owners if target_of(stored_as := f"{owner}.{own}.weight")[0] == parameter), parameter
                 )
-                found.parts[found.same[parameter]] = (whole, part)
+                found.parts[found.same[parameter]] = (whole, place)
     return found
+
+
+def _transposes(entry: Any) -> bool:
+    """Whether a change turns the matrices of one tensor of all experts, if they are not as the model has them."""
+    return (
+        len(entry.source_patterns) == len(entry.target_patterns) == len(entry.operations) == 1
+        and type(entry.operations[0]).__name__ == "Transpose"
+        and getattr(entry.operations[0], "check_dims", False)
+    )
+
+
+def _shape_of(module: SplitExperts, stack: str) -> tuple[int, ...]:
+    """Of the parameter that has been split."""
+    own: Any = module
+    weights = [own.get_submodule(name).weight for name, part in parts_of(module).items() if part.stack == stack and part.expert == 0]
+    d_out, d_in = sum(len(weight) for weight in weights), weights[0].shape[1]
+    return (own.stacks[stack], d_in, d_out) if own.is_transposed else (own.stacks[stack], d_out, d_in)
 
 
 def split_conversions(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
