@@ -274,8 +274,8 @@ def planned(name: str) -> str:
 def chat(name: str) -> str:
     """Answers of real models before and after."""
 
-    def fenced(text: str) -> str:
-        return f"````text\n{text.strip()}\n````"
+    def fenced(text: str) -> str:  # indented, since answers have fences themselves
+        return "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())
 
     return "\n\n".join(
         f"**{row['question']}** ({row['model']}; {row['scheme']}, KL {row['kl']:.3f}; {row['equal_tokens']} tokens are equal)\n\n"
