@@ -13,11 +13,11 @@ import gc
 from pathlib import Path
 
 import torch
-from commands import read_json
+from commands import keep_row, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from roundel.evaluate.continuations import equal_tokens
 from roundel.stages.report import versions
-from roundel.store import write_json
 
 QUESTIONS = (
     "Write a Python function that returns the n-th Fibonacci number, without recursion.",
@@ -54,20 +54,18 @@ def main() -> None:
     report = read_json(given.written / "roundel.json")
     before, after = (answers(path, questions, given.tokens) for path in (given.original, given.written))
     tokenizer = AutoTokenizer.from_pretrained(given.original)
-    rows = read_json(given.output)["rows"] if given.output.is_file() else []
     for question, own, other in zip(questions, before, after, strict=True):
         key = {"model": given.original.name, "scheme": report["scheme"], "question": question}
-        row = key | {
+        row = {
             "kl": report["evaluation"]["kl"]["mean"],
             "original": tokenizer.decode(own, skip_special_tokens=True),
             "quantized": tokenizer.decode(other, skip_special_tokens=True),
-            "equal_tokens": next((k for k, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other))),
+            "equal_tokens": equal_tokens(own, other),
             "tokens": [len(own), len(other)],
             "versions": versions(),
         }
-        rows = [each for each in rows if any(each[name] != value for name, value in key.items())] + [row]
+        keep_row(given.output, "chat", key, row)
         print(f"{question}\n  original: {row['original']}\n  quantized: {row['quantized']}\n", flush=True)
-    write_json(given.output, {"kind": "chat", "rows": rows})
 
 
 if __name__ == "__main__":

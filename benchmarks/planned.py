@@ -17,10 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from commands import read_json, run
+from commands import keep_row, read_json, run
 
 from roundel.stages.report import versions
-from roundel.store import write_json
 
 
 def row_of(model: Path, options: list[str], kept: Path) -> dict[str, Any] | None:
@@ -72,9 +71,7 @@ def main() -> None:
             row = row_of(model, options + limited, kept)
         if row is None:
             continue
-        rows = read_json(given.output)["rows"] if given.output.is_file() else []
-        others = [each for each in rows if any(each[name] != value for name, value in key.items())]
-        write_json(given.output, {"kind": "planned", "rows": [*others, key | row]})
+        keep_row(given.output, "planned", key, row)
 
 
 if __name__ == "__main__":

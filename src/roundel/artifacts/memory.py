@@ -8,7 +8,7 @@ from pathlib import Path
 from roundel import processes
 from roundel.errors import SchemeError
 
-__all__ = ["memory_budget"]
+__all__ = ["memory_budget", "stays_on_disk"]
 
 SHARE = 0.7
 """Of what is free."""
@@ -28,6 +28,11 @@ def memory_budget(given: str | int | None) -> int:
     if found is None or float(found[1]) <= 0:
         raise SchemeError(f"memory {given!r}: expected a size such as 8G or 500M")
     return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def stays_on_disk(weights: int, budget: int) -> bool:
+    """Whether a model of so many bytes is loaded one decoder layer after the other."""
+    return weights > budget // 2
 
 
 def _available() -> int:

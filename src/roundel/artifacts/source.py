@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from roundel import processes
 from roundel.allocator import keep_no_large_blocks
+from roundel.artifacts.memory import stays_on_disk
 from roundel.artifacts.work import Work
 from roundel.errors import ModelError
 from roundel.evaluate import compare_models
@@ -146,7 +147,7 @@ def _loaded(name: str, recipe: Recipe, place: torch.device, dtype: torch.dtype, 
         gguf.check_model(path, config, checkpoint)
     kind = torch.float32 if recipe.rotate == "fused" else dtype
     weights: FileWeights | None = None
-    if work is not None and recipe.rotate != "fused" and parameter_bytes(path, kind) > work.memory // 2:
+    if work is not None and recipe.rotate != "fused" and stays_on_disk(parameter_bytes(path, kind), work.memory):
         keep_no_large_blocks()
         model, weights = load_on_demand(path, device=place, dtype=kind, folder=work.path / folder)
     else:

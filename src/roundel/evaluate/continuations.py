@@ -21,7 +21,7 @@ from roundel.errors import DataError
 from roundel.sweeps import Layers
 from roundel.types import TokenBatch
 
-__all__ = ["PROMPT", "PROMPTS", "beginnings", "continued", "of_prompts", "told"]
+__all__ = ["PROMPT", "PROMPTS", "beginnings", "continued", "equal_tokens", "of_prompts", "told"]
 
 PROMPTS, PROMPT = 3, 16
 """Beginnings of so many sequences, and tokens of each."""
@@ -86,7 +86,7 @@ def told(
                 name: {
                     "text": _after(tokenizer, prompt, found[row]),
                     "tokens": len(found[row]),
-                    "equal_tokens": _equal(found[row], original[row]),
+                    "equal_tokens": equal_tokens(found[row], original[row]),
                 }
                 for name, found in others.items()
             },
@@ -105,7 +105,7 @@ def _after(tokenizer: PreTrainedTokenizerBase, prompt: Ids, ids: Ids) -> str:
     return whole.removeprefix(before) if whole.startswith(before) else _decoded(tokenizer, ids)
 
 
-def _equal(ids: Ids, original: Ids) -> int:
+def equal_tokens(ids: Ids, original: Ids) -> int:
     """How many tokens come before the first that differs."""
     return next(
         (place for place, (own, other) in enumerate(zip(ids, original, strict=False)) if own != other), min(len(ids), len(original))

@@ -59,8 +59,6 @@ from roundel.formats.gguf_tensors import (
     halves_apart,
     halves_together,
     names_of,
-    order_of_columns,
-    order_of_rows,
     packed_in_order,
     stored_values,
     targets_of,
@@ -322,7 +320,6 @@ def _plan(
     config: PreTrainedConfig, tensors: Iterable[str], read: Callable[[str], Tensor], rounded: Mapping[str, RoundedWeight], dense: Dense
 ) -> list[_Entry]:
     """All tensors in the order in which a model uses them."""
-    family = FAMILIES[config.model_type]
     names = names_of(architecture(config.model_type), rounded)
     quantized = _stacked({module: names[module] for module in rounded})
     entries = []
@@ -337,10 +334,8 @@ def _plan(
             rows = []
             for weight in map(rounded.__getitem__, modules):
                 own = PACKERS[weight.scheme](weight.codes, weight.scales)
-                columns = order_of_columns(config, weight.shape[1], target)
                 kind = GGMLQuantizationType[weight.scheme.upper()]
-                own = packed_in_order(own[order_of_rows(config, family, len(own), target)], columns, kind)
-                rows.append(own.cpu().numpy())
+                rows.append(packed_in_order(config, target, own, weight.shape[1], kind).cpu().numpy())
             return np.stack(rows) if EXPERT.search(modules[0]) else rows[0]
 
         shape: tuple[int, ...] = (len(modules), *first.shape) if EXPERT.search(modules[0]) else first.shape
@@ -348,7 +343,7 @@ def _plan(
     check_linears({module: weight.scheme for module, weight in rounded.items()}, ())
 
     tied = bool(config.tie_word_embeddings)
-    tensors, read = halves_apart(tensors, read)
+    read = halves_apart(read)
     for target, sources in _stacked(targets_of(config, tensors)).items():
         if target in quantized or (tied and target == "output.weight"):
             continue
@@ -363,9 +358,8 @@ def _plan(
         entries.append(_Entry(name=target, kind=kind, shape=shape, make=plain))
     for target, factors in _frequency_factors(config).items():
         entries.append(_Entry(name=f"{target}.weight", kind=GGMLQuantizationType.F32, shape=tuple(factors.shape), make=factors.numpy))
-    missing = {"token_embd.weight", *(("output_norm.weight",) if family.last_norm else ()), *(() if tied else ("output.weight",))} - {
-        entry.name for entry in entries
-    }
+    needed = {"token_embd.weight": True, "output_norm.weight": FAMILIES[config.model_type].last_norm, "output.weight": not tied}
+    missing = {name for name, is_needed in needed.items() if is_needed} - {entry.name for entry in entries}
     if missing:
         raise ModelError(f"the original has no tensor that becomes {sorted(missing)[0]}: its directory lacks a part of the model")
     return sorted(entries, key=lambda entry: _position(entry.name))
@@ -397,16 +391,16 @@ NEVER = 1e30
 
 
 def _frequency_factors(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """What Llama 3.1 and long Phi-3 divide the rotary frequencies by, half of `rotated_of` float32 numbers, by the names of tensors."""
+    """What Llama 3.1, long Phi-3 and Gemma 4 divide rotary frequencies by, one float32 number for each pair, by the names of tensors."""
     ropes = ropes_of(config)
     rope = ropes.get("") or ropes["full_attention"]
     if rope["rope_type"] == "proportional":
         half = head_dim_in(config, "full_attention") // 2
         turned = int(rope.get("partial_rotary_factor", 1.0) * half)
         return {"rope_freqs": torch.cat([torch.ones(turned), torch.full((half - turned,), NEVER)]) * rope.get("factor", 1.0)}
-    if rope.get("rope_type") == "longrope":
+    if rope["rope_type"] == "longrope":
         return {f"rope_factors_{which}": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32) for which in ("short", "long")}
-    if rope.get("rope_type") != "llama3":
+    if rope["rope_type"] != "llama3":
         return {}
     scaled = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     plain = 1 / rope["rope_theta"] ** (torch.arange(0, head_dim_of(config), 2, dtype=torch.float64) / head_dim_of(config))

@@ -25,6 +25,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from roundel.formats.gguf_settings import expert_count_of
+
 __all__ = ["CANDIDATES", "MIXES", "NARROW", "Mix", "mix_types"]
 
 NARROW = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_0", "q6_k": "q8_0"} | dict.fromkeys(
@@ -116,7 +118,7 @@ def mix_types(mix: str, tensors: Mapping[str, str], config: PreTrainedConfig) ->
         config: Of the language model.
     """
     layers = int(config.num_hidden_layers)
-    return {name: _type(MIXES[mix], tensor, layers, _grouped(config), _experts(config)) for name, tensor in tensors.items()}
+    return {name: _type(MIXES[mix], tensor, layers, _grouped(config), expert_count_of(config)) for name, tensor in tensors.items()}
 
 
 def _type(mix: Mix, tensor: str, layers: int, grouped: int, experts: int) -> str:
@@ -163,15 +165,3 @@ def _grouped(config: PreTrainedConfig) -> int:
     """Heads for each of keys and values."""
     heads = int(config.num_attention_heads)
     return heads // int(getattr(config, "num_key_value_heads", None) or heads)
-
-
-def _experts(config: PreTrainedConfig) -> int:
-    """How many a layer has."""
-    return next(
-        (
-            int(found)
-            for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-            if (found := getattr(config, name, None))
-        ),
-        0,
-    )

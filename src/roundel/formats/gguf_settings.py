@@ -21,13 +21,12 @@ from roundel.formats.gguf_families import FAMILIES, Family
 
 __all__ = [
     "add_settings",
-    "first_context_of",
+    "expert_count_of",
     "head_dim_in",
     "head_dim_of",
     "kv_heads_of",
     "language_config",
     "ropes_of",
-    "rotated_of",
 ]
 
 
@@ -104,21 +103,19 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         expected = config.hidden_size // config.num_attention_heads if wide else config.head_dim
         if config.query_pre_attn_scalar != expected:
             yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp has {expected}"
-    if family.window_layers is not None and (config.num_hidden_layers == family.window_layers) != (_window(config) is not None):
+    none = family.window_layers is not None and _window(config) is None
+    full_every = None if none else family.window_period
+    if family.window_layers is not None and (config.num_hidden_layers == family.window_layers) == none:
         yield f"llama.cpp takes the models with windows for those of {family.window_layers} layers"
-    elif family.window_period is not None and not (family.window_layers is not None and _window(config) is None):
-        period = family.window_period
-        kinds = ["full_attention" if k % period == period - 1 else "sliding_attention" for k in range(config.num_hidden_layers)]
-        if list(config.layer_types) != kinds:
-            yield f"its full attention is not in every layer of {period}"
+    elif full_every and list(config.layer_types) != _full_every(full_every, "sliding_attention", config.num_hidden_layers):
+        yield f"its full attention is not in every layer of {full_every}"
     if family.whole_width and head_dim_of(config) * config.num_attention_heads != config.hidden_size:
         yield f"its heads are {head_dim_of(config) * config.num_attention_heads} wide together, and llama.cpp has {config.hidden_size}"
     if family.equal_heads and kv_heads_of(config) != config.num_attention_heads:
         yield "it has fewer heads of keys than of queries"
     if family.linear:
         kinds = list(config.layer_types)
-        period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
-        if not period or kinds != ["full_attention" if (k + 1) % period == 0 else "linear_attention" for k in range(len(kinds))]:
+        if "full_attention" not in kinds or kinds != _full_every(kinds.index("full_attention") + 1, "linear_attention", len(kinds)):
             yield "its full attention is not in layers at equal distances"
     if family.latent and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
         yield f"llama.cpp takes latent attention without q_lora_rank for a model of {_LITE[-1]} layers, and only that"
@@ -131,6 +128,11 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
             yield f"its layers without rotary embedding are not every {_WITHOUT_ROPE}th"
     if config.model_type == "gemma3_text" and (config.attn_logit_softcapping or config.final_logit_softcapping):
         yield "its logits are capped, which llama.cpp does for gemma2 only"
+
+
+def _full_every(period: int, other: str, layers: int) -> list[str]:
+    """Kinds of layers of which each last one of a period sees everything."""
+    return [other if (k + 1) % period else "full_attention" for k in range(layers)]
 
 
 def ropes_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
@@ -157,6 +159,12 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def expert_count_of(config: PreTrainedConfig) -> int:
+    """How many experts a layer has."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
+
+
 def _inner(config: PreTrainedConfig) -> int:
     """Width of a feed-forward block."""
     if config.model_type != "lfm2" or not config.block_auto_adjust_ff_dim:
@@ -177,14 +185,14 @@ def head_dim_in(config: PreTrainedConfig, kind: str) -> int:
     return int(config.per_layer_config[layer].head_dim)
 
 
-def rotated_of(config: PreTrainedConfig) -> int:
+def _rotated(config: PreTrainedConfig) -> int:
     """How many columns of a head the rotary embedding turns."""
     ropes = ropes_of(config)
     part = (ropes.get("full_attention") or ropes[""]).get("partial_rotary_factor")
     return int(head_dim_of(config) * (1.0 if part is None else part))
 
 
-def first_context_of(config: PreTrainedConfig) -> int:
+def _first_context(config: PreTrainedConfig) -> int:
     """How many tokens a model was trained on before its context was made longer."""
     rope = ropes_of(config)[""]
     return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
@@ -207,9 +215,6 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     kinds = getattr(config, "layer_types", None) or ()
     if family.windows_listed:
         writer.add_head_count_kv([config.per_layer_config[k].num_key_value_heads for k in range(config.num_hidden_layers)])
-    else:
-        writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
-    if family.windows_listed:
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
         for add_whole, add_windowed in (
             (writer.add_key_length, writer.add_key_length_swa),
@@ -218,10 +223,12 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         ):
             add_whole(head_dim_in(config, "full_attention"))
             add_windowed(head_dim_in(config, "sliding_attention"))
-    elif not family.latent:
+    else:
+        writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
+    if not (family.windows_listed or family.latent):  # latent attention's widths are among its numbers
         writer.add_key_length(head_dim_of(config))
         writer.add_value_length(head_dim_of(config))
-        writer.add_rope_dimension_count(rotated_of(config))
+        writer.add_rope_dimension_count(_rotated(config))
     add_eps = writer.add_layer_norm_eps if family.centred else writer.add_layer_norm_rms_eps
     add_eps(getattr(config, family.eps) if family.eps else _OLMO_EPS)
     rope = ropes.get("full_attention") or ropes[""]
@@ -232,14 +239,14 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "longrope":
-        writer.add_rope_scaling_orig_ctx_len(first_context_of(config))
+        writer.add_rope_scaling_orig_ctx_len(_first_context(config))
         writer.add_rope_scaling_attn_factors(ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=1)[1])
-    if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
-        writer.add_rope_scaling_yarn_log_mul((1.0 if config.model_type == "ministral3" else 0.1) * rope["mscale_all_dim"])
-    if rope.get("llama_4_scaling_beta"):
-        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        if rope.get("mscale_all_dim"):
+            writer.add_rope_scaling_yarn_log_mul((1.0 if config.model_type == "ministral3" else 0.1) * rope["mscale_all_dim"])
+    if rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     for name, key in family.numbers.items():
         value = getattr(config, name)
         if value is None and key == "final_logit_softcapping":
@@ -255,7 +262,7 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     if family.sigmoid:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family.experts is not None:
-        writer.add_expert_count(next(getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)))
+        writer.add_expert_count(expert_count_of(config))
         writer.add_expert_used_count(config.num_experts_per_tok)
         if hasattr(config, "moe_intermediate_size"):
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)

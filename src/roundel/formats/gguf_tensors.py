@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from roundel.errors import ModelError, damaged
-from roundel.formats.gguf_families import FAMILIES, Family
+from roundel.formats.gguf_families import FAMILIES
 from roundel.formats.gguf_reader import Reader
 from roundel.formats.gguf_settings import kv_heads_of, language_config
 from roundel.formats.imatrix import architecture, tensor_names
@@ -31,8 +31,6 @@ __all__ = [
     "halves_apart",
     "halves_together",
     "names_of",
-    "order_of_columns",
-    "order_of_rows",
     "packed_in_order",
     "stored_values",
     "targets_of",
@@ -96,8 +94,8 @@ def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
     return {module: found[name] for module, name in own.items()}
 
 
-def halves_apart(tensors: Iterable[str], read: Callable[[str], Tensor]) -> tuple[list[str], Callable[[str], Tensor]]:
-    """An original whose biases of experts' gate and up projections, where they are one tensor of columns in turn, are two."""
+def halves_apart(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """What reads an original whose biases of experts' gate and up projections, one tensor of columns in turn, are two (`targets_of`)."""
 
     def part(name: str) -> Tensor:
         for which, half in enumerate(_HALVES):
@@ -105,7 +103,7 @@ def halves_apart(tensors: Iterable[str], read: Callable[[str], Tensor]) -> tuple
                 return read(name.removesuffix(half) + _BOTH)[..., which::2].contiguous()
         return read(name)
 
-    return [own for name in tensors for own in _apart(name)], part
+    return part
 
 
 def halves_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,22 +136,23 @@ def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, st
     return {source: name.removesuffix(".weight") if name.endswith(_DECAY) else name for source, name in found.items()}
 
 
-def order_of_rows(config: PreTrainedConfig, family: Family, rows: int, name: str) -> Int[Tensor, " rows"]:
-    """Where the rows of a tensor come from."""
+def order_of_rows(config: PreTrainedConfig, rows: int, name: str) -> Int[Tensor, " rows"] | None:
+    """Where the rows of a tensor come from, if they are moved."""
     if shared := _shared(config):
-        heads, width, before = config.linear_num_key_heads, config.linear_value_head_dim, 2 * config.linear_num_key_heads
-        before = before * config.linear_key_head_dim
+        heads, width = config.linear_num_key_heads, config.linear_value_head_dim
+        before = 2 * heads * config.linear_key_head_dim
         if re.search(r"\.(ssm_a|ssm_dt\.bias|ssm_alpha\.weight|ssm_beta\.weight)$", name):
             return _turns(heads, shared, 1)
         if name.endswith(".attn_gate.weight"):
             return _turns(heads, shared, width)
         if re.search(r"\.(attn_qkv|ssm_conv1d)\.weight$", name):
             return torch.cat([torch.arange(before), before + _turns(heads, shared, width)])
-    heads = {"attn_q": config.num_attention_heads, "attn_k": kv_heads_of(config)} if family.permuted else {}
-    part = name.split(".")[-2]
+    permuted = FAMILIES[config.model_type].permuted
+    paired = {"attn_q": config.num_attention_heads, "attn_k": kv_heads_of(config)} if permuted else {}
+    part = name.split(".")[-2] if "." in name else ""
     if part == "attn_qkv" and config.model_type == "gpt_neox":  # there q, k and v of each head follow each other
         return torch.arange(rows).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
-    return _pairs_side_by_side(rows, heads[part]) if part in heads else torch.arange(rows)
+    return _pairs_side_by_side(rows, paired[part]) if part in paired else None
 
 
 def order_of_columns(config: PreTrainedConfig, columns: int, name: str) -> Int[Tensor, " columns"] | None:
@@ -162,21 +161,19 @@ def order_of_columns(config: PreTrainedConfig, columns: int, name: str) -> Int[T
     return _turns(config.linear_num_key_heads, shared, config.linear_value_head_dim) if shared and name.endswith(_VALUES_OUT) else None
 
 
-def unbroken(config: Mapping[str, Any], module: str, columns: int) -> int:
+def unbroken(config: PreTrainedConfig, module: str, columns: int) -> int:
     """How many of a linear's columns stay side by side in the file: a block may not be longer."""
-    own: Mapping[str, Any] = config.get("text_config") or config
-    moved = module.endswith(".linear_attn.out_proj") and str(own.get("model_type")).startswith("qwen3_5")
-    if not moved or own.get("linear_num_key_heads") == own.get("linear_num_value_heads"):
-        return columns
-    return int(own["linear_value_head_dim"])
+    return int(config.linear_value_head_dim) if _shared(config) and module.endswith(".linear_attn.out_proj") else columns
 
 
-def packed_in_order(rows: Tensor, order: Tensor | None, kind: GGMLQuantizationType) -> Tensor:
-    """Packed rows with their columns in another order, which keeps those of a block together."""
-    if order is None:
-        return rows
-    columns, size = gguf.GGML_QUANT_SIZES[kind]
-    return rows.reshape(len(rows), -1, size)[:, order[::columns] // columns].reshape(len(rows), -1)
+def packed_in_order(config: PreTrainedConfig, target: str, rows: Tensor, columns: int, kind: GGMLQuantizationType) -> Tensor:
+    """Packed rows of so many columns, in the file's order; one of columns keeps those of a block together."""
+    if (order := order_of_rows(config, len(rows), target)) is not None:
+        rows = rows[order]
+    if (order := order_of_columns(config, columns, target)) is not None:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rows = rows.reshape(len(rows), -1, size)[:, order[::block] // block].reshape(len(rows), -1)
+    return rows
 
 
 def _shared(config: PreTrainedConfig) -> int:
@@ -197,7 +194,6 @@ def _pairs_side_by_side(rows: int, heads: int) -> Int[Tensor, " rows"]:
 
 def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
     """A tensor of an original, or of one of its experts, as the file has it, before it is stored in a type of the file's."""
-    family = FAMILIES[config.model_type]
     if target.endswith(_ONE_ROW) and values.ndim == 2:
         values = values[0]
     if target.endswith(_CONVOLUTIONS):
@@ -205,10 +201,12 @@ def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
     if target.endswith(_DECAY.removesuffix(".weight")):
         values = -values.float().exp()
     if _is_norm(target):
-        values = values.float() + family.norm_offset
-    values = values[order_of_rows(config, family, len(values), target)]
-    columns = order_of_columns(config, values.shape[-1], target)
-    return values if columns is None else values[:, columns]
+        values = values.float() + FAMILIES[config.model_type].norm_offset
+    if (order := order_of_rows(config, len(values), target)) is not None:
+        values = values[order]
+    if (order := order_of_columns(config, values.shape[-1], target)) is not None:
+        values = values[:, order]
+    return values
 
 
 def _is_norm(target: str) -> bool:
@@ -241,7 +239,6 @@ class Counterparts:
             ModelError: as `check_model`.
         """
         self._settings = language_config(config)
-        self._family = FAMILIES[self._settings.model_type]
         self.architecture = architecture(self._settings.model_type)
         tied = "lm_head.weight" if self._settings.tie_word_embeddings else None
         self.names = targets_of(self._settings, (each for each in tensors if each != tied))
@@ -249,7 +246,8 @@ class Counterparts:
 
     def order(self, name: str, rows: int) -> Int[Tensor, " rows"]:
         """Where the rows of a tensor of the file come from."""
-        return order_of_rows(self._settings, self._family, rows, name)
+        order = order_of_rows(self._settings, rows, name)
+        return torch.arange(rows) if order is None else order
 
     def moves_columns(self, name: str, columns: int) -> bool:
         """Whether those of a tensor of the file are in another order."""
@@ -258,7 +256,7 @@ class Counterparts:
     def restored(self, name: str, values: Tensor) -> Tensor:
         """Values of a tensor of the file, in float32, as the original has them."""
         if _is_norm(name):
-            values = values - self._family.norm_offset
+            values = values - FAMILIES[self._settings.model_type].norm_offset
         if name.endswith(_DECAY.removesuffix(".weight")):
             values = (-values).log()
         if name.endswith(_CONVOLUTIONS):

@@ -68,18 +68,21 @@ def stored_names(
         if is_turned(module) and f"{name}.weight" in found.same:
             found.turned.add(found.same[f"{name}.weight"])
     for name, module in split.items():
-        for own, part in parts_of(module).items():
+        parts = parts_of(module)
+        turned = {
+            stack
+            for stack in module.stacks
+            if (whole := transposed.get(f"{name}.{stack}")) is not None and shape_of(whole) not in (None, _shape_of(module, stack, parts))
+        }
+        for own, part in parts.items():
             stack = f"{name}.{part.stack}"
             if (whole := found.same.get(stack, transposed.get(stack))) is not None:
-                place = part
-                if stack in transposed and shape_of(whole) not in (None, _shape_of(module, part.stack)):
-                    place = replace(part, transposed=not part.transposed)
                 parameter = f"{name}.{own}.weight"
                 owners = (whole.removesuffix(f".{part.stack}"), whole.removesuffix(".weight").rpartition(".")[0], name)
                 found.same[parameter] = next(
                     (stored_as for owner in owners if target_of(stored_as := f"{owner}.{own}.weight")[0] == parameter), parameter
                 )
-                found.parts[found.same[parameter]] = (whole, place)
+                found.parts[found.same[parameter]] = (whole, replace(part, transposed=part.transposed != (part.stack in turned)))
     return found
 
 
@@ -92,10 +95,10 @@ def _transposes(entry: Any) -> bool:
     )
 
 
-def _shape_of(module: SplitExperts, stack: str) -> tuple[int, ...]:
+def _shape_of(module: SplitExperts, stack: str, parts: Mapping[str, Part]) -> tuple[int, ...]:
     """Of the parameter that has been split."""
     own: Any = module
-    weights = [own.get_submodule(name).weight for name, part in parts_of(module).items() if part.stack == stack and part.expert == 0]
+    weights = [own.get_submodule(name).weight for name, part in parts.items() if part.stack == stack and part.expert == 0]
     d_out, d_in = sum(len(weight) for weight in weights), weights[0].shape[1]
     return (own.stacks[stack], d_in, d_out) if own.is_transposed else (own.stacks[stack], d_out, d_in)
 

@@ -179,7 +179,7 @@ def schemes_of(recipe: Recipe, source: Source) -> dict[str, str]:
 def width_of(recipe: Recipe, source: Source, name: str) -> int:
     """How many columns of a linear may be in blocks: all, or those that the format keeps together."""
     columns = source.linears[name].in_features
-    return gguf.unbroken(source.config, name, columns) if recipe.written_format() == "gguf" else columns
+    return gguf.unbroken(source.model.config.get_text_config(), name, columns) if recipe.written_format() == "gguf" else columns
 
 
 def by_decoder_layer(names: Iterable[str]) -> list[list[str]]:

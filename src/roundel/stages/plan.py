@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from roundel.artifacts.memory import stays_on_disk
 from roundel.artifacts.source import Source, outlined_source
 from roundel.artifacts.work import Work, budgets
 from roundel.errors import RoundelError, SchemeError
@@ -114,7 +115,7 @@ def plan(
         )
 
     def taken(recipe: Recipe) -> dict[str, float]:
-        on_disk = stays_on_disk(source, kind, budget)
+        on_disk = stays_on_disk(source.parameters * kind.itemsize, budget)
         return seconds(recipe, units_of(source), timing, item=kind.itemsize, on_disk=on_disk)
 
     spent = taken(recipe)
@@ -195,11 +196,6 @@ def _sizes(source: Source, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def stays_on_disk(source: Source, dtype: torch.dtype, budget: int) -> bool:
-    """Whether the model's layers are loaded one after the other."""
-    return source.parameters * dtype.itemsize > budget // 2
-
-
 def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.dtype, budget: int, held: int) -> dict[str, int]:
     """Bytes at once, at most: `main`, in main memory on a CPU, and `disk`, of temporary files; `held`: hidden states in memory.
 
@@ -211,7 +207,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     embedding: Any = source.model.get_input_embeddings()
     in_layer = {name: sum(p.numel() for p in source.model.get_submodule(name).parameters()) for name in names}
     weights, head = source.parameters * item, 0
-    on_demand = stays_on_disk(source, dtype, budget)
+    on_demand = stays_on_disk(weights, budget)
     if on_demand:
         head = sum(source.model.get_parameter(f"{name}.weight").numel() for name in head_of_its_own(source.model)) * item
         weights = (source.parameters - sum(in_layer.values()) + max(in_layer.values())) * item - head

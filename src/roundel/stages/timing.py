@@ -103,19 +103,37 @@ class Units:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds for each of `Units`, beside what products take."""
+class Products:
+    """Seconds of products and factorisations that are large enough."""
 
-    what: str
-    """Which layer was timed."""
-    waited: float
-    """What part of the time of trying other programs had the processors."""
     product: float
     """For a multiply-add of large matrices in the type in which the model runs."""
     product32: float
     """In float32."""
     inverse: float
     """For a cube of the width of a matrix that is factorised in float64."""
+
+    def factors_made(self, units: Units) -> float:
+        """In the curvature stage, whatever the text."""
+        return INVERSES * self.inverse * units.cubes
+
+    def swept(self, units: Units, sweeps: int) -> float:
+        """Of so many sweeps."""
+        return SWEPT * sweeps * self.product32 * units.products
+
+    def fed_back(self, units: Units) -> float:
+        """Of rounding without sweeps."""
+        return FEEDBACK * self.product32 * units.products + INVERSES / 2 * self.inverse * units.cubes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(Products):
+    """Seconds for each of `Units`, beside what products take."""
+
+    what: str
+    """Which layer was timed."""
+    waited: float
+    """What part of the time of trying other programs had the processors."""
     gradients: float
     """For each width of a token."""
     forward: float
@@ -139,12 +157,11 @@ class Timing:
     def curvature(self, units: Units, tokens: float) -> float:
         """Of a model whose curvature is collected on so many tokens, without its head."""
         text = tokens * (self.product * units.gradients + self.gradients * units.widths)
-        return text + INVERSES * self.inverse * units.cubes + self.factors * units.squares
+        return text + self.factors_made(units) + self.factors * units.squares
 
     def rounded(self, units: Units, sweeps: int) -> float:
         """Of rounding with feedback and so many sweeps, whatever the text."""
-        products = (FEEDBACK + SWEPT * sweeps) * self.product32 * units.products
-        return products + INVERSES / 2 * self.inverse * units.cubes + (self.rounding + sweeps * self.sweep) * units.weights
+        return self.fed_back(units) + self.swept(units, sweeps) + (self.rounding + sweeps * self.sweep) * units.weights
 
 
 def units_of(source: Source) -> Units:
@@ -284,25 +301,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     more, _ = run(MORE, VOCABULARY, 0, length)
     wide, wider = run(FEW, MORE_VOCABULARY, sweeps, length)
     tokens, head = FEW * length, wider.head - units.head
-    product, product32, inverse = _product(device, dtype), _product(device, torch.float32), _inverting(device)
-    rates = Timing(
-        what=what,
-        waited=1 - (undisturbed() - began_alone) / (time.monotonic() - began),
-        product=product,
-        product32=product32,
-        inverse=inverse,
-        gradients=0.0,
-        forward=0.0,
-        moments=0.0,
-        predicted=0.0,
-        factors=0.0,
-        rounding=0.0,
-        sweep=0.0,
-        writing=few["writing"] / units.weights,
-        head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
-        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (2 * tokens * head),
-        reading=_reading(device),
-    )
+    large = Products(product=_product(device, dtype), product32=_product(device, torch.float32), inverse=_inverting(device))
 
     def each_token(stage: str, products: float) -> float:
         """For each width, beside these products of a token."""
@@ -312,16 +311,22 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
     def whatever_the_text(stage: str) -> float:
         return max(few[stage] - (more[stage] - few[stage]) * FEW / (MORE - FEW), 0.1 * few[stage])
 
-    fixed, swept = whatever_the_text("rounding"), max(wide["rounding"] - few["rounding"], 0.0) / sweeps
-    return dataclasses.replace(
-        rates,
-        gradients=each_token("curvature", product * units.gradients),
-        forward=each_token("evaluation", 4 * product * units.forward) / 4,  # twice as many sequences are held out, and pass twice
-        moments=each_token("rounding", product * units.moments),
-        predicted=each_token("prediction", BACKWARD * product32 * units.forward),
-        factors=max(0.0, whatever_the_text("curvature") - rates.curvature(units, 0)) / units.squares,
-        rounding=max(0.0, fixed - rates.rounded(units, 0)) / units.weights,
-        sweep=max(0.0, swept - SWEPT * product32 * units.products) / units.weights,
+    swept = max(wide["rounding"] - few["rounding"], 0.0) / sweeps
+    return Timing(
+        what=what,
+        waited=1 - (undisturbed() - began_alone) / (time.monotonic() - began),
+        **dataclasses.asdict(large),
+        gradients=each_token("curvature", large.product * units.gradients),
+        forward=each_token("evaluation", 4 * large.product * units.forward) / 4,  # twice as many sequences are held out, and pass twice
+        moments=each_token("rounding", large.product * units.moments),
+        predicted=each_token("prediction", BACKWARD * large.product32 * units.forward),
+        factors=max(0.0, whatever_the_text("curvature") - large.factors_made(units)) / units.squares,
+        rounding=max(0.0, whatever_the_text("rounding") - large.fed_back(units)) / units.weights,
+        sweep=max(0.0, swept - large.swept(units, 1)) / units.weights,
+        writing=few["writing"] / units.weights,
+        head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
+        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (2 * tokens * head),
+        reading=_reading(device),
     )
 
 
