@@ -122,8 +122,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma4TextConfig",
         {
             **GEMMA4,
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
         },
@@ -220,6 +220,9 @@ def save_model(directory: Path, name: str, **changes: Any) -> Path:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
+            for key, parameter in model.named_parameters():
+                if name.startswith("gemma4") and key.endswith("q_norm.weight"):
+                    parameter.div_(8)  # attention is not scaled otherwise: of random weights it would look at one token
     model.save_pretrained(directory)
     tokenizer = spaced_tokenizer() if name.startswith(("gemma", "mistral")) else tiny.make_tokenizer(starts=False)
     tokenizer.save_pretrained(directory)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from e2e.tiny import make_text
 from llama.engine import LIBRARY, engine
 from llama.files import MIXTURES, MODELS, OTHERS, SPLITS, Written, save_model, spaced_tokenizer, split_tokenizer, write
-from roundel.formats import gguf as gguf_format
+from roundel.formats import gguf_tensors
 from roundel.formats.gguf import Dense
 from roundel.models import locate
 
@@ -109,7 +109,7 @@ def test_the_demo_model(kind: str, tmp_path: Path) -> None:
 def test_without_the_order_of_q_and_k_the_logits_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model(tmp_path / "source", "llama")
     right = difference(write(source, tmp_path / "right.gguf", "q8_0"))
-    monkeypatch.setattr(gguf_format, "_pairs_side_by_side", lambda rows, _heads: torch.arange(rows))
+    monkeypatch.setattr(gguf_tensors, "_pairs_side_by_side", lambda rows, _heads: torch.arange(rows))
     wrong = difference(write(source, tmp_path / "wrong.gguf", "q8_0"))
     assert wrong > 0.5 > 10 * right
 
