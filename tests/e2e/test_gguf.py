@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from llama.files import MIXTURES, MODELS, OTHERS, ROWS, nearest, save_model, write
+from llama.files import DEEP, MIXTURES, MODELS, OTHERS, ROWS, nearest, save_model, write
 from roundel.artifacts.checkpoints import load_written
 from roundel.errors import ModelError, SchemeError
 from roundel.formats.gguf import check_linears, check_model, check_tokenizer, read
 from roundel.formats.gguf import write as write_gguf
 from roundel.formats.gguf_blocks import PACKERS
 from roundel.models import locate
+from roundel.recipes import NEAREST
 
 EQUAL = {"qwen35": {"linear_num_value_heads": 4}, "qwen35-alike": {"linear_num_key_heads": 4, "linear_num_value_heads": 4}}
 """Settings with which the values of linear attention are 256 wide."""
@@ -119,7 +120,9 @@ def test_every_tensor_is_what_it_should_be(name: str, sources: dict[str, Path], 
         assert torch.equal(found[f"{short}.weight"], expected), short
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "gemma", "mixtral"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in DEEP else []) for name in (*OTHERS, "gemma", "mixtral")]
+)
 def test_what_transformers_does_not_read_is_read_here(name: str, tmp_path: Path) -> None:
     made = write(save_model(tmp_path / "source", name), tmp_path / "model.gguf", "q8_0")
     shutil.copy(tmp_path / "source" / "config.json", tmp_path)
@@ -453,7 +456,7 @@ def test_transformers_reads_mixtures(mixture: tuple[Path, Any], tmp_path: Path) 
 
 def test_columns_that_move_have_blocks_that_stay_whole(quantize: Any, tmp_path: Path) -> None:
     """Of linear attention: heads of 64 values, in another order in the file, in blocks of 32; where heads are alike nothing moves."""
-    given = {"scheme": "q4_k", "sequences": 8, "seq_len": 32, "eval_sequences": 4, "sweeps": 0, "embedding": "none", "head": "none"}
+    given = {**NEAREST, "scheme": "q4_k", "sequences": 4, "seq_len": 16, "eval_sequences": 2, "embedding": "none", "head": "none"}
     for name, expected in (("qwen35", "q5_0"), ("qwen35-alike", "q4_k")):
         source = save_model(tmp_path / name, name, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], **EQUAL[name])
         done = quantize(source, tmp_path / f"{name}-out", **given, format="gguf")

@@ -183,6 +183,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Of types of models that Transformers does not read from GGUF, or not all of them."""
 
+DEEP = ("exaone4-windows", "deepseek-2-lite")
+"""Of 64 and 27 layers, by whose number llama.cpp knows them; others of these types have two."""
+
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from e2e.tiny import make_text
 from llama.engine import LIBRARY, engine
-from llama.files import MIXTURES, MODELS, OTHERS, SPLITS, Written, save_model, spaced_tokenizer, split_tokenizer, write
+from llama.files import DEEP, MIXTURES, MODELS, OTHERS, SPLITS, Written, save_model, spaced_tokenizer, split_tokenizer, write
 from roundel.formats import gguf_tensors
 from roundel.formats.gguf import Dense
 from roundel.models import locate
@@ -31,7 +31,6 @@ TYPES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0")
 OTHER_TYPES = ("q5_k", "q6_k", "iq4_nl", "iq4_xs", "q5_0", "mxfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
 EIGHT_BITS, FLOAT = 0.03, 0.001
 """Largest differences of logits, as parts of the largest, where activations are and are not rounded."""
-DEEP = ("exaone4-windows", "deepseek-2-lite")
 ROUTERS = ("mlp.gate", "router", "shared_expert_gate")
 IDS = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import normalizers as norms
-from transformers import GemmaConfig
+from transformers import GemmaConfig, Qwen3_5TextConfig
 
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
@@ -19,7 +19,7 @@ from roundel.errors import ModelError, SchemeError
 from roundel.formats.gguf import check
 from roundel.formats.gguf_blocks import PACKERS, unpack
 from roundel.formats.gguf_settings import language_config
-from roundel.formats.gguf_tensors import _pairs_side_by_side
+from roundel.formats.gguf_tensors import _pairs_side_by_side, unbroken
 from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
 from roundel.rounding import nearest
@@ -117,6 +117,14 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
 def test_architectures_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         language_config(config)
+
+
+def test_columns_that_move_stay_together_by_heads() -> None:
+    """By Transformers' own reading: config.json may leave out what is as usual."""
+    moved, alike = Qwen3_5TextConfig(), Qwen3_5TextConfig(linear_num_value_heads=16)
+    assert unbroken(moved, "model.layers.0.linear_attn.out_proj", 4096) == 128
+    assert unbroken(moved, "model.layers.0.mlp.down_proj", 4096) == 4096
+    assert unbroken(alike, "model.layers.0.linear_attn.out_proj", 2048) == 2048
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 8), (2, 64)])

@@ -278,7 +278,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
             curvature="imatrix" if imatrix_file(recipe) else recipe.curvature,  # the file is not this model's
             sequences=count,
             prefix_sequences=count,
-            eval_sequences=2 * count,
+            eval_sequences=count,
             seq_len=length,
             sweeps=sweeps,
             natural_places=0,
@@ -317,7 +317,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
         waited=1 - (undisturbed() - began_alone) / (time.monotonic() - began),
         **dataclasses.asdict(large),
         gradients=each_token("curvature", large.product * units.gradients),
-        forward=each_token("evaluation", 4 * large.product * units.forward) / 4,  # twice as many sequences are held out, and pass twice
+        forward=each_token("evaluation", 2 * large.product * units.forward) / 2,  # the original, and what is written
         moments=each_token("rounding", large.product * units.moments),
         predicted=each_token("prediction", BACKWARD * large.product32 * units.forward),
         factors=max(0.0, whatever_the_text("curvature") - large.factors_made(units)) / units.squares,
@@ -325,7 +325,7 @@ def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, de
         sweep=max(0.0, swept - large.swept(units, 1)) / units.weights,
         writing=few["writing"] / units.weights,
         head_gradients=max(0.0, wide["curvature"] - few["curvature"]) / (tokens * head),
-        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (2 * tokens * head),
+        head=max(0.0, wide["evaluation"] - few["evaluation"]) / (tokens * head),
         reading=_reading(device),
     )
 
