@@ -1,7 +1,7 @@
 """AutoRound (Cheng et al. 2023, "SignRound"): signed gradient descent on rounding and clipping, one decoder layer at a time.
 
-Methods are numbers of iterations; everything else is its default for symmetric integers (scales in float16), but for two settings:
-no compilation, which for small models costs more than it saves, and no autocast to bfloat16, since all peers work in float32.
+Methods are numbers of iterations; everything else is its default for symmetric integers (scales in float16), but that nothing is
+compiled, which for small models costs more than it saves, and that processors without products in bfloat16 compute in float32.
 
 Left to itself it skips linears of which a side is no multiple of 32, which is about packing, not about rounding. The side that groups
 divide must be; here that rule is lifted for the other one, so that it quantizes what all others do.
@@ -47,7 +47,7 @@ with job.quantizing():
         seqlen=tokens.shape[1],
         seed=job.seed,
         device_map=job.device,
-        amp=False,
+        amp=job.device != "cpu" or torch.cpu._is_avx512_bf16_supported(),
         enable_torch_compile=False,
     )
     model, _ = rounder.quantize()

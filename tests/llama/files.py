@@ -13,13 +13,14 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from e2e import tiny
 from roundel.formats import gguf
 from roundel.grids import parse_scheme
 from roundel.models.checkpoint import Checkpoint
 from roundel.models.experts import split_experts
+from roundel.models.load import auto_class
 from roundel.rounding import nearest as nearest_codes
 from roundel.types import RoundedWeight
 
@@ -80,6 +81,28 @@ GEMMA4: dict[str, Any] = {
     "vocab_size_per_layer_input": ROWS,
     "hidden_size_per_layer_input": 32,
 }
+STATES = {"num_hidden_layers": 4, "head_dim": 64, "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 64, "n_groups": 2}
+GRANITE_STATES: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 64,
+    "mamba_n_groups": 2,
+    "shared_intermediate_size": 96,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 3.0,
+}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+VISION = {"depth": 1, "hidden_size": 32, "embed_dim": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 256}
+VISION3 = VISION | {"deepstack_visual_indexes": [0]}
+
+
+def seeing(vision: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Settings of a model with pictures around one of text."""
+    return {"text_config": {**SIZES, **settings}, "vision_config": vision}
+
+
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
@@ -139,6 +162,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteConfig",
         {"embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 3.0},
     ),
+    "granite-hybrid": ("GraniteMoeHybridConfig", {**GRANITE_STATES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite-hybrid-dense": ("GraniteMoeHybridConfig", {**GRANITE_STATES, "num_local_experts": 0, "position_embedding_type": "rope"}),
     "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 64}),
     "jais2": ("Jais2Config", {}),
     "lfm2": ("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32}),
@@ -159,6 +184,19 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "minimax": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}),
     "nemotron": ("NemotronConfig", {}),
+    "nemotron-h": ("NemotronHConfig", {**STATES, "layer_types": ["linear_attention", "mlp", "full_attention", "mlp"]}),
+    "nemotron-h-moe": (
+        "NemotronHConfig",
+        {
+            **STATES,
+            "layer_types": ["linear_attention", "moe", "full_attention", "moe"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 96,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
     "olmo": ("OlmoConfig", {}),
     "olmo-clipped": ("OlmoConfig", {"clip_qkv": 0.1}),
     "olmo2": ("Olmo2Config", {}),
@@ -171,6 +209,24 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen35-alike": ("Qwen3_5TextConfig", {**LINEAR, "linear_num_value_heads": 2, "tie_word_embeddings": True}),
     "qwen35-moe": (
         "Qwen3_5MoeTextConfig",
+        {**LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
+    # llama.cpp 0.5.0 adds nothing to a variance there
+    "qwen2-vl": (
+        "Qwen2VLConfig",
+        seeing(VISION | {"hidden_size": 256}, rms_norm_eps=1e-8, rope_parameters=SECTIONS | {"mrope_section": [8, 12, 12]}),
+    ),
+    "qwen25-vl": (
+        "Qwen2_5_VLConfig",
+        seeing(VISION | {"fullatt_block_indexes": [0]}, rms_norm_eps=1e-8, rope_parameters=SECTIONS | {"mrope_section": [8, 12, 12]}),
+    ),
+    "qwen3-vl": ("Qwen3VLConfig", seeing(VISION3, head_dim=32, rope_parameters=SECTIONS)),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeConfig",
+        seeing(VISION3, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=32, rope_parameters=SECTIONS),
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
         {**LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
     ),
     "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
@@ -216,9 +272,11 @@ class Written:
 def save_model(directory: Path, name: str, **changes: Any) -> Path:
     """A random model with a byte-level tokenizer, or with SentencePiece's for Gemma and Mistral."""
     kind, settings = (MODELS | MIXTURES | OTHERS)[name]
+    given = settings | {"text_config": settings["text_config"] | changes} if "text_config" in settings else {**SIZES, **settings, **changes}
+    config = getattr(transformers, kind)(**given)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **settings, **changes})).eval()
+        model = auto_class(config).from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -317,11 +375,12 @@ def nearest(W: Tensor, scheme: str, *, fitted: int | None = None) -> tuple[Round
 
 def write(source: Path, path: Path, scheme: Scheme, *, fitted: int | None = None, **settings: Any) -> Written:
     """A file of the model in `source`, all linears but the head rounded; by default everything else in float32."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(source, dtype=torch.float32).eval()
     split_experts(model)
     checkpoint = Checkpoint.open(source).of(model)
     rounded, decoded = {}, {}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    linears = {name: linear for name, linear in linears.items() if ".visual." not in name}
     for name, linear in linears.items():
         chosen = scheme(name, linear) if callable(scheme) else scheme
         if chosen is not None:

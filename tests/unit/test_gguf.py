@@ -11,15 +11,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import normalizers as norms
-from transformers import GemmaConfig, Qwen3_5TextConfig
+from transformers import GemmaConfig, GraniteMoeHybridConfig, Qwen3_5TextConfig
 
 from laws.problems import draw
 from llama.files import LLAMA3, QWEN, SPLITS, WORDS, spaced_tokenizer, split, split_tokenizer
 from roundel.errors import ModelError, SchemeError
-from roundel.formats.gguf import check
+from roundel.formats.gguf import check, mixed
 from roundel.formats.gguf_blocks import PACKERS, unpack
 from roundel.formats.gguf_settings import language_config
-from roundel.formats.gguf_tensors import _pairs_side_by_side, unbroken
+from roundel.formats.gguf_tensors import _pairs_side_by_side, names_of, parts_of, unbroken
 from roundel.formats.gguf_tokenizer import vocabulary_of
 from roundel.grids import parse_scheme
 from roundel.rounding import nearest
@@ -49,6 +49,15 @@ def test_other_grids_are_refused_with_the_nearest_block_type(name: str, nearest:
 
 
 GEMMA2: dict[str, Any] = {"model_type": "gemma2", "num_hidden_layers": 4}
+GRANITE4 = {"model_type": "granitemoehybrid", "num_hidden_layers": 8}
+QWEN_VL = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 512,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "vision_config": {},
+}
 GEMMA3: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 8}
 
 
@@ -66,6 +75,8 @@ GEMMA3: dict[str, Any] = {"model_type": "gemma3_text", "num_hidden_layers": 8}
         {**GEMMA2, "num_hidden_layers": 46, "hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144},
         GEMMA3,
         {"model_type": "gemma3", "text_config": GEMMA3, "vision_config": {}},
+        QWEN_VL,
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-", "time_step_limit": [0.0, {"__float__": "Infinity"}]},
         {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ],
     ids=lambda config: "-".join(map(str, config.values()))[:40],
@@ -111,12 +122,35 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
         ({"model_type": "olmo2", "head_dim": 64}, "its heads are 2048 wide together, and llama.cpp has 4096"),
         ({"model_type": "olmo3", "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "not in every layer of 4"),
         ({"model_type": "gemma3", "text_config": {**GEMMA3, "attention_bias": True}}, "biases"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "ME*-"}, "have experts, and others have none"),
+        ({"model_type": "granitemoehybrid", "time_step_limit": [0.0, 1.0]}, "its time_step_limit is .*0.0, 1.0"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_architectures_that_are_refused(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         language_config(config)
+
+
+def test_settings_of_text_beside_those_of_pictures() -> None:
+    """As Qwen2.5-VL's first checkpoints have them, and by whose side ties are told."""
+    found = language_config(QWEN_VL)
+    assert (found.model_type, found.hidden_size, found.rope_parameters["mrope_section"]) == ("qwen2_5_vl_text", 512, [2, 3, 3])
+    assert not found.tie_word_embeddings
+    assert language_config({**QWEN_VL, "tie_word_embeddings": True}).tie_word_embeddings
+
+
+def test_shared_experts_alone_are_a_usual_block() -> None:
+    """Of a linear that is two tensors both have its type."""
+    linears = [f"model.layers.{k}.shared_mlp.{part}_linear" for k in range(8) for part in ("input", "output")]
+    mixtures = [mixed("q4_k_m", {**GRANITE4, "num_local_experts": count}, linears) for count in (0, 4)]
+    assert mixtures[0]["model.layers.7.shared_mlp.output_linear"] == "q6_k"
+    assert mixtures[0]["model.layers.7.shared_mlp.input_linear"] == "q4_k"
+    names = [f"model.layers.0.shared_mlp.{part}_proj" for part in ("gate", "up")]
+    assert parts_of(f"{linears[0]}.weight") == [f"{name}.weight" for name in names]
+    for count, tail in ((0, ""), (4, "_shexp")):
+        config = GraniteMoeHybridConfig(num_local_experts=count)
+        assert list(names_of(config, names).values()) == [f"blk.0.ffn_{part}{tail}.weight" for part in ("gate", "up")]
 
 
 def test_columns_that_move_stay_together_by_heads() -> None:

@@ -18,7 +18,9 @@ PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn
 
 def types(mix: str, layers: int, *, grouped: int = 2, experts: int = 0) -> dict[str, list[str]]:
     """Of each part, by layer."""
-    config = SimpleNamespace(num_hidden_layers=layers, num_attention_heads=8 * grouped, num_key_value_heads=8, num_experts=experts)
+    config = SimpleNamespace(
+        model_type="qwen3", num_hidden_layers=layers, num_attention_heads=8 * grouped, num_key_value_heads=8, num_experts=experts
+    )
     tail = {part: "_exps" * (experts > 0 and part.startswith("ffn")) for part in PARTS}
     names = {f"{layer} {part}": f"blk.{layer}.{part}{tail[part]}.weight" for layer in range(layers) for part in PARTS}
     found = mix_types(mix, names, config)

@@ -377,15 +377,17 @@ def weight_bytes(path: Path) -> int:
 
 
 def _decoded_gguf(file: Path, original: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A GGUF file, decoded here, as the architecture of `original`."""
+    """A GGUF file, decoded here, as the architecture of `original`; what a text never goes through is zero."""
     config, model = read_config(original), _skeleton(original)
     split_experts(model)
+    unused = {name: value for name, value in model.state_dict().items() if gguf.LEFT_OUT.search(name)}
     tensors = gguf.read(file, config=config, tensors=model.state_dict())
     if experts := split_modules(model):
         model.load_state_dict(tensors, strict=False, assign=True)
         for module in experts.values():
             join_experts(module)
         tensors = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+    tensors |= {name: torch.zeros(value.shape, dtype=torch.float16) for name, value in unused.items()}
     with tempfile.TemporaryDirectory(prefix="roundel-") as scratch:
         write_shards(Path(scratch), {name: tensor.nbytes for name, tensor in tensors.items()}, lambda name: {name: tensors[name]})
         write_config(Path(scratch) / "config.json", config)

@@ -49,10 +49,11 @@ from roundel.errors import ModelError, SchemeError, damaged
 from roundel.formats.gguf_blocks import PACKERS
 from roundel.formats.gguf_families import FAMILIES
 from roundel.formats.gguf_mixes import mix_types
-from roundel.formats.gguf_settings import add_settings, head_dim_in, head_dim_of, language_config, ropes_of
+from roundel.formats.gguf_settings import add_settings, architecture_of, head_dim_in, head_dim_of, language_config, ropes_of
 from roundel.formats.gguf_tensors import (
     ALWAYS_FLOAT,
     EXPERT,
+    LEFT_OUT,
     Counterparts,
     as_in_file,
     decoded,
@@ -60,17 +61,30 @@ from roundel.formats.gguf_tensors import (
     halves_together,
     names_of,
     packed_in_order,
+    parts_of,
     stored_values,
     targets_of,
     tensors_of,
     unbroken,
 )
 from roundel.formats.gguf_tokenizer import add_tokenizer, backend_of, open_tokenizer, vocabulary_of
-from roundel.formats.imatrix import architecture
 from roundel.grids import Grid
 from roundel.types import RoundedWeight
 
-__all__ = ["Dense", "check", "check_linears", "check_model", "check_tokenizer", "mixed", "read", "size", "unbroken", "usual_end", "write"]
+__all__ = [
+    "LEFT_OUT",
+    "Dense",
+    "check",
+    "check_linears",
+    "check_model",
+    "check_tokenizer",
+    "mixed",
+    "read",
+    "size",
+    "unbroken",
+    "usual_end",
+    "write",
+]
 
 Dense = Literal["f32", "f16", "bf16", "q8_0"]
 """How matrices that are not quantized are stored; `q8_0` rounds them to the nearest, in blocks of 32."""
@@ -129,7 +143,9 @@ def usual_end(role: str, scheme: str) -> str:
 def mixed(mix: str, config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, str]:
     """The type of each linear in one of llama.cpp's mixes."""
     settings = language_config(config)
-    return mix_types(mix, names_of(architecture(settings.model_type), linears), settings)
+    first = {name: parts_of(name)[0] for name in linears}
+    named = names_of(settings, first.values())
+    return mix_types(mix, {name: named[part] for name, part in first.items()}, settings)
 
 
 def check_model(model: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
@@ -262,7 +278,7 @@ def _prepared(
     for entry in plan:
         if entry.rounded:
             weights[entry.kind.name.lower()] += math.prod(entry.shape)
-    writer = gguf.GGUFWriter(path, architecture(settings.model_type))
+    writer = gguf.GGUFWriter(path, architecture_of(settings))
     writer.add_type("model")
     writer.add_name(name)
     writer.add_quantized_by("Roundel")
@@ -320,25 +336,29 @@ def _plan(
     config: PreTrainedConfig, tensors: Iterable[str], read: Callable[[str], Tensor], rounded: Mapping[str, RoundedWeight], dense: Dense
 ) -> list[_Entry]:
     """All tensors in the order in which a model uses them."""
-    names = names_of(architecture(config.model_type), rounded)
-    quantized = _stacked({module: names[module] for module in rounded})
+    shares = {part: (module, own.index(part), len(own)) for module in rounded for own in [parts_of(module)] for part in own}
+    names = names_of(config, shares)
+    quantized = _stacked({part: names[part] for part in shares})
     entries = []
-    for target, modules in quantized.items():
-        first = rounded[modules[0]]
+    for target, parts in quantized.items():
+        modules = [shares[part][0] for part in parts]
+        first, count = rounded[modules[0]], shares[parts[0]][2]
         for module in modules:
             scheme, rotation = rounded[module].scheme, rounded[module].rotation
             if scheme not in PACKERS or rotation is not None:
                 raise SchemeError(f"{module}: {scheme}{', rotated,' * (rotation is not None)} is no block type of llama.cpp")
 
-        def packed(target: str = target, modules: list[str] = modules) -> np.ndarray[Any, Any]:
+        def packed(target: str = target, parts: list[str] = parts) -> np.ndarray[Any, Any]:
             rows = []
-            for weight in map(rounded.__getitem__, modules):
-                own = PACKERS[weight.scheme](weight.codes, weight.scales)
+            for module, share, count in map(shares.__getitem__, parts):
+                weight = rounded[module]
+                own = PACKERS[weight.scheme](weight.codes, weight.scales).chunk(count)[share]
                 kind = GGMLQuantizationType[weight.scheme.upper()]
                 rows.append(packed_in_order(config, target, own, weight.shape[1], kind).cpu().numpy())
-            return np.stack(rows) if EXPERT.search(modules[0]) else rows[0]
+            return np.stack(rows) if EXPERT.search(parts[0]) else rows[0]
 
-        shape: tuple[int, ...] = (len(modules), *first.shape) if EXPERT.search(modules[0]) else first.shape
+        shape: tuple[int, ...] = (first.shape[0] // count, first.shape[1])
+        shape = (len(parts), *shape) if EXPERT.search(parts[0]) else shape
         entries.append(_Entry(name=target, kind=GGMLQuantizationType[first.scheme.upper()], shape=shape, make=packed, rounded=True))
     check_linears({module: weight.scheme for module, weight in rounded.items()}, ())
 
@@ -393,6 +413,8 @@ NEVER = 1e30
 def _frequency_factors(config: PreTrainedConfig) -> dict[str, Tensor]:
     """What Llama 3.1, long Phi-3 and Gemma 4 divide rotary frequencies by, one float32 number for each pair, by the names of tensors."""
     ropes = ropes_of(config)
+    if not ropes:
+        return {}
     rope = ropes.get("") or ropes["full_attention"]
     if rope["rope_type"] == "proportional":
         half = head_dim_in(config, "full_attention") // 2

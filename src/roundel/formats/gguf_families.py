@@ -1,7 +1,7 @@
 """The types of models that are written as GGUF, and what llama.cpp's code makes of each, whatever the metadata say.
 
 Found out by running llama.cpp beside Transformers on tiny models of each (`make test-llama`): logits differ by 1e-6 to 3e-5 of the largest,
-by up to 7e-4 where llama.cpp has a table of the activation in float16.
+by up to 7e-4 where llama.cpp has a table of the activation in float16, 9e-4 where states of a Mamba are summed up otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Family:
     """Whether rotary pairs are neighbours, in q and k."""
     rope: str = ""
     """A way to scale the rotary embedding that not all families have."""
+    rotary: bool = True
+    """Whether there is one."""
     partial: bool = False
     """Whether some columns of a head may have no rotary embedding."""
     eps: str = "rms_norm_eps"
@@ -43,12 +45,16 @@ class Family:
     """Whether weights of the chosen experts are made to add up to one; None: there are no experts, or metadata say it."""
     sigmoid: bool = False
     """Whether experts are chosen by a sigmoid of the router's values, not by their softmax."""
+    sections: bool = False
+    """Whether the rotary embedding turns by time, height and width, each in columns of its own."""
     whole_width: bool = False
     """Whether the heads of q must be as wide as the model, together."""
     equal_heads: bool = False
     """Whether there must be as many heads of keys as of queries."""
     wide_layers: int | None = None
     """The number of layers of that model which scales attention by the width of a head as `hidden_size / heads`, not by `head_dim`."""
+    state_width: str = ""
+    """What the width of a state space's head is called; empty: there are none."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Settings that metadata have, each with what it is called there (`GGUFWriter.add_...`)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +70,13 @@ class Family:
         """Whether most layers have linear attention."""
         return "linear_key_head_dim" in self.numbers
 
+    def called(self, key: str) -> str:
+        """What the setting is called that metadata have as `key`."""
+        return next(name for name, own in self.numbers.items() if own == key)
+
+
+_UNLIMITED = [0.0, float("inf")]
+"""Of time steps."""
 
 _GELU = "gelu_pytorch_tanh"
 
@@ -127,6 +140,29 @@ _LINEAR = {
 }
 """Of linear attention."""
 
+_NEMOTRON_EXPERTS = {name: key for name, key in _EXPERTS.items() if name != "first_k_dense_replace"} | {
+    "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "moe_latent_size": "moe_latent_size",
+}
+
+_STATES = {
+    "conv_kernel": "ssm_conv_kernel",
+    "ssm_state_size": "ssm_state_size",
+    "n_groups": "ssm_group_count",
+    "mamba_num_heads": "ssm_time_step_rank",
+}
+"""Of state spaces."""
+
+_GRANITE_STATES = {
+    "mamba_d_conv": "ssm_conv_kernel",
+    "mamba_d_state": "ssm_state_size",
+    "mamba_n_groups": "ssm_group_count",
+    "mamba_n_heads": "ssm_time_step_rank",
+}
+
+_DEEPSTACK = {"deepstack_layers": "num_deepstack_layers"}
+"""Into how many layers features of pictures go."""
+
 _GEMMA4 = {
     "final_logit_softcapping": "final_logit_softcapping",
     "hidden_size_per_layer_input": "embedding_length_per_layer_input",
@@ -179,6 +215,13 @@ FAMILIES = {
     ),
     "granite": Family(permuted=True, rope="llama3", numbers=_GRANITE),
     "granitemoe": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE),
+    "granitemoehybrid": Family(
+        permuted=True,
+        rope="llama3",
+        state_width="mamba_d_head",
+        fixed={"mamba_proj_bias": False, "time_step_limit": _UNLIMITED},
+        numbers=_GRANITE | _GRANITE_STATES,
+    ),
     "hunyuan_v1_dense": Family(),
     "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
     "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),
@@ -186,14 +229,28 @@ FAMILIES = {
     "minimax_m2": Family(sigmoid=True, partial=True, experts=True, numbers=_ONE_WIDTH),
     "ministral3": Family(permuted=True),
     "nemotron": Family(whole_width=True, activation="relu2", eps="norm_eps", centred=True, norm_offset=1, partial=True),
+    "nemotron_h": Family(
+        activation="relu2",
+        eps="layer_norm_epsilon",
+        rotary=False,
+        sigmoid=True,
+        state_width="mamba_head_dim",
+        fixed={"mamba_hidden_act": "silu", "mamba_proj_bias": False, "use_bias": False, "time_step_limit": _UNLIMITED},
+        numbers=_STATES | _NEMOTRON_EXPERTS | {"layer_norm_epsilon": "layer_norm_eps"},
+    ),
     "olmo": Family(whole_width=True, permuted=True, eps="", centred=True, last_norm=False, numbers={"clip_qkv": "clamp_kqv"}),
     "olmo2": Family(whole_width=True),
     "olmo3": Family(whole_width=True, window_period=4),
     "olmoe": Family(equal_heads=True, whole_width=True, experts=False, fixed={"clip_qkv": None}),
     "phi": Family(whole_width=True, activation="gelu_new", eps="layer_norm_eps", centred=True, partial=True, fixed={"qk_layernorm": False}),
     "phi3": Family(rope="longrope", whole_width=True, partial=True),
-    "qwen3_5_moe_text": Family(norm_offset=1, partial=True, experts=True, numbers=_LINEAR),
-    "qwen3_5_text": Family(norm_offset=1, partial=True, numbers=_LINEAR),
+    "qwen2_5_vl_text": Family(sections=True),
+    "qwen2_vl_text": Family(sections=True),
+    "qwen3_5_moe_text": Family(norm_offset=1, partial=True, sections=True, experts=True, numbers=_LINEAR),
+    "qwen3_5_text": Family(norm_offset=1, partial=True, sections=True, numbers=_LINEAR),
+    "qwen3_next": Family(norm_offset=1, partial=True, experts=True, numbers=_LINEAR),
+    "qwen3_vl_moe_text": Family(sections=True, experts=True, numbers=_DEEPSTACK),
+    "qwen3_vl_text": Family(sections=True, numbers=_DEEPSTACK),
     "seed_oss": Family(biases=True, fixed={"attention_out_bias": False, "mlp_bias": False}),
     "smollm3": Family(permuted=True),
     "stablelm": Family(

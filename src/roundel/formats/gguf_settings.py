@@ -8,7 +8,6 @@ sliding windows do not exist in llama.cpp: the context is cut to the window, wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import Any
 
 import gguf
@@ -18,9 +17,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roundel.errors import ModelError
 from roundel.formats.gguf_families import FAMILIES, Family
+from roundel.formats.imatrix import architecture
 
 __all__ = [
     "add_settings",
+    "architecture_of",
     "expert_count_of",
     "head_dim_in",
     "head_dim_of",
@@ -42,28 +43,50 @@ _OLMO_EPS = 1e-5
 _WITHOUT_ROPE = 4
 """Every how many layers one of SmolLM3's has no rotary embedding."""
 
-_WRAPPERS = ("gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe")
+_WRAPPERS = ("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 """Model types with pictures around a language model of these families."""
 
 
 def language_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """Transformers' reading of the language model's settings, checked."""
-    outer = str(config.get("model_type"))
-    settings = config["text_config"] if outer in _WRAPPERS and "text_config" in config else config
-    model_type = str(settings.get("model_type", outer)) if outer in (*FAMILIES, *_WRAPPERS) else outer
-    if model_type not in FAMILIES:
+    model_type = str(config.get("model_type"))
+    read = None
+    if model_type in FAMILIES or model_type in _WRAPPERS:
+        try:
+            whole = CONFIG_MAPPING[model_type].from_dict(_decoded(dict(config)))
+            read = whole.get_text_config()
+        except Exception as error:  # Transformers raises a dozen types for settings that contradict each other
+            raise ModelError(f"config.json of a {model_type} model cannot be read: {error}") from error
+        model_type = read.model_type
+    if read is None or model_type not in FAMILIES:
         raise ModelError(
             f"model type {model_type!r}: as GGUF Roundel writes {', '.join(FAMILIES)}; for others, write another format, or use "
             "`roundel imatrix` with llama.cpp's own converter and llama-quantize"
         )
-    try:
-        read = CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(settings)))
-    except Exception as error:  # Transformers raises a dozen types for settings that contradict each other
-        raise ModelError(f"config.json of a {model_type} model cannot be read: {error}") from error
+    read.tie_word_embeddings = whole.tie_word_embeddings and getattr(read, "tie_word_embeddings", True)
+    read.deepstack_layers = len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
     reasons = list(_differences(read, FAMILIES[model_type]))
     if reasons:
         raise ModelError(f"llama.cpp would not run this {model_type} model as it is: {'; '.join(reasons)}; write another format")
     return read
+
+
+def _decoded(value: Any) -> Any:
+    """A copy of what config.json has, where Transformers writes `{"__float__": "Infinity"}` for what JSON has no number for."""
+    match value:
+        case {"__float__": str(name)}:
+            return float(name)
+        case dict():
+            return {key: _decoded(each) for key, each in value.items()}
+        case list():
+            return [_decoded(each) for each in value]
+        case _:
+            return value
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The GGUF name of a model's architecture."""
+    return architecture(config.model_type + "_moe" * (config.model_type == "nemotron_h" and "moe" in config.layer_types))
 
 
 def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
@@ -72,7 +95,7 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
     def setting(*names: str) -> Any:
         return next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)
 
-    activation = setting("hidden_activation", "hidden_act")
+    activation = setting("hidden_activation", "hidden_act", "mlp_hidden_act")
     if activation not in (None, family.activation):
         yield f"its activation is {activation}, and llama.cpp has {family.activation}"
     if not family.biases and (setting("attention_bias") or setting("mlp_bias")):
@@ -120,8 +143,11 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
     if family.latent and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
         yield f"llama.cpp takes latent attention without q_lora_rank for a model of {_LITE[-1]} layers, and only that"
     for name, value in family.fixed.items():
-        if getattr(config, name, value) != value:
+        own = getattr(config, name, value)
+        if (list(own) if isinstance(own, tuple) else own) != value:
             yield f"its {name} is {getattr(config, name)}, and llama.cpp has {value}"
+    if config.model_type == "nemotron_h" and {"mlp", "moe"} <= set(config.layer_types):
+        yield "some of its feed-forward layers have experts, and others have none"
     if config.model_type == "smollm3":
         rotated = [int((k + 1) % _WITHOUT_ROPE != 0) for k in range(config.num_hidden_layers)]
         if list(config.no_rope_layers) != rotated:
@@ -136,9 +162,11 @@ def _full_every(period: int, other: str, layers: int) -> list[str]:
 
 
 def ropes_of(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Rotary settings by kind of layer, `""` where all are alike."""
-    found: dict[str, Any] = config.rope_parameters
-    return {kind: dict(each) for kind, each in found.items()} if "full_attention" in found else {"": dict(found)}
+    """Rotary settings by kind of layer, `""` where all are alike; none without rotary embedding."""
+    found: dict[str, Any] = config.rope_parameters if FAMILIES[config.model_type].rotary else {}
+    if "full_attention" in found:
+        return {kind: dict(each) for kind, each in found.items()}
+    return {"": dict(found)} if found else {}
 
 
 def _window(config: PreTrainedConfig) -> int | None:
@@ -161,22 +189,26 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 def expert_count_of(config: PreTrainedConfig) -> int:
     """How many experts a layer has."""
+    if config.model_type == "nemotron_h" and "moe" not in config.layer_types:
+        return 0
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
 
 
-def _inner(config: PreTrainedConfig) -> int:
-    """Width of a feed-forward block."""
+def _inner(config: PreTrainedConfig) -> int | list[int]:
+    """Width of feed-forward blocks; of each layer's, where they differ."""
+    layers = range(config.num_hidden_layers)
+    if config.model_type == "nemotron_h":
+        widths = {"mlp": config.intermediate_size, "moe": config.moe_intermediate_size}
+        return [widths.get(kind, 0) for kind in config.layer_types]
+    if config.model_type == "granitemoehybrid" and not expert_count_of(config):
+        return int(config.shared_intermediate_size)
+    if getattr(config, "use_double_wide_mlp", False):  # those that have others' keys and values are twice as wide
+        return [config.intermediate_size * (1 + (k >= len(layers) - config.num_kv_shared_layers)) for k in layers]
     if config.model_type != "lfm2" or not config.block_auto_adjust_ff_dim:
         return int(config.intermediate_size)
     inner, multiple = int((config.block_ffn_dim_multiplier or 1.0) * int(2 * config.intermediate_size / 3)), int(config.block_multiple_of)
     return -(-inner // multiple) * multiple
-
-
-def _wide_inner(config: PreTrainedConfig) -> list[int]:
-    """The same of each layer, where those that have others' keys and values are twice as wide."""
-    first = config.num_hidden_layers - config.num_kv_shared_layers
-    return [config.intermediate_size * (1 + (k >= first)) for k in range(config.num_hidden_layers)]
 
 
 def head_dim_in(config: PreTrainedConfig, kind: str) -> int:
@@ -188,7 +220,7 @@ def head_dim_in(config: PreTrainedConfig, kind: str) -> int:
 def _rotated(config: PreTrainedConfig) -> int:
     """How many columns of a head the rotary embedding turns."""
     ropes = ropes_of(config)
-    part = (ropes.get("full_attention") or ropes[""]).get("partial_rotary_factor")
+    part = (ropes.get("full_attention") or ropes.get("") or {}).get("partial_rotary_factor")
     return int(head_dim_of(config) * (1.0 if part is None else part))
 
 
@@ -210,7 +242,7 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
     writer.add_context_length(context)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_wide_inner(config) if getattr(config, "use_double_wide_mlp", False) else _inner(config))
+    writer.add_feed_forward_length(_inner(config))
     writer.add_head_count(config.num_attention_heads)
     kinds = getattr(config, "layer_types", None) or ()
     if family.windows_listed:
@@ -224,13 +256,50 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
             add_whole(head_dim_in(config, "full_attention"))
             add_windowed(head_dim_in(config, "sliding_attention"))
     else:
-        writer.add_head_count_kv([kv_heads_of(config) * (kind != "conv") for kind in kinds] if "conv" in kinds else kv_heads_of(config))
+        others = {"conv", "linear_attention", "mlp", "moe"} if family.state_width else {"conv"}
+        heads = [kv_heads_of(config) * (kind not in others) for kind in kinds]
+        writer.add_head_count_kv(heads if 0 in heads else kv_heads_of(config))
     if not (family.windows_listed or family.latent):  # latent attention's widths are among its numbers
         writer.add_key_length(head_dim_of(config))
         writer.add_value_length(head_dim_of(config))
         writer.add_rope_dimension_count(_rotated(config))
     add_eps = writer.add_layer_norm_eps if family.centred else writer.add_layer_norm_rms_eps
     add_eps(getattr(config, family.eps) if family.eps else _OLMO_EPS)
+    if family.rotary:
+        _add_rope(writer, config, ropes)
+    for name, key in family.numbers.items():
+        value = getattr(config, name)
+        if key.startswith("expert_") and not expert_count_of(config):
+            continue
+        if value is None and key == "final_logit_softcapping":
+            value = 0.0  # llama.cpp caps where nothing is said
+        if value is not None:
+            getattr(writer, f"add_{key}")(value)
+    if family.linear:
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_full_attention_interval(list(config.layer_types).index("full_attention") + 1)
+    if family.state_width:
+        writer.add_ssm_inner_size(getattr(config, family.called("ssm_time_step_rank")) * getattr(config, family.state_width))
+    if config.model_type == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+        if expert_count_of(config):
+            writer.add_expert_count(expert_count_of(config))
+            writer.add_expert_used_count(config.num_experts_per_tok)
+            writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
+    if config.model_type == "ernie4_5_moe":
+        writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
+    if family.sigmoid:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if family.experts is not None:
+        writer.add_expert_count(expert_count_of(config))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if hasattr(config, "shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig, ropes: Mapping[str, Mapping[str, Any]]) -> None:
     rope = ropes.get("full_attention") or ropes[""]
     writer.add_rope_freq_base(rope["rope_theta"])
     if "sliding_attention" in ropes:
@@ -245,26 +314,7 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
         if rope.get("mscale_all_dim"):
             writer.add_rope_scaling_yarn_log_mul((1.0 if config.model_type == "ministral3" else 0.1) * rope["mscale_all_dim"])
+    if FAMILIES[config.model_type].sections:
+        writer.add_rope_dimension_sections([*(rope.get("mrope_section") or _SECTIONS), 0])
     if rope.get("llama_4_scaling_beta"):
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
-    for name, key in family.numbers.items():
-        value = getattr(config, name)
-        if value is None and key == "final_logit_softcapping":
-            value = 0.0  # llama.cpp caps where nothing is said
-        if value is not None:
-            getattr(writer, f"add_{key}")(value)
-    if family.linear:
-        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
-        writer.add_full_attention_interval(list(config.layer_types).index("full_attention") + 1)
-        writer.add_rope_dimension_sections([*(rope.get("mrope_section") or _SECTIONS), 0])
-    if config.model_type == "ernie4_5_moe":
-        writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
-    if family.sigmoid:
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    if family.experts is not None:
-        writer.add_expert_count(expert_count_of(config))
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        if hasattr(config, "moe_intermediate_size"):
-            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-        if hasattr(config, "shared_expert_intermediate_size"):
-            writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)

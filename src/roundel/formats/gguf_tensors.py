@@ -18,12 +18,13 @@ from transformers import PreTrainedConfig
 from roundel.errors import ModelError, damaged
 from roundel.formats.gguf_families import FAMILIES
 from roundel.formats.gguf_reader import Reader
-from roundel.formats.gguf_settings import kv_heads_of, language_config
-from roundel.formats.imatrix import architecture, tensor_names
+from roundel.formats.gguf_settings import architecture_of, expert_count_of, kv_heads_of, language_config
+from roundel.formats.imatrix import tensor_names
 
 __all__ = [
     "ALWAYS_FLOAT",
     "EXPERT",
+    "LEFT_OUT",
     "Counterparts",
     "as_in_file",
     "data_of",
@@ -32,6 +33,7 @@ __all__ = [
     "halves_together",
     "names_of",
     "packed_in_order",
+    "parts_of",
     "stored_values",
     "targets_of",
     "tensors_of",
@@ -45,79 +47,111 @@ too), or computed from its settings."""
 _ONE_ROW = ("ffn_gate_inp_shexp.weight", "exp_probs_b.bias")
 """Matrices of one row that llama.cpp has as vectors."""
 
-_USUAL_PARTS = {".block_sparse_moe.": ".mlp.", ".input_linear": ".experts.gate_proj", ".gate.moe_statics.": ".moe_statics."}
+_USUAL_PARTS = {
+    ".block_sparse_moe.input_linear": ".mlp.experts.gate_proj",
+    ".block_sparse_moe.": ".mlp.",
+    ".gate.moe_statics.": ".moe_statics.",
+    ".mixer.experts.": ".mlp.experts.",
+    ".shared_mlp.": ".mlp.shared_mlp.",
+    "backbone.": "model.",
+}
 _USUAL_PARTS |= {f".experts.{short}": f".experts.{name}_proj" for short, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))}
 _USUAL = re.compile("|".join(map(re.escape, _USUAL_PARTS)))
-"""Parts of names in Granite's, Ernie's and LFM's mixtures, and what others have in their place."""
+"""Parts of names in Granite's, Ernie's, LFM's and Nemotron's mixtures, and what others have in their place."""
 
 _SPELLED = {
     ".sinks": ".sinks.weight",
     ".layer_scalar": ".layer_scalar.weight",
     ".A_log": ".A_log.weight",
+    ".D": ".D.weight",
     ".dt_bias": ".dt_proj.bias",
     ".expert_bias": ".expert_bias.bias",
+    ".experts.down_proj": ".experts.down_proj.weight",
+    ".experts.gate_up_proj": ".experts.gate_proj.weight",
+    ".experts.up_proj": ".experts.up_proj.weight",
     "_bias": ".bias",
 }
-"""Ends of the names of parameters that are no module's weight or bias, and of modules that would have them so."""
+"""Ends of the names of parameters that are no module's weight or bias, and of modules that would have them so; a stack for one of its
+parts."""
 
-_DECAY, _CONVOLUTIONS = "ssm_a.weight", ("ssm_conv1d.weight", "shortconv.conv.weight")
-"""Of linear attention: `A` itself in the place of `log -A`, by a name of its own, and a convolution without its channels' one input."""
+_DECAY, _SKIP, _CONVOLUTIONS = ".ssm_a", ".ssm_d", ("ssm_conv1d.weight", "shortconv.conv.weight")
+"""Of linear attention and state spaces: `A` itself in the place of `log -A`, what goes past the states, both by names of their own, and a
+convolution without its channels' one input."""
 
-_BOTH, _HALVES = ".experts.gate_up_proj_bias", (".experts.gate_proj_bias", ".experts.up_proj_bias")
-"""Of GPT-OSS."""
+_STATES_NORM = ".ssm_norm.weight"
+
+_BIASES = (".experts.gate_up_proj_bias", ".experts.gate_proj_bias", ".experts.up_proj_bias")
+"""Of GPT-OSS: columns in turn."""
+
+_SHARED = (".shared_mlp.input_linear", ".shared_mlp.gate_proj", ".shared_mlp.up_proj")
+"""Of Granite's hybrids: rows of a linear."""
 
 _VALUES_OUT = ".ssm_out.weight"
 """The matrix whose columns are the heads of values of linear attention."""
 
-ALWAYS_FLOAT = re.compile(r"_inp|\.bias$|conv")
-"""Matrices that are never less than float32: of routers, biases of experts, convolutions."""
+ALWAYS_FLOAT = re.compile(r"_inp|\.bias$|conv|ssm_(a|d|norm)\b")
+"""Matrices that are never less than float32: of routers, biases of experts, convolutions, state spaces."""
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 """Where a name has the number of an expert."""
 
 
-def names_of(arch: str, modules: Iterable[str]) -> dict[str, str]:
+def names_of(config: PreTrainedConfig, modules: Iterable[str]) -> dict[str, str]:
     """The GGUF names of all modules' weights; those of a model without head may lack the leading `model.`."""
+    arch = architecture_of(config)
     own = {module: EXPERT.sub(".experts.", module) for module in sorted(modules)}
     modules = sorted(set(own.values()))
     found = tensor_names(arch, modules, reordered=True)
     longer = tensor_names(arch, [f"model.{module}" for module in modules if module not in found], reordered=True)
     found |= {module.removeprefix("model."): name for module, name in longer.items()}
     usual = {module: _USUAL.sub(lambda found: _USUAL_PARTS[found[0]], module) for module in modules}
-    named = tensor_names(arch, [usual[module] for module in modules if module not in found], reordered=True)
-    found |= {module: named[name] for module, name in usual.items() if name in named}
+    for others in (usual, {module: f"backbone.{module.removeprefix('model.')}" for module in modules}):
+        named = tensor_names(arch, [others[module] for module in modules if module not in found], reordered=True)
+        found |= {module: named[name] for module, name in others.items() if name in named}
     unknown = [module for module in modules if module not in found]
     if unknown:
         raise ModelError(
             f"{unknown[0]}: llama.cpp has no tensor of that name in its {arch} models, and leaving it out would change the model"
         )
+    if not expert_count_of(config):  # there Granite's shared experts are all that there is
+        found = {module: name.replace("_shexp.", ".") for module, name in found.items()}
     return {module: found[name] for module, name in own.items()}
 
 
+def parts_of(name: str) -> list[str]:
+    """The tensors of the file that one of the original is, or the names that its rows go by where they are those of two: gate and up."""
+    for whole, *halves in (_BIASES, _SHARED):
+        if name.removesuffix(".weight").endswith(whole):
+            stem, _, end = name.rpartition(whole)
+            return [f"{stem}{half}{end}" for half in halves]
+    return [name]
+
+
 def halves_apart(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """What reads an original whose biases of experts' gate and up projections, one tensor of columns in turn, are two (`targets_of`)."""
+    """What reads an original by the names that `targets_of` has."""
 
     def part(name: str) -> Tensor:
-        for which, half in enumerate(_HALVES):
-            if name.endswith(half):
-                return read(name.removesuffix(half) + _BOTH)[..., which::2].contiguous()
+        for whole, *halves in (_BIASES, _SHARED):
+            for which, half in enumerate(halves):
+                if name.removesuffix(".weight").endswith(half):
+                    stem, _, end = name.rpartition(half)
+                    values = read(stem + whole + end)
+                    return values[..., which::2].contiguous() if whole is _BIASES[0] else values.chunk(2)[which]
         return read(name)
 
     return part
 
 
 def halves_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse."""
-    found = {name: values for name, values in tensors.items() if not name.endswith(_HALVES)}
+    """The inverse, of all tensors."""
+    found = dict(tensors)
     for name in tensors:
-        if name.endswith(_HALVES[0]):
-            stem = name.removesuffix(_HALVES[0])
-            found[stem + _BOTH] = torch.stack([tensors[stem + half] for half in _HALVES], dim=-1).flatten(-2)
+        for whole, *halves in (_BIASES, _SHARED):
+            if name.removesuffix(".weight").endswith(halves[0]):
+                stem, _, end = name.rpartition(halves[0])
+                gate, up = (found.pop(f"{stem}{half}{end}") for half in halves)
+                found[stem + whole + end] = torch.cat([gate, up]) if whole is _SHARED[0] else torch.stack([gate, up], dim=-1).flatten(-2)
     return found
-
-
-def _apart(name: str) -> list[str]:
-    return [name.removesuffix(_BOTH) + half for half in _HALVES] if name.endswith(_BOTH) else [name]
 
 
 def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, str]:
@@ -127,13 +161,14 @@ def targets_of(config: PreTrainedConfig, tensors: Iterable[str]) -> dict[str, st
         ModelError: llama.cpp has none for one of them.
     """
     spelled = {}
-    for source in (own for name in tensors for own in _apart(name)):
+    for source in (own for name in tensors for own in parts_of(name)):
         layer = re.search(r"\.layers\.(\d+)\.", source)
         if not LEFT_OUT.search(source) and (layer is None or int(layer[1]) < config.num_hidden_layers):
             spelled[source] = next((source.removesuffix(end) + own for end, own in _SPELLED.items() if source.endswith(end)), source)
-    names = names_of(architecture(config.model_type), {name.rpartition(".")[0] for name in spelled.values()})
+    names = names_of(config, {name.rpartition(".")[0] for name in spelled.values()})
     found = {source: names[name.rpartition(".")[0]].removesuffix("weight") + name.rpartition(".")[2] for source, name in spelled.items()}
-    return {source: name.removesuffix(".weight") if name.endswith(_DECAY) else name for source, name in found.items()}
+    bare = tuple(f"{end}.weight" for end in (_DECAY, _SKIP))
+    return {source: name.removesuffix(".weight") if name.endswith(bare) else name for source, name in found.items()}
 
 
 def order_of_rows(config: PreTrainedConfig, rows: int, name: str) -> Int[Tensor, " rows"] | None:
@@ -198,10 +233,13 @@ def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
         values = values[0]
     if target.endswith(_CONVOLUTIONS):
         values = values.squeeze(1)
-    if target.endswith(_DECAY.removesuffix(".weight")):
+    if target.endswith(_DECAY):
         values = -values.float().exp()
+    family = FAMILIES[config.model_type]
+    if family.state_width and target.endswith((_DECAY, _SKIP, _STATES_NORM)):
+        values = values.reshape(getattr(config, family.called("ssm_group_count")) if target.endswith(_STATES_NORM) else len(values), -1)
     if _is_norm(target):
-        values = values.float() + FAMILIES[config.model_type].norm_offset
+        values = values.float() + family.norm_offset
     if (order := order_of_rows(config, len(values), target)) is not None:
         values = values[order]
     if (order := order_of_columns(config, values.shape[-1], target)) is not None:
@@ -211,7 +249,7 @@ def as_in_file(config: PreTrainedConfig, target: str, values: Tensor) -> Tensor:
 
 def _is_norm(target: str) -> bool:
     """Whether it has Gemma's offset where there is one; the norm inside of linear attention has not."""
-    return target.endswith("norm.weight") and not target.endswith("ssm_norm.weight")
+    return target.endswith("norm.weight") and not target.endswith(_STATES_NORM)
 
 
 def stored_values(values: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
@@ -239,7 +277,7 @@ class Counterparts:
             ModelError: as `check_model`.
         """
         self._settings = language_config(config)
-        self.architecture = architecture(self._settings.model_type)
+        self.architecture = architecture_of(self._settings)
         tied = "lm_head.weight" if self._settings.tie_word_embeddings else None
         self.names = targets_of(self._settings, (each for each in tensors if each != tied))
         """By the original's name; experts share one."""
@@ -257,7 +295,9 @@ class Counterparts:
         """Values of a tensor of the file, in float32, as the original has them."""
         if _is_norm(name):
             values = values - FAMILIES[self._settings.model_type].norm_offset
-        if name.endswith(_DECAY.removesuffix(".weight")):
+        if FAMILIES[self._settings.model_type].state_width and name.endswith((_DECAY, _SKIP, _STATES_NORM)):
+            values = values.flatten()
+        if name.endswith(_DECAY):
             values = (-values).log()
         if name.endswith(_CONVOLUTIONS):
             values = values[:, None]

@@ -49,6 +49,7 @@ _OTHER_NAMES = {
     "mixtral": "llama",
     "olmo3": "olmo2",
     "phi": "phi2",
+    "qwen2_5_vl_text": "qwen2vl",
 }
 """Model types whose GGUF architecture has another name altogether."""
 

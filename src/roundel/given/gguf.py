@@ -69,6 +69,9 @@ def open_gguf(path: Path, source: Source) -> Given:
     for module in dict.fromkeys([*source.linears, *(end.name for end in ends_of(source.model, source.checkpoint))]):
         stored = source.checkpoint.weight_of(module)
         assert stored is not None
+        if stored not in counterparts.names:
+            left[module] = "its rows are in two tensors of the file"
+            continue
         target = counterparts.names[stored]
         if target not in tensors:
             raise ModelError(f"{path} lacks {target}: it is another model, or damaged")

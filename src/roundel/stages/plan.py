@@ -48,8 +48,8 @@ WORTH_PLANNING = 50_000_000
 BUSY = 0.2
 """What part of the time other programs may have had the processors while a layer was timed."""
 
-PROGRAM = 520_000_000
-"""Bytes of Python, torch and Transformers."""
+PROGRAM, TOKEN = 650_000_000, 600
+"""Bytes of Python, torch, Transformers and what is compiled, and of a token in the tokenizer."""
 
 LOGITS = 6
 """Slices of logits."""
@@ -226,10 +226,11 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     codes = sum(each.weight.numel() for each in source.linears.values())
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
     factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
-    working = SLACK * (PROGRAM + weights + min(hidden, held) + max(collecting, rounding, logits)) + tuning
-    loading = PROGRAM + weights + stored
+    program = PROGRAM + TOKEN * embedding.num_embeddings
+    working = SLACK * (program + weights + min(hidden, held) + max(collecting, rounding, logits)) + tuning
+    loading = program + weights + stored
     if on_demand:  # pages of mapped files go where memory is short
-        loading = min(loading, max(budget, PROGRAM + weights))
+        loading = min(loading, max(budget, program + weights))
     return {
         "main": int(max(loading, working)),
         "disk": int(factors + max(0, hidden - held) + 4 * codes),
