@@ -58,7 +58,8 @@ ROUNDED, FACTORS = 48, 26
 """Bytes for each weight of a linear while it is rounded, and for each entry of its squares: moments, factors, and these in float64."""
 
 SLACK = 1.2
-"""What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way."""
+"""What the process has over what is alive at once: memory that is free again but kept, and what is converted on the way; where the model
+stays on the disk nothing is kept (`allocator`)."""
 
 
 def plan(
@@ -227,7 +228,7 @@ def peak_memory(source: Source, names: list[str], recipe: Recipe, dtype: torch.d
     tuning = 2 * source.parameters * item + 23 * source.parameters if recipe.tune == "end-to-end" else 0
     factors = sum(map(sum, squares)) // 2 * getattr(torch, recipe.factor_type).itemsize
     program = PROGRAM + TOKEN * embedding.num_embeddings
-    working = SLACK * (program + weights + min(hidden, held) + max(collecting, rounding, logits)) + tuning
+    working = (1 if on_demand else SLACK) * (program + weights + min(hidden, held) + max(collecting, rounding, logits)) + tuning
     loading = program + weights + stored
     if on_demand:  # pages of mapped files go where memory is short
         loading = min(loading, max(budget, program + weights))
