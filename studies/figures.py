@@ -4,7 +4,7 @@ Drawn into docs/figures from the rows in benchmarks/results. In one figure are o
 
     sizes-demo              demo, standard library: other quantizers (peers), ours by scheme (schemes) and by stage (tuning)
     sizes-llama-cpp-demo    demo, C4: llama.cpp's mixes beside ours
-    minutes-smollm2-135m    SmolLM2-135M, C4, one scheme: our efforts beside other quantizers, against CPU minutes
+    minutes-smollm2-135m    SmolLM2-135M, WikiText-2, one scheme: our efforts beside other quantizers, against CPU minutes
 
 Values are means over seeds, errors those over sequences.
 """
@@ -91,18 +91,16 @@ def sizes_llama_cpp_demo() -> bytes:
 
 
 def minutes_smollm2() -> bytes:
-    """Others measured elsewhere have no errors."""
-    found = load("real-smollm2-135m")
-    efforts = [row for row in found["rows"] if not row["options"]]
-    families: Families = {
-        OURS: [(row["effort"], row["cpu_seconds"] / 60, row["kl"], row["kl_stderr"]) for row in efforts],
-    }
-    others = [{**row, "cpu_minutes": row["cpu_seconds"] / 60} for row in found.get("peers", [])] + found.get("elsewhere", [])
-    for row in sorted(others, key=lambda row: -row["kl"]):
-        families[row["method"]] = [("", row["cpu_minutes"], row["kl"], row.get("kl_stderr", 0.0))]
+    """Each method once, on the text that no method has seen any of."""
+    rows = [row for row in load("methods-smollm2-135m")["rows"] if row["scheme"] == "int3-g64" and row["seed"] == 0 and "error" not in row]
+    families: Families = {OURS: []}
+    for row in sorted(rows, key=lambda row: -row["cpu_seconds"]):
+        name, label = (OURS, row["method"]) if row["tool"] == "roundel" else (PEERS[row["tool"], row["method"]], "")
+        kl = row["texts"]["wikitext2"]
+        families.setdefault(name, []).append((label, row["cpu_seconds"] / 60, kl["kl"], kl["kl_stderr"]))
     return plots.rates(
         families,
-        title=f"SmolLM2-135M-Instruct in {efforts[0]['scheme']}: KL on C4 against time",
+        title="SmolLM2-135M-Instruct in int3-g64: KL on WikiText-2 against time",
         xlabel="CPU minutes of the whole command",
         ylabel=KL,
         bold=[OURS],

@@ -368,23 +368,20 @@ def methods(model: str) -> str:
     return "\n\n".join(parts)
 
 
-def front(name: str) -> str:
-    """The rows of `real` that a newcomer asks for: what is lost, in which time."""
-    found = load(name)
-    others = sorted(found["elsewhere"] + found["peers"], key=lambda row: -row["kl"])
-    efforts = sorted((row for row in found["rows"] if not row["options"]), key=lambda row: -row["kl"])
-    named = [(row["method"], row) for row in others] + [(f"**Roundel, `--effort {row['effort']}`**", row) for row in efforts]
+def front(model: str, title: str, scheme: str) -> str:
+    """The rows of `methods` that a newcomer asks for: what is lost on each text, in which time."""
+    rows = [row for row in load(f"methods-{model}")["rows"] if row["scheme"] == scheme and row["seed"] == 0 and "error" not in row]
     cells = [
         [
-            title,
-            with_error(row["kl"], row["kl_stderr"]) if "kl_stderr" in row else f"{row['kl']:.3f}",
-            f"{row['perplexity']:.1f}" if "perplexity" in row else "–",
-            f"{row['cpu_minutes'] if 'cpu_minutes' in row else row['cpu_seconds'] / 60:.0f}",
+            f"**Roundel, `--effort {row['method']}`**" if row["tool"] == "roundel" else PEERS[row["tool"], row["method"]],
+            *(with_error(row["texts"][name]["kl"], row["texts"][name]["kl_stderr"]) for name in TEXTS),
+            f"{row['texts']['wikitext2']['perplexity']:.1f}",
+            f"{row['cpu_seconds'] / 60:.0f}",
         ]
-        for title, row in named
+        for row in sorted(rows, key=lambda row: -row["texts"]["c4"]["kl"])
     ]
-    original = efforts[0]["perplexity_original"]
-    return markdown([f"SmolLM2-135M-Instruct, {efforts[0]['scheme']}", "KL", f"perplexity (original {original:.1f})", "CPU minutes"], cells)
+    perplexity = f"perplexity, WikiText-2 (original {rows[0]['texts']['wikitext2']['perplexity_original']:.1f})"
+    return markdown([f"{title}, {scheme}", "KL: C4", "WikiText-2", "code", perplexity, "CPU minutes"], cells)
 
 
 def sweeps() -> str:
@@ -580,7 +577,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-stories260K": lambda: peers("stories260K", 32),
     "peers-demo": lambda: peers("demo", 64),
     "real-smollm2-135m": lambda: real("real-smollm2-135m"),
-    "front-smollm2-135m": lambda: front("real-smollm2-135m"),
+    "front-smollm2-135m": lambda: front("smollm2-135m", "SmolLM2-135M-Instruct", "int3-g64"),
     "methods-smollm2-135m": lambda: methods("smollm2-135m"),
     "planned": lambda: planned("planned"),
     "chat": lambda: chat("chat"),
