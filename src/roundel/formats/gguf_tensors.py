@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,23 @@ convolution without its channels' one input."""
 
 _STATES_NORM = ".ssm_norm.weight"
 
-_BIASES = (".experts.gate_up_proj_bias", ".experts.gate_proj_bias", ".experts.up_proj_bias")
-"""Of GPT-OSS: columns in turn."""
 
-_SHARED = (".shared_mlp.input_linear", ".shared_mlp.gate_proj", ".shared_mlp.up_proj")
-"""Of Granite's hybrids: rows of a linear."""
+@dataclass(frozen=True)
+class _Pair:
+    """One tensor of an original that is two of the file."""
+
+    whole: str
+    halves: tuple[str, str]
+    """Gate and up."""
+    in_turn: bool
+    """Whether it has columns of both in turn, or rows of one after the other's."""
+
+
+_PAIRS = (
+    _Pair(".experts.gate_up_proj_bias", (".experts.gate_proj_bias", ".experts.up_proj_bias"), in_turn=True),
+    _Pair(".shared_mlp.input_linear", (".shared_mlp.gate_proj", ".shared_mlp.up_proj"), in_turn=False),
+)
+"""Of GPT-OSS and of Granite's hybrids."""
 
 _VALUES_OUT = ".ssm_out.weight"
 """The matrix whose columns are the heads of values of linear attention."""
@@ -118,25 +131,27 @@ def names_of(config: PreTrainedConfig, modules: Iterable[str]) -> dict[str, str]
     return {module: found[name] for module, name in own.items()}
 
 
+def _renamed(name: str, old: str, new: str) -> str | None:
+    """A module's name, or that of its weight, with another end; None if it ends otherwise."""
+    found = re.fullmatch(rf"(.*){re.escape(old)}(\.weight)?", name)
+    return None if found is None else found[1] + new + (found[2] or "")
+
+
 def parts_of(name: str) -> list[str]:
-    """The tensors of the file that one of the original is, or the names that its rows go by where they are those of two: gate and up."""
-    for whole, *halves in (_BIASES, _SHARED):
-        if name.removesuffix(".weight").endswith(whole):
-            stem, _, end = name.rpartition(whole)
-            return [f"{stem}{half}{end}" for half in halves]
-    return [name]
+    """The names that a tensor of an original, or a linear, goes by where it is two of the file; else its own."""
+    found = [_renamed(name, pair.whole, half) for pair in _PAIRS for half in pair.halves]
+    return [each for each in found if each is not None] or [name]
 
 
 def halves_apart(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """What reads an original by the names that `targets_of` has."""
+    """What reads an original by the names of `parts_of`."""
 
     def part(name: str) -> Tensor:
-        for whole, *halves in (_BIASES, _SHARED):
-            for which, half in enumerate(halves):
-                if name.removesuffix(".weight").endswith(half):
-                    stem, _, end = name.rpartition(half)
-                    values = read(stem + whole + end)
-                    return values[..., which::2].contiguous() if whole is _BIASES[0] else values.chunk(2)[which]
+        for pair in _PAIRS:
+            for which, half in enumerate(pair.halves):
+                if (whole := _renamed(name, half, pair.whole)) is not None:
+                    values = read(whole)
+                    return values[..., which::2].contiguous() if pair.in_turn else values.chunk(2)[which]
         return read(name)
 
     return part
@@ -145,12 +160,11 @@ def halves_apart(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
 def halves_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, of all tensors."""
     found = dict(tensors)
-    for name in tensors:
-        for whole, *halves in (_BIASES, _SHARED):
-            if name.removesuffix(".weight").endswith(halves[0]):
-                stem, _, end = name.rpartition(halves[0])
-                gate, up = (found.pop(f"{stem}{half}{end}") for half in halves)
-                found[stem + whole + end] = torch.cat([gate, up]) if whole is _SHARED[0] else torch.stack([gate, up], dim=-1).flatten(-2)
+    for pair in _PAIRS:
+        for name in tensors:
+            if (whole := _renamed(name, pair.halves[0], pair.whole)) is not None:
+                halves = [found.pop(half) for half in parts_of(whole)]
+                found[whole] = torch.stack(halves, dim=-1).flatten(-2) if pair.in_turn else torch.cat(halves)
     return found
 
 
