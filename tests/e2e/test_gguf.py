@@ -128,8 +128,9 @@ def test_what_transformers_does_not_read_is_read_here(name: str, tmp_path: Path)
     shutil.copy(tmp_path / "source" / "config.json", tmp_path)
     read = load_written(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
-        # GPT-OSS's experts are run one by one in the one, together in the other
-        assert (read(IDS).logits - made.model(IDS).logits).abs().max() <= (1e-5 if name == "gpt-oss" else 0.0)
+        # these experts are run one by one in the one, together in the other
+        apart = 2e-5 if name.startswith(("gpt-oss", "llama4")) else 0.0
+        assert (read(IDS).logits - made.model(IDS).logits).abs().max() <= apart
 
 
 @pytest.mark.parametrize("kind", PACKERS)

@@ -82,6 +82,7 @@ GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 32,
 }
 STATES = {"num_hidden_layers": 4, "head_dim": 64, "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 64, "n_groups": 2}
+LLAMA4: dict[str, Any] = {"num_hidden_layers": 5, "head_dim": 64, "intermediate_size": 32, "intermediate_size_mlp": 128}
 GRANITE_STATES: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "mamba_n_heads": 8,
@@ -178,6 +179,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_dense_layers": 1,
         },
     ),
+    "llama4": ("Llama4TextConfig", {**LLAMA4, "use_qk_norm": True, "num_local_experts": 4, "interleave_moe_layer_step": 2}),
+    "llama4-128": (
+        "Llama4TextConfig",
+        {**LLAMA4, "use_qk_norm": False, "num_local_experts": 128, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+    ),
     "ministral3": (
         "Ministral3Config",
         {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
@@ -234,6 +240,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", {}),
     "stablelm-parallel": ("StableLmConfig", {"use_parallel_residual": True, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2Config", {}),
+    "granite-moe-shared": ("GraniteMoeSharedConfig", {"num_local_experts": 4, "shared_intermediate_size": 96}),
     "granite-moe": ("GraniteMoeConfig", {"num_local_experts": 4, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
 }

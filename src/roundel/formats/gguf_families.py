@@ -100,6 +100,13 @@ _EXPERTS = {
 }
 """As DeepSeek's models have them."""
 
+_LLAMA4_EXPERTS = {
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "intermediate_size": "expert_feed_forward_length",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+}
+
 _ONE_WIDTH = {"intermediate_size": "expert_feed_forward_length"}
 """Of models that have no feed-forward blocks but experts."""
 
@@ -222,10 +229,18 @@ FAMILIES = {
         fixed={"mamba_proj_bias": False, "time_step_limit": _UNLIMITED},
         numbers=_GRANITE | _GRANITE_STATES,
     ),
+    "granitemoeshared": Family(
+        permuted=True, rope="llama3", experts=True, numbers=_GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"}
+    ),
     "hunyuan_v1_dense": Family(),
     "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
     "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),
     "lfm2_moe": Family(eps="norm_eps", last_norm=False, sigmoid=True, numbers=_SHORT | _LFM_EXPERTS),
+    "llama4_text": Family(
+        rope="llama3",
+        fixed={"attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1, "attention_chunk_size": 8192},
+        numbers=_LLAMA4_EXPERTS,
+    ),
     "minimax_m2": Family(sigmoid=True, partial=True, experts=True, numbers=_ONE_WIDTH),
     "ministral3": Family(permuted=True),
     "nemotron": Family(whole_width=True, activation="relu2", eps="norm_eps", centred=True, norm_offset=1, partial=True),

@@ -41,9 +41,12 @@ _OLMO_EPS = 1e-5
 """Of norms without settings."""
 
 _WITHOUT_ROPE = 4
-"""Every how many layers one of SmolLM3's has no rotary embedding."""
+"""Every how many layers one of SmolLM3's or Llama 4's has no rotary embedding."""
 
-_WRAPPERS = ("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+_WITHOUT_NORMS = 128
+"""Experts of the Llama 4 whose queries and keys are not normalized."""
+
+_WRAPPERS = ("gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 """Model types with pictures around a language model of these families."""
 
 
@@ -148,7 +151,13 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
             yield f"its {name} is {getattr(config, name)}, and llama.cpp has {value}"
     if config.model_type == "nemotron_h" and {"mlp", "moe"} <= set(config.layer_types):
         yield "some of its feed-forward layers have experts, and others have none"
-    if config.model_type == "smollm3":
+    if config.model_type == "llama4_text":
+        step, count = config.interleave_moe_layer_step, config.num_local_experts
+        if list(config.moe_layers) != list(range(step - 1, config.num_hidden_layers, step)):
+            yield f"its layers with experts are not every {step}th"
+        if config.use_qk_norm != (count != _WITHOUT_NORMS):
+            yield f"its use_qk_norm is {config.use_qk_norm}, and with {count} experts llama.cpp has {count != _WITHOUT_NORMS}"
+    if config.model_type in ("llama4_text", "smollm3"):
         rotated = [int((k + 1) % _WITHOUT_ROPE != 0) for k in range(config.num_hidden_layers)]
         if list(config.no_rope_layers) != rotated:
             yield f"its layers without rotary embedding are not every {_WITHOUT_ROPE}th"
@@ -201,6 +210,8 @@ def _inner(config: PreTrainedConfig) -> int | list[int]:
     if config.model_type == "nemotron_h":
         widths = {"mlp": config.intermediate_size, "moe": config.moe_intermediate_size}
         return [widths.get(kind, 0) for kind in config.layer_types]
+    if config.model_type == "llama4_text":
+        return int(config.intermediate_size_mlp)
     if config.model_type == "granitemoehybrid" and not expert_count_of(config):
         return int(config.shared_intermediate_size)
     if getattr(config, "use_double_wide_mlp", False):  # those that have others' keys and values are twice as wide

@@ -43,6 +43,7 @@ _OTHER_NAMES = {
     "deepseek_v3": "deepseek2",
     "gpt_bigcode": "starcoder",
     "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
     "ministral3": "mistral3",
     "mistral": "llama",
