@@ -62,7 +62,7 @@ def test_figures_draw_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert {size for _, size, _, _ in sizes["AutoRound, 200 iterations"]} == {bits * figures.LINEARS / 8e6 for bits in (2.25, 3.25, 4.25)}
     for families, ours, table in (
         (sizes, "Roundel, integers, the default", "peers-demo"),
-        (minutes, "Roundel, --effort", "real-smollm2-135m"),
+        (minutes, "Roundel, --effort", "methods-smollm2-135m"),
     ):
         for _, _, kl, _ in families[ours]:
             assert f"| {kl:.3f}" in tables.TABLES[table]()
