@@ -10,7 +10,7 @@ in float32: Roundel's directory as plain Transformers loads it, the others' by t
 CPU time is user and system of one thread, of the whole command or adapter, reading included; Roundel's also counts its own evaluation and
 report. Bytes are those of the weights with what their scheme adds and of all else in 16 bits, by the same rule for all. Rows go to
 `benchmarks/results/methods-MODEL.json` one by one; those that it has are not measured again, those that failed are. Cost on one core of
-2026, SmolLM2-135M: a quarter of an hour for a row of quick or GPTQ, four hours for one of AutoRound with 200 steps; 4 minutes to measure.
+2026, SmolLM2-135M: a quarter of an hour for a row of quick or GPTQ, an hour for one of AutoRound with 200 steps; 4 minutes to measure.
 """
 
 from __future__ import annotations
