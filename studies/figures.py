@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tables import PEERS, ROOT, Rows, load
+from tables import PEERS, ROOT, Rows, first_seeds, load
 
 from roundel.evaluate import plots
 
@@ -92,9 +92,8 @@ def sizes_llama_cpp_demo() -> bytes:
 
 def minutes_smollm2() -> bytes:
     """Each method once, on the text that no method has seen any of."""
-    rows = [row for row in load("methods-smollm2-135m")["rows"] if row["scheme"] == "int3-g64" and row["seed"] == 0 and "error" not in row]
     families: Families = {OURS: []}
-    for row in sorted(rows, key=lambda row: -row["cpu_seconds"]):
+    for row in sorted(first_seeds("smollm2-135m", "int3-g64"), key=lambda row: -row["cpu_seconds"]):
         name, label = (OURS, row["method"]) if row["tool"] == "roundel" else (PEERS[row["tool"], row["method"]], "")
         kl = row["texts"]["wikitext2"]
         families.setdefault(name, []).append((label, row["cpu_seconds"] / 60, kl["kl"], kl["kl_stderr"]))

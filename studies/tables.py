@@ -349,7 +349,7 @@ def methods(model: str) -> str:
             }
             cells.append(
                 [
-                    f"**Roundel, `--effort {method}`**" if tool == "roundel" else PEERS[tool, method],
+                    named(tool, method),
                     *(with_error(texts[name]["kl"], texts[name]["kl_stderr"]) for name in TEXTS),
                     f"{texts['c4']['kl_p99']:.2g}, {texts['c4']['kl_p999']:.2g}",
                     f"{100 * texts['c4']['top1']:.1f} %",
@@ -368,12 +368,21 @@ def methods(model: str) -> str:
     return "\n\n".join(parts)
 
 
+def named(tool: str, method: str) -> str:
+    return f"**Roundel, `--effort {method}`**" if tool == "roundel" else PEERS[tool, method]
+
+
+def first_seeds(model: str, scheme: str) -> Rows:
+    """Of `methods`: each method once."""
+    return [row for row in load(f"methods-{model}")["rows"] if row["scheme"] == scheme and row["seed"] == 0 and "error" not in row]
+
+
 def front(model: str, title: str, scheme: str) -> str:
     """The rows of `methods` that a newcomer asks for: what is lost on each text, in which time."""
-    rows = [row for row in load(f"methods-{model}")["rows"] if row["scheme"] == scheme and row["seed"] == 0 and "error" not in row]
+    rows = first_seeds(model, scheme)
     cells = [
         [
-            f"**Roundel, `--effort {row['method']}`**" if row["tool"] == "roundel" else PEERS[row["tool"], row["method"]],
+            named(row["tool"], row["method"]),
             *(with_error(row["texts"][name]["kl"], row["texts"][name]["kl_stderr"]) for name in TEXTS),
             f"{row['texts']['wikitext2']['perplexity']:.1f}",
             f"{row['cpu_seconds'] / 60:.0f}",

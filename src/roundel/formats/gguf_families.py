@@ -160,6 +160,8 @@ _STATES = {
 }
 """Of state spaces."""
 
+_GRANITE_SHARED = {"shared_intermediate_size": "expert_shared_feed_forward_length"}
+
 _GRANITE_STATES = {
     "mamba_d_conv": "ssm_conv_kernel",
     "mamba_d_state": "ssm_state_size",
@@ -227,11 +229,15 @@ FAMILIES = {
         rope="llama3",
         state_width="mamba_d_head",
         fixed={"mamba_proj_bias": False, "time_step_limit": _UNLIMITED},
-        numbers=_GRANITE | _GRANITE_STATES,
+        numbers={
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            **_GRANITE,
+            **_GRANITE_SHARED,
+            **_GRANITE_STATES,
+        },
     ),
-    "granitemoeshared": Family(
-        permuted=True, rope="llama3", experts=True, numbers=_GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"}
-    ),
+    "granitemoeshared": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE | _GRANITE_SHARED),
     "hunyuan_v1_dense": Family(),
     "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
     "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),

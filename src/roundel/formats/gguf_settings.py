@@ -293,10 +293,6 @@ def add_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, rows: int) -
         writer.add_ssm_inner_size(getattr(config, family.called("ssm_time_step_rank")) * getattr(config, family.state_width))
     if config.model_type == "granitemoehybrid":
         writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
-        if expert_count_of(config):
-            writer.add_expert_count(expert_count_of(config))
-            writer.add_expert_used_count(config.num_experts_per_tok)
-            writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
     if config.model_type == "ernie4_5_moe":
         writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
     if family.sigmoid:
