@@ -28,7 +28,7 @@ from roundel.linalg import viterbi
 from roundel.models import locate
 from roundel.recipes import Recipe
 from roundel.rounding import feedback, make_problem, nearest, refit_scales, round_weights, sweep
-from roundel.rounding.descent import sweep_rows
+from roundel.rounding.descent import sweep_waves
 from roundel.rounding.feedback import feedback_waves
 from roundel.rounding.tiles import feedback_tiles, in_step, sweep_tiles
 from roundel.stages.report import versions
@@ -108,6 +108,8 @@ def against_cpu(d_out: int, d_in: int, scheme: str) -> dict[str, Any]:
 
 def against_specification(width: int, scheme: str) -> dict[str, Any]:
     """float64, where codes must be equal."""
+    from roundel.kernels import triton_rounding
+
     grid = parse_scheme(scheme)
     assert isinstance(grid, ScalarGrid)
     problem = make_problem(*factors_of(width, width), damping=0.1, dtype=torch.float64)
@@ -117,7 +119,7 @@ def against_specification(width: int, scheme: str) -> dict[str, Any]:
     slow, expected = seconds(lambda: feedback_waves(problem, grid, scales))
     sweep(problem, grid, scales, codes)
     fast_sweep, swept = seconds(lambda: sweep(problem, grid, scales, codes))
-    slow_sweep, expected_sweep = seconds(lambda: sweep_rows(problem, grid, scales, codes, tile=(1, width)))
+    slow_sweep, expected_sweep = seconds(lambda: sweep_waves(problem, grid, scales, codes, tile=triton_rounding.TILE))
     return {
         "width": width,
         "scheme": scheme,

@@ -7,7 +7,7 @@ from laws.problems import covariance, draw, scales_for, with_factors
 from roundel.grids import ScalarGrid, TileGrid, parse_scheme
 from roundel.linalg import viterbi
 from roundel.rounding import nearest, round_weights
-from roundel.rounding.descent import sweep, sweep_rows
+from roundel.rounding.descent import sweep, sweep_waves
 from roundel.rounding.feedback import feedback, feedback_waves
 from roundel.rounding.round import dequantized
 from roundel.types import RoundingProblem
@@ -33,6 +33,8 @@ def problem_of(d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> Rou
 @pytest.mark.parametrize("shape", [(130, 192), (65, 96), (1, 352)], ids=str)
 def test_feedback_and_sweep_are_the_specifications(scheme: str, shape: tuple[int, int]) -> None:
     """In float64, where no target lies at a boundary between two codes; the specifications, step by step, run on the CPU."""
+    from roundel.kernels import triton_rounding
+
     grid, near = parse_scheme(scheme), problem_of(*shape)
     assert isinstance(grid, ScalarGrid)
     problem, scales = moved(near, "cuda"), scales_for(near, grid)
@@ -40,7 +42,7 @@ def test_feedback_and_sweep_are_the_specifications(scheme: str, shape: tuple[int
     fed = feedback(problem, grid, there).cpu()
     assert torch.equal(fed, feedback_waves(near, grid, scales))
     start = nearest(near.W, grid, scales)
-    assert torch.equal(sweep(problem, grid, there, start.cuda()).cpu(), sweep_rows(near, grid, scales, start, tile=(1, shape[1])))
+    assert torch.equal(sweep(problem, grid, there, start.cuda()).cpu(), sweep_waves(near, grid, scales, start, tile=triton_rounding.TILE))
     assert not torch.equal(fed, start)
 
 

@@ -1,5 +1,6 @@
 """Feedback against its definition written as loops; descent against all codes of tiny problems."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from laws.problems import loss, of, random_problem, scales_for
 from roundel.grids import Grid, Scales, parse_scheme
 from roundel.rounding import feedback, round_weight, sweep
-from roundel.rounding.descent import sweep_rows
+from roundel.rounding.descent import sweep_rows, sweep_waves
 from roundel.rounding.feedback import feedback_waves
 from roundel.types import RoundingProblem
 
@@ -59,7 +60,7 @@ def converged(problem: RoundingProblem, grid: Grid, scales: Scales, implementati
     raise AssertionError("50 sweeps did not converge")
 
 
-@pytest.mark.parametrize("implementation", [sweep, sweep_rows])
+@pytest.mark.parametrize("implementation", [sweep, sweep_rows, partial(sweep_waves, tile=(2, 2))], ids=["sweep", "rows", "waves"])
 @given(shape=st.sampled_from([(2, 2), (2, 3), (5, 4)]), width=st.integers(2, 4), seed=seeds)
 @settings(max_examples=15, deadline=None)
 def test_descent_ends_where_no_single_code_lowers_the_loss(implementation, shape: tuple[int, int], width: int, seed: int) -> None:

@@ -24,6 +24,7 @@ ROUNDING = {
     "sweep-asymmetric": ("int2-g4-asym", 9, 40, True),
     "sweep-levels": ("mxfp4", 9, 32, True),
     "sweep-uncoupled": ("int3-channel", 6, 40, False),
+    "sweep-in-parts": ("int4-g8", 21, 72, True),  # with a direction that all channels share, so that whole waves are refused
 }
 VITERBI = {
     # state bits, bits of a symbol, values, weights, candidates
@@ -53,13 +54,15 @@ def test_triton_equals_its_specification(counts: dict[str, list[int]], case: str
     assert changed > codes // 100  # there was something to do
 
 
-def rounding_case(kind: str, scheme: str, d_out: int, d_in: int, coupled: bool, zero_step: bool = False) -> list[int]:
+def rounding_case(
+    kind: str, scheme: str, d_out: int, d_in: int, coupled: bool, zero_step: bool = False, in_parts: bool = False
+) -> list[int]:
     """Float64, where no target lies at a boundary between two codes; tiles and spans so small that there are several of each."""
     from laws.problems import covariance, draw, scales_for, with_factors
     from roundel.grids import ScalarGrid, parse_scheme
     from roundel.kernels import triton_rounding
     from roundel.rounding import nearest
-    from roundel.rounding.descent import sweep_rows
+    from roundel.rounding.descent import sweep_waves
     from roundel.rounding.feedback import feedback_waves
 
     grid = parse_scheme(scheme)
@@ -68,7 +71,8 @@ def rounding_case(kind: str, scheme: str, d_out: int, d_in: int, coupled: bool, 
     if zero_step:
         W[:5] = 0
     H_out = covariance(d_out, 1) if coupled else torch.diag(draw(d_out, seed=2).abs() + 0.1)
-    problem = with_factors(W, H_out, covariance(d_in, 3), damping=0.1)
+    H_in, H_out = (H + in_parts * 20 * H.diagonal().mean() for H in (covariance(d_in, 3), H_out))
+    problem = with_factors(W, H_out, H_in, damping=0.1)
     scales = dict(scales_for(problem, grid))
     if zero_step:
         scales["scale"] = scales["scale"].clone()
@@ -80,9 +84,9 @@ def rounding_case(kind: str, scheme: str, d_out: int, d_in: int, coupled: bool, 
         expected = feedback_waves(problem, grid, scales)
         found = triton_rounding.feedback(W, problem.L_out, problem.L_in, *given, block=8)
     else:
-        expected = sweep_rows(problem, grid, scales, start, tile=(1, d_in))
+        expected = sweep_waves(problem, grid, scales, start, tile=(4, 8))
         before = start.clone()
-        found = triton_rounding.sweep(W, problem.H_out, problem.H_in, *given, start, rows=8, span=16, wide=32, deep=2)
+        found = triton_rounding.sweep(W, problem.H_out, problem.H_in, *given, start, tile=(4, 8))
         assert torch.equal(start, before)
     assert found.dtype == torch.int8
     if not zero_step:
@@ -111,7 +115,7 @@ def viterbi_case(state_bits: int, shift: int, values: int, weighted: bool, candi
 def main() -> None:
     runs: dict[str, Callable[[], list[int]]] = {}
     for name, case in ROUNDING.items():
-        runs[name] = lambda n=name, c=case: rounding_case(n.split("-")[0], *c)
+        runs[name] = lambda n=name, c=case: rounding_case(n.split("-")[0], *c, in_parts=n.endswith("in-parts"))
     for name, numbers in VITERBI.items():
         runs[name] = lambda n=numbers: viterbi_case(*n)
     runs[ZERO_STEP] = lambda: rounding_case("feedback", "int4-g8", 9, 16, True, zero_step=True)

@@ -1,8 +1,7 @@
 """Feedback and descent sweeps on a GPU: batched products outside a tile, Triton inside it.
 
-Twins of `rounding.feedback.feedback_waves` and, with whole rows as tiles, `rounding.descent.sweep_rows`: the same entries in the same
-order by the same rule; sums are taken in another order, so that float32 codes can differ where a target lies at a boundary between two
-codes.
+Twins of `rounding.feedback.feedback_waves` and `rounding.descent.sweep_waves`: the same entries in the same order by the same rule; sums
+are taken in another order, so that float32 codes can differ where a target lies at a boundary between two codes.
 
 *Feedback.* Tiles of an anti-diagonal do not depend on each other. One program takes a tile through its own `2 BLOCK - 1` anti-diagonals,
 one row to a lane, and holds what has been fed to the tile so far in registers; two batched products then feed the tiles' errors to all
@@ -11,14 +10,14 @@ BLOCK^2` for each diagonal, half of which has entries). Bytes: each of the `down
 across) BLOCK` rows of all entries. Buffers are laid out so that a wave is a slice of each: row blocks from the last, column blocks from
 the first.
 
-*Sweep.* What is done to an entry depends on all changes of the rows above it and on those on its left, so it is one chain of changes. One
-program walks along a row: it holds `SPAN` columns, jumps from change to change in them, each a row of `H_in` of that length, then
-feeds the changes to the rest of the row. A second kernel, with all columns at once, takes a row's changes to `R` and to the rows below.
-Bytes: `8 d_in` for each change, and for each row the rows below it in its block; a change waits for the memory once, about a microsecond.
-Where `H_out` is diagonal all rows are walked at once.
+*Sweep.* Tiles of different rows and columns are changed in one call, one program each, from products formed before it; `Waves` says how
+many, by what the last ones gained. A program holds the tile's part of `H_out E H_in` in registers and goes from row to row and in a row
+from change to change: what one after the other must wait for is inside a tile. For a wave of `n` tiles: `2 n TILE[0] TILE[1] d_out` flops
+before it, as many after it to see what it gained, and `2 n TILE[0] TILE[1] d_in` to take its changes to the rest of their rows, so for a
+sweep `2 d_out d_in (2 d_out + d_in)`, and more where waves are refused. Bytes: the wave's rows of `H_out` and `H_in` and its columns of `E
+H_in`, copied and read, twice those of `d_out`. Two numbers come back to the host for each wave of more than one tile.
 
-Products are float32 only as long as torch is not told to take TF32 for them. Not done: several matrices in one call; one row on several
-multiprocessors.
+Products are float32 only as long as torch is not told to take TF32 for them. Not done: several matrices in one call.
 """
 
 from typing import Any
@@ -28,19 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from roundel.kernels.waves import Waves
+
 __all__ = ["feedback", "sweep"]
 
 BLOCK = 64
 """Rows and columns of a tile of the feedback."""
 
-SPAN = 256
-"""Columns of a row that a program of the sweep holds."""
-
-ROWS = 64
-"""Rows whose `P = H_out R` is formed by one product."""
-
-WIDE, DEEP = 1024, 8
-"""Columns and changes that are taken at once to the rest of a row."""
+TILE = (32, 64)
+"""Rows and columns of a tile of a sweep: short, because tiles of a wave do not wait for each other and rows of a tile do."""
 
 
 def feedback(
@@ -116,74 +111,77 @@ def sweep(
     high: int,
     codes: Tensor,
     *,
-    rows: int = ROWS,
-    span: int = SPAN,
-    wide: int = WIDE,
-    deep: int = DEEP,
+    tile: tuple[int, int] = TILE,
 ) -> Tensor:
-    """Twin of `kernels.rounding.sweep`; `rows`, `span`, `wide` and `deep` are powers of two."""
-    d_out, d_in = W.shape
-    codes, step, H_in = codes.clone(memory_format=torch.contiguous_format), step.contiguous(), H_in.contiguous()
-    shift = None if offset is None else offset.expand(W.shape).contiguous()
-    units = codes.to(W.dtype) if levels is None else levels.to(W)[codes.long() - low]
-    W_hat = units * step if shift is None else units * step + shift
-    R = (W - W_hat) @ H_in
-    curvature_out, curvature_in = H_out.diagonal().contiguous(), H_in.diagonal().contiguous()
+    """Twin of `sweep_waves`; both sizes of `tile` are powers of two."""
+    (d_out, d_in), (rows, columns) = W.shape, tile
+    waves = Waves(-(-d_out // rows), -(-d_in // columns))
+    order = torch.tensor(waves.order, device=W.device)
+    H_out, H_in = _padded(H_out, rows), _padded(H_in, columns)
+    W, codes, step = (_padded(x, rows, columns) for x in (W, codes, step))
+    shift = None if offset is None else _padded(offset.expand(d_out, d_in), rows, columns)
     table, middles, bits = _search_tables(levels, W)
-    alone = bool((H_out == torch.diag(curvature_out)).all())
-    lists = d_out if alone else 1
-    places = torch.empty(lists, d_in, dtype=torch.int32, device=W.device)
-    changes = torch.empty(lists, d_in, dtype=W.dtype, device=W.device)
-    found = torch.zeros(lists, dtype=torch.int32, device=W.device)
+    codes = codes.clone()
+    units = codes.to(W.dtype) if levels is None else levels.to(W)[(codes.long() - low).clamp(min=0)]
+    W_hat = units * step if shift is None else units * step + shift
 
-    def walk(P: Tensor, first: int, row: int, count: int) -> None:
-        _walk[(count,)](
+    def tiles(matrix: Tensor) -> Tensor:
+        split: Tensor = matrix.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
+        return split
+
+    R = (W - W_hat) @ H_in
+    R_rows, R_columns = R.unflatten(0, (-1, rows)), R.unflatten(1, (-1, columns))
+    out_rows, in_rows = H_out.unflatten(0, (-1, rows)), H_in.unflatten(0, (-1, columns))
+    own_out = out_rows.unflatten(2, (-1, rows)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own_in = in_rows.unflatten(2, (-1, columns)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    while wave := waves.next():
+        where = order[waves.start : waves.end]
+        i, j = where.unbind(1)
+        P = out_rows[i] @ R_columns[:, j].transpose(0, 1)
+        before = tiles(codes)[i, j], tiles(W_hat)[i, j]
+        change = torch.empty_like(P)
+        _sweep_tile[(len(wave),)](
             P,
+            H_out,
             H_in,
-            curvature_out,
-            curvature_in,
             step,
             shift,
             table,
             middles,
             W_hat,
             codes,
-            places,
-            changes,
-            found,
-            first,
-            row,
-            d_in,
+            change,
+            where,
+            len(H_out),
+            len(H_in),
             low,
             high,
             BITS=bits,
             OFFSET=offset is not None,
-            SPAN=span,
-            WIDE=wide,
-            DEEP=deep,
-            num_warps=max(1, span // 32),
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=max(1, rows * columns // 1024),
             num_stages=1,
         )
-
-    if alone:
-        walk(curvature_out[:, None] * R, 0, 0, d_out)
-        return codes
-    across = max(16, wide // 16)
-    for top in range(0, d_out, rows):
-        P = H_out[top : top + rows] @ R
-        coupling = H_out[top : top + rows, top : top + rows].contiguous()
-        for row in range(len(P)):
-            walk(P, top, row, 1)
-            _spread[(triton.cdiv(d_in, across),)](
-                P, R, coupling, H_in, places, changes, found, top, row, len(P), d_in, ROWS=rows, ACROSS=across, DEEP=4 * deep, num_stages=1
-            )
-    return codes
+        moved = change @ in_rows[j]
+        R_rows.index_add_(0, i, moved, alpha=-1)
+        gain = hoped = 0.0
+        if len(wave) > 1:
+            after = out_rows[i] @ R_columns[:, j].transpose(0, 1)
+            alone = P - own_out[i] @ change @ own_in[j] / 2
+            gain, hoped = torch.stack([(change * (P + after)).sum() / 2, (change * alone).sum()]).tolist()
+        if not waves.took(gain, hoped):
+            R_rows.index_add_(0, i, moved)
+            tiles(codes)[i, j], tiles(W_hat)[i, j] = before
+    return codes[:d_out, :d_in].contiguous()
 
 
-def _padded(matrix: Tensor, block: int) -> Tensor:
-    """With zeros below and to the right, up to whole tiles."""
-    padded: Tensor = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % block, 0, -matrix.shape[0] % block))
-    return padded.contiguous()
+def _padded(matrix: Tensor, rows: int, columns: int | None = None) -> Tensor:
+    """With zeros below and to the right, up to whole tiles, which are square if `columns` is not given; itself, where it is so already."""
+    right, below = -matrix.shape[1] % (columns or rows), -matrix.shape[0] % rows
+    if right or below:
+        matrix = torch.nn.functional.pad(matrix, (0, right, 0, below))
+    return matrix.contiguous()
 
 
 def _diagonal_tiles(L: Tensor, block: int) -> Tensor:
@@ -292,59 +290,49 @@ def _feedback_tile(
         row_part += below * passed_by_column[None, :]
 
 
-@triton.jit(do_not_specialize=["first", "row"])
-def _walk(
+@triton.jit(do_not_specialize=["height", "width"])
+def _sweep_tile(
     P,
+    H_out,
     H_in,
-    curvature_out,
-    curvature_in,
     step,
     offset,
     levels,
     middles,
     W_hat,
     codes,
-    places,
-    changes,
-    found,
-    first,
-    row,
-    d_in,
+    change,
+    where,
+    height,
+    width,
     low,
     high,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
-    SPAN: tl.constexpr,
-    WIDE: tl.constexpr,
-    DEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Row `row + program` of `P`, `first` rows further down of the weight: its changes in order, listed for that program.
-
-    What one thread stores others load after a barrier: the list, and the rest of the row of `P`.
-    """
-    program = tl.program_id(0)
-    P += (row + program).to(tl.int64) * d_in
-    here = (first + row + program).to(tl.int64) * d_in
-    places += program.to(tl.int64) * d_in
-    changes += program.to(tl.int64) * d_in
-    weight = tl.load(curvature_out + first + row + program)
-    count = 0
-    for left in range(0, d_in, SPAN):
-        tl.debug_barrier()
-        column = left + tl.arange(0, SPAN)
-        inside = column < d_in
-        slope = tl.load(P + column, mask=inside, other=0.0)
-        curvature = weight * tl.load(curvature_in + column, mask=inside, other=1.0)
-        size = tl.load(step + here + column, mask=inside, other=0.0)
-        value = tl.load(W_hat + here + column, mask=inside, other=0.0)
-        code = tl.load(codes + here + column, mask=inside, other=0).to(tl.int32)
+    """The tile `where[program]`, the program's of `P` and `change`. A change reads `COLUMNS` values of `H_in`, a row `ROWS` of `H_out`."""
+    number = tl.program_id(0).to(tl.int64)
+    top, left = tl.load(where + 2 * number) * ROWS, tl.load(where + 2 * number + 1) * COLUMNS
+    lane, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    slopes = tl.load(P + (number * ROWS + lane[:, None]) * COLUMNS + column[None, :])
+    curvature_in = tl.load(H_in + (left + column) * (width + 1))
+    for row in range(ROWS):
+        here = (top + row) * width + left + column
+        weights = tl.load(H_out + (top + row) * height + top + lane)
+        own = tl.sum(tl.where(lane == row, weights, 0.0), 0)
+        slope = tl.sum(tl.where(lane[:, None] == row, slopes, 0.0), 0)
+        curvature = own * curvature_in
+        size = tl.load(step + here)
+        value = tl.load(W_hat + here)
+        code = tl.load(codes + here).to(tl.int32)
         if OFFSET:
-            shift = tl.load(offset + here + column, mask=inside, other=0.0)
-        end = left + SPAN
-        before = count
-        start = left
-        while start < end:
-            target = value + _divided(slope, curvature)
+            shift = tl.load(offset + here)
+        moved = tl.zeros_like(slope)
+        start = 0
+        while start < COLUMNS:
+            target = value + _divided(slope, tl.where(curvature == 0, 1.0, curvature))
             if OFFSET:
                 target -= shift
             units = tl.where(size == 0, 0.0, _divided(target, tl.where(size == 0, 1.0, size)))
@@ -352,68 +340,19 @@ def _walk(
             aim = level * size
             if OFFSET:
                 aim += shift
-            change = aim - value
-            lowers = (change * slope - 0.5 * change * change * curvature > 0) & (wanted != code) & (column >= start) & inside
-            place = tl.min(tl.where(lowers, column, end), 0)
-            taken = tl.sum(tl.where(column == place, change, 0.0), 0)
-            code = tl.where(column == place, wanted, code)
-            tl.store(places + count, place, mask=place < end)
-            tl.store(changes + count, taken, mask=place < end)
-            count += (place < end).to(tl.int32)
-            chosen = place + tl.zeros_like(column) < end  # a scalar's mask is refused by the interpreter of Triton 3.9
-            near = tl.load(H_in + place.to(tl.int64) * d_in + column, mask=inside & chosen, other=0.0)
-            slope -= weight * (taken * near)
+            turn = aim - value
+            lowers = (turn * slope - 0.5 * turn * turn * curvature > 0) & (wanted != code) & (column >= start)
+            place = tl.min(tl.where(lowers, column, COLUMNS), 0)
+            chosen = column == place
+            taken = tl.sum(tl.where(chosen, turn, 0.0), 0)
+            code = tl.where(chosen, wanted, code)
+            value = tl.where(chosen, aim, value)
+            any_left = place + tl.zeros_like(column) < COLUMNS  # a scalar's mask is refused by the interpreter of Triton 3.9
+            pull = taken * tl.load(H_in + (left + place) * width + left + column, mask=any_left, other=0.0)
+            slope -= own * pull
+            moved += pull
             start = place + 1
-        tl.store(codes + here + column, code.to(tl.int8), mask=inside)
-        tl.debug_barrier()
-        if count > before:
-            for begin in range(end, d_in, WIDE):
-                far = begin + tl.arange(0, WIDE)
-                moved = _moved(H_in, places, changes, before, count, far, d_in, DEEP)
-                old = tl.load(P + far, mask=far < d_in, other=0.0)
-                tl.store(P + far, old - weight * moved, mask=far < d_in)
-    tl.store(found + program, count)
-
-
-@triton.jit
-def _moved(H_in, places, changes, begin, end, column, d_in, DEEP: tl.constexpr):
-    """What listed changes move in these columns: `sum_k change_k H_in[place_k, column]`, `DEEP` of them at once."""
-    moved = tl.zeros_like(tl.load(H_in + column, mask=column < d_in, other=0.0))
-    for k in range(begin, end, DEEP):
-        which = k + tl.arange(0, DEEP)
-        place = tl.load(places + which, mask=which < end, other=0).to(tl.int64)
-        change = tl.load(changes + which, mask=which < end, other=0.0)
-        known = (which < end)[:, None] & (column < d_in)[None, :]
-        moved += tl.sum(change[:, None] * tl.load(H_in + place[:, None] * d_in + column[None, :], mask=known, other=0.0), 0)
-    return moved
-
-
-@triton.jit(do_not_specialize=["first", "row", "rows"])
-def _spread(
-    P,
-    R,
-    coupling,
-    H_in,
-    places,
-    changes,
-    found,
-    first,
-    row,
-    rows,
-    d_in,
-    ROWS: tl.constexpr,
-    ACROSS: tl.constexpr,
-    DEEP: tl.constexpr,
-):
-    """A row's changes, in `ACROSS` columns, taken to that row of `R` and to the rows of `P` below it. `4 d_in` bytes a change in all."""
-    column = tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
-    inside = column < d_in
-    moved = _moved(H_in, places, changes, 0, tl.load(found), column, d_in, DEEP)
-    at = (first + row).to(tl.int64) * d_in + column
-    tl.store(R + at, tl.load(R + at, mask=inside, other=0.0) - moved, mask=inside)
-    other = tl.arange(0, ROWS)
-    below = (other > row) & (other < rows)
-    pull = tl.load(coupling + other * rows + row, mask=below, other=0.0)
-    at = other[:, None].to(tl.int64) * d_in + column[None, :]
-    both = below[:, None] & inside[None, :]
-    tl.store(P + at, tl.load(P + at, mask=both, other=0.0) - pull[:, None] * moved[None, :], mask=both)
+        tl.store(change + (number * ROWS + row) * COLUMNS + column, value - tl.load(W_hat + here))
+        tl.store(W_hat + here, value)
+        tl.store(codes + here, code.to(tl.int8))
+        slopes -= tl.where(lane[:, None] > row, weights[:, None] * moved[None, :], 0.0)

@@ -7,13 +7,15 @@ is, and it is taken if the loss falls.
 
 Keeping `R = E H_in` makes a row cost one product `H_out[i] R`, and an accepted change one row of `H_in`: a sweep is
 O(d_out d_in (d_out + d_in)) at most, like the feedback, and less where few entries change and `P` is known before. The torch specification
-below jumps from change to change; its twins in `kernels` visit the same entries in the same order: on CPUs tile by tile, so that a row of
-`H_in` is read once for all changes of a tile, on GPUs row by row. No order is better than another (`docs/log.md`, 22).
+below jumps from change to change; its twins in `kernels` visit the same entries in the same order: tile by tile, so that a row of `H_in` is
+read once for all changes of a tile; on CPUs one tile after the other, on GPUs in waves of tiles that do not know of each other
+(`kernels.waves`). No order is better than another (`docs/log.md`, 22).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from roundel.grids.base import ScalarGrid, Scales
 from roundel.kernels import rounding as kernels
+from roundel.kernels.waves import Waves
 from roundel.rounding.state import State
 from roundel.types import RoundingProblem
 
-__all__ = ["descend", "sweep", "sweep_rows"]
+__all__ = ["descend", "sweep", "sweep_rows", "sweep_waves"]
 
 
 def sweep(problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"]) -> Int[Tensor, "d_out d_in"]:
@@ -60,32 +63,70 @@ def _swept(
 def sweep_rows(
     problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"], *, tile: tuple[int, int] = kernels.TILE
 ) -> Int[Tensor, "d_out d_in"]:
-    """The specification: tiles from top to bottom, in each block of rows from left to right; in a tile row by row."""
-    W, H_out, H_in = problem.W, problem.H_out, problem.H_in
-    d_out, d_in = W.shape
-    step, offset = grid.affine(scales, problem.shape, W.dtype)
-    codes = codes.clone()
-    W_hat = grid.decode(codes, step, offset)
-    R = (W - W_hat) @ H_in
-    for top, left in itertools.product(range(0, d_out, tile[0]), range(0, d_in, tile[1])):
-        columns = slice(left, left + tile[1])
-        for i in range(top, min(top + tile[0], d_out)):
-            curvature = H_out[i, i] * H_in.diagonal()[columns]
-            shift = None if offset is None else offset[i, columns]
-            P = H_out[i] @ R[:, columns]
+    """The specification on CPUs: tiles from top to bottom, in each block of rows from left to right; in a tile row by row."""
+    tiles = _Tiles(problem, grid, scales, codes, tile)
+    for row, column in itertools.product(range(tiles.down), range(tiles.across)):
+        tiles.change([(row, column)])
+    return tiles.codes
+
+
+def sweep_waves(
+    problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Int[Tensor, "d_out d_in"], *, tile: tuple[int, int]
+) -> Int[Tensor, "d_out d_in"]:
+    """The specification on GPUs: all tiles of a wave from the same `P`, and taken if together they lower the loss."""
+    tiles = _Tiles(problem, grid, scales, codes, tile)
+    waves = Waves(tiles.down, tiles.across)
+    while wave := waves.next():
+        before = tiles.codes.clone(), tiles.W_hat.clone(), tiles.R.clone()
+        if not waves.took(*tiles.change(wave)):
+            tiles.codes, tiles.W_hat, tiles.R = before
+    return tiles.codes
+
+
+class _Tiles:
+    """A weight on its way through a sweep, `R = E H_in` kept."""
+
+    def __init__(self, problem: RoundingProblem, grid: ScalarGrid, scales: Scales, codes: Tensor, tile: tuple[int, int]) -> None:
+        self.problem, self.grid, self.tile = problem, grid, tile
+        self.down, self.across = (-(-size // part) for size, part in zip(problem.shape, tile, strict=True))
+        self.step, self.offset = grid.affine(scales, problem.shape, problem.W.dtype)
+        self.codes = codes.clone()
+        self.W_hat = grid.decode(self.codes, self.step, self.offset)
+        self.R = (problem.W - self.W_hat) @ problem.H_in
+
+    def change(self, wave: Sequence[tuple[int, int]]) -> tuple[float, float]:
+        """Descends in each of these tiles; by how much the loss falls, and by how much for each alone, summed."""
+        H_out, H_in = self.problem.H_out, self.problem.H_in
+        moved, hoped, changed = torch.zeros_like(self.R), 0.0, []
+        for i, j in wave:
+            rows, columns = (slice(at * size, (at + 1) * size) for at, size in zip((i, j), self.tile, strict=True))
+            P = H_out[rows] @ self.R[:, columns]
+            change = self._descended(P.clone(), rows, columns)
+            moved[rows] += change @ H_in[columns]
+            hoped += (change * (P - H_out[rows, rows] @ change @ H_in[columns, columns] / 2)).sum().item()
+            changed.append((rows, columns, change, P))
+        self.R -= moved
+        return sum((change * (P + H_out[rows] @ self.R[:, columns]) / 2).sum().item() for rows, columns, change, P in changed), hoped
+
+    def _descended(self, P: Tensor, rows: slice, columns: slice) -> Tensor:
+        """What changes in one tile, row by row, from change to change."""
+        grid, H_out, H_in = self.grid, self.problem.H_out[rows, rows], self.problem.H_in[columns, columns]
+        W_hat, codes, step = self.W_hat[rows, columns], self.codes[rows, columns], self.step[rows, columns]
+        before = W_hat.clone()
+        for i in range(len(W_hat)):
+            curvature = H_out[i, i] * H_in.diagonal()
+            shift = None if self.offset is None else self.offset[rows, columns][i]
             start = 0
             while True:
-                wanted = grid.encode(W_hat[i, columns] + P / curvature, step[i, columns], shift)
-                change = grid.decode(wanted, step[i, columns], shift) - W_hat[i, columns]
-                lowers = (change * P - 0.5 * change**2 * curvature > 0) & (wanted != codes[i, columns])
+                wanted = grid.encode(W_hat[i] + P[i] / curvature, step[i], shift)
+                change = grid.decode(wanted, step[i], shift) - W_hat[i]
+                lowers = (change * P[i] - 0.5 * change**2 * curvature > 0) & (wanted != codes[i])
                 candidates = torch.nonzero(lowers[start:])
                 if candidates.numel() == 0:
                     break
-                k = start + int(candidates[0])
-                j = left + k
-                codes[i, j] = wanted[k]
-                W_hat[i, j] += change[k]
-                P = P - H_out[i, i] * change[k] * H_in[j, columns]
-                R[i] -= change[k] * H_in[j]
-                start = k + 1
-    return codes
+                j = start + int(candidates[0])
+                codes[i, j] = wanted[j]
+                W_hat[i, j] += change[j]
+                P -= H_out[:, i, None] * (change[j] * H_in[j])
+                start = j + 1
+        return W_hat - before
