@@ -8,9 +8,10 @@ in float32: Roundel's directory as plain Transformers loads it, the others' by t
 `--texts` is a directory with `c4.txt` and `wikitext2-test.txt`; without it they come from the Hub.
 
 CPU time is user and system of one thread, of the whole command or adapter, reading included; Roundel's also counts its own evaluation and
-report. Bytes are those of the weights with what their scheme adds and of all else in 16 bits, by the same rule for all. Rows go to
-`benchmarks/results/methods-MODEL.json` one by one; those that it has are not measured again, those that failed are. Cost on one core of
-2026, SmolLM2-135M: a quarter of an hour for a row of quick or GPTQ, an hour for one of AutoRound with 200 steps; 4 minutes to measure.
+report. A scheme `bits2.25` is Roundel's `--bits 2.25` over integers. Bytes are those of the weights with what their scheme adds and of all
+else in 16 bits, by the same rule for all. Rows go to `benchmarks/results/methods-MODEL.json` one by one; those that it has are not measured
+again, those that failed are. Cost on one core of 2026, SmolLM2-135M: a quarter of an hour for a row of quick or GPTQ, an hour for one of
+AutoRound with 200 steps; 4 minutes to measure.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ ROWS = (
     "llm_compressor:awq",
     "roundel:best",
 )
-"""In this order; within one, by scheme, then by seed."""
+"""In this order; within one, by scheme, then by seed. Those of `VARIANTS` follow, if they are named."""
+VARIANTS = {
+    "quick-fused": ("--effort", "quick", "--rotate", "fused"),
+    "quick-online": ("--effort", "quick", "--rotate", "online", "--format", "native"),
+}
+"""Of Roundel, besides its efforts: what it is given for them."""
 SEEDS = {"roundel": 2}
 """Of each tool, if not 1."""
 
@@ -118,7 +124,9 @@ class Table:
         return {**found, "processor": processor(), "row_seconds": round(time.monotonic() - began, 1)}
 
     def ours(self, _tool: str, method: str, scheme: str, seed: int, scratch: Path) -> dict[str, Any]:
-        options = ["--scheme", scheme, "--effort", method, "--calibration", str(self.calibration), "--seed", str(seed)]
+        average = scheme.removeprefix("bits")
+        options = ["--scheme", "int4-g64", "--bits", average] if average != scheme else ["--scheme", scheme]
+        options += [*VARIANTS.get(method, ("--effort", method)), "--calibration", str(self.calibration), "--seed", str(seed)]
         options += ["--eval-data", str(self.kept / "heldout.txt"), "--quiet"]
         roundel = [sys.executable, "-m", "roundel"]
         subprocess.run([*roundel, "plan", str(self.model), *options, "--json", str(scratch / "plan.json")], check=True)
@@ -176,7 +184,7 @@ class Table:
 
 
 def wanted(rows: Sequence[str], schemes: Sequence[str], seeds: int | None) -> Iterator[dict[str, Any]]:
-    for name in ROWS:
+    for name in (*ROWS, *(f"roundel:{variant}" for variant in VARIANTS if f"roundel:{variant}" in rows)):
         tool, _, method = name.partition(":")
         if rows and not {name, tool} & set(rows):
             continue
@@ -196,7 +204,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=KEPT, help="Where models, texts and unfinished work are kept.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if unknown := set(given.rows) - {*ROWS, *METHODS, "roundel"}:
+    if unknown := set(given.rows) - {*ROWS, *METHODS, "roundel", *(f"roundel:{variant}" for variant in VARIANTS)}:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")  # of our process, as of theirs

@@ -105,6 +105,20 @@ def seeing(vision: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 64,
+            "sliding_window": 16,
+            "mup_enabled": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "num_shared_experts": 1,
+            "route_scale": 2.5,
+        },
+    ),
     "arcee": ("ArceeConfig", {"head_dim": 64}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", {"num_hidden_layers": 5, "sliding_window": 16, "logit_scale": 0.25}),
@@ -136,6 +150,17 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Exaone4Config",
         {"num_hidden_layers": 64, "intermediate_size": 64, "sliding_window": 16, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
     ),
+    "exaone-moe": (
+        "ExaoneMoeConfig",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "num_shared_experts": 1,
+        },
+    ),
     "gemma4": ("Gemma4TextConfig", {**GEMMA4, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 8.0}),
     "gemma4-equal": (
         "Gemma4TextConfig",
@@ -152,8 +177,20 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_double_wide_mlp": True,
         },
     ),
+    "gemma4-moe": (
+        "Gemma4TextConfig",
+        {
+            **GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+        },
+    ),
     "glm4": ("Glm4Config", {"head_dim": 32}),
     "glm4-moe": ("Glm4MoeConfig", {**EXPERTS, "use_qk_norm": True, "attention_bias": True, "num_hidden_layers": 3}),
+    "glm4-moe-lite": ("Glm4MoeLiteConfig", {**EXPERTS, **LATENT, "q_lora_rank": 64, "num_hidden_layers": 3}),
     "gpt-neox": ("GPTNeoXConfig", {"num_key_value_heads": 4}),
     "gpt-oss": (
         "GptOssConfig",
@@ -166,6 +203,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-hybrid": ("GraniteMoeHybridConfig", {**GRANITE_STATES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite-hybrid-dense": ("GraniteMoeHybridConfig", {**GRANITE_STATES, "num_local_experts": 0, "position_embedding_type": "rope"}),
     "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 64}),
+    "hunyuan-moe": ("HunYuanMoEV1Config", {"head_dim": 64, "num_experts": 4, "moe_topk": 2}),
     "jais2": ("Jais2Config", {}),
     "lfm2": ("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 32}),
     "lfm2-moe": (
@@ -237,6 +275,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 5}),
+    "solar-open": ("SolarOpenConfig", {**EXPERTS, "head_dim": 64}),
     "stablelm": ("StableLmConfig", {}),
     "stablelm-parallel": ("StableLmConfig", {"use_parallel_residual": True, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2Config", {}),

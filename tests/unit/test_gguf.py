@@ -116,7 +116,12 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
         ({"model_type": "exaone4", "num_hidden_layers": 8, "sliding_window": 16}, "for those of 64 layers"),
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "q_lora_rank": None, "num_experts_per_tok": 2}, "a model of 27 layers"),
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "topk_method": "group_limited_greedy"}, "llama.cpp has greedy"),
-        ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, "its enable_moe_block is True"),
+        ({"model_type": "afmoe", "mup_enabled": False}, "its mup_enabled is False"),
+        ({"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": [2] * 32}, "its moe_topk is not the same for all layers"),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "sparse", "dense"] + ["sparse"] * 44},
+            "layers without experts follow",
+        ),
         ({"model_type": "phi3", "rope_scaling": LLAMA3}, "rope"),
         ({"model_type": "olmoe", "num_key_value_heads": 4}, "fewer heads of keys than of queries"),
         ({"model_type": "olmo2", "head_dim": 64}, "its heads are 2048 wide together, and llama.cpp has 4096"),
@@ -146,7 +151,7 @@ def test_shared_experts_alone_are_a_usual_block() -> None:
     mixtures = [mixed("q4_k_m", {**GRANITE4, "num_local_experts": count}, linears) for count in (0, 4)]
     assert mixtures[0]["model.layers.7.shared_mlp.output_linear"] == "q6_k"
     assert mixtures[0]["model.layers.7.shared_mlp.input_linear"] == "q4_k"
-    names = [f"model.layers.0.shared_mlp.{part}_proj" for part in ("gate", "up")]
+    names = [f"model.layers.0.shared_mlp.input_linear.{part}_proj" for part in ("gate", "up")]
     assert parts_of(f"{linears[0]}.weight") == [f"{name}.weight" for name in names]
     for count, tail in ((0, ""), (4, "_shexp")):
         config = GraniteMoeHybridConfig(num_local_experts=count)

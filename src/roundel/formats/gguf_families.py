@@ -147,6 +147,22 @@ _LINEAR = {
 }
 """Of linear attention."""
 
+_EXAONE_EXPERTS = {
+    {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}.get(name, name): key for name, key in _EXPERTS.items()
+}
+
+_AFMOE_EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_shared_experts": "expert_shared_count",
+    "num_dense_layers": "leading_dense_block_count",
+    "route_scale": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+}
+
+_HUNYUAN_EXPERTS = {"num_experts": "expert_count", "moe_topk": "expert_used_count", "intermediate_size": "expert_feed_forward_length"}
+
 _NEMOTRON_EXPERTS = {name: key for name, key in _EXPERTS.items() if name != "first_k_dense_replace"} | {
     "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "moe_latent_size": "moe_latent_size",
@@ -176,6 +192,9 @@ _GEMMA4 = {
     "final_logit_softcapping": "final_logit_softcapping",
     "hidden_size_per_layer_input": "embedding_length_per_layer_input",
     "num_kv_shared_layers": "shared_kv_layers",
+    "num_experts": "expert_count",
+    "top_k_experts": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
 
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
@@ -192,7 +211,8 @@ FAMILIES = {
     "gemma": Family(activation=_GELU, norm_offset=1),
     "gemma2": Family(activation=_GELU, norm_offset=1, window_period=2, wide_layers=46, numbers=_CAPS),
     "gemma3_text": Family(activation=_GELU, norm_offset=1, window_period=6, wide_layers=62),
-    "gemma4_text": Family(activation=_GELU, rope="proportional", windows_listed=True, numbers=_GEMMA4, fixed={"enable_moe_block": False}),
+    "gemma4_text": Family(activation=_GELU, rope="proportional", windows_listed=True, numbers=_GEMMA4),
+    "afmoe": Family(window_period=4, sigmoid=True, numbers=_AFMOE_EXPERTS, fixed={"mup_enabled": True}),
     "arcee": Family(activation="relu2", permuted=True, rope="llama3"),
     "cohere": Family(
         whole_width=True, eps="layer_norm_eps", centred=True, numbers={"logit_scale": "logit_scale"}, fixed={"use_qk_norm": False}
@@ -204,8 +224,10 @@ FAMILIES = {
     "ernie4_5": Family(fixed={"use_bias": False}),
     "ernie4_5_moe": Family(fixed={"use_bias": False}, numbers=_ERNIE_EXPERTS),
     "exaone4": Family(rope="llama3", window_period=4, window_layers=64),
+    "exaone_moe": Family(rope="llama3", window_period=4, sigmoid=True, numbers=_EXAONE_EXPERTS),
     "glm4": Family(partial=True, biases=True),
     "glm4_moe": Family(partial=True, biases=True, sigmoid=True, numbers=_EXPERTS),
+    "glm4_moe_lite": Family(sigmoid=True, numbers=_EXPERTS | _LATENT, fixed={"rope_interleave": True}),
     "gpt_neox": Family(
         activation="gelu",
         eps="layer_norm_eps",
@@ -239,6 +261,7 @@ FAMILIES = {
     ),
     "granitemoeshared": Family(permuted=True, rope="llama3", experts=True, numbers=_GRANITE | _GRANITE_SHARED),
     "hunyuan_v1_dense": Family(),
+    "hunyuan_v1_moe": Family(numbers=_HUNYUAN_EXPERTS),
     "jais2": Family(activation="relu2", eps="layer_norm_eps", centred=True, biases=True),
     "lfm2": Family(eps="norm_eps", last_norm=False, numbers=_SHORT),
     "lfm2_moe": Family(eps="norm_eps", last_norm=False, sigmoid=True, numbers=_SHORT | _LFM_EXPERTS),
@@ -274,6 +297,7 @@ FAMILIES = {
     "qwen3_vl_text": Family(sections=True, numbers=_DEEPSTACK),
     "seed_oss": Family(biases=True, fixed={"attention_out_bias": False, "mlp_bias": False}),
     "smollm3": Family(permuted=True),
+    "solar_open": Family(partial=True, sigmoid=True, numbers=_EXPERTS),
     "stablelm": Family(
         whole_width=True,
         eps="layer_norm_eps",

@@ -68,6 +68,9 @@ def language_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         )
     read.tie_word_embeddings = whole.tie_word_embeddings and getattr(read, "tie_word_embeddings", True)
     read.deepstack_layers = len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    if read.model_type == "solar_open" or getattr(read, "first_k_dense_replace", None) is None:  # Solar's code has no such setting
+        read.first_k_dense_replace = (*(getattr(read, "mlp_layer_types", None) or ()), "sparse").index("sparse")
+    read.norm_topk_prob = getattr(read, "norm_topk_prob", True)
     reasons = list(_differences(read, FAMILIES[model_type]))
     if reasons:
         raise ModelError(f"llama.cpp would not run this {model_type} model as it is: {'; '.join(reasons)}; write another format")
@@ -145,6 +148,10 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
             yield "its full attention is not in layers at equal distances"
     if family.latent and (config.q_lora_rank is None) != (config.num_hidden_layers in _LITE):
         yield f"llama.cpp takes latent attention without q_lora_rank for a model of {_LITE[-1]} layers, and only that"
+    if (blocks := getattr(config, "mlp_layer_types", None)) and "dense" in blocks[config.first_k_dense_replace :]:
+        yield "layers without experts follow some with"
+    if lists := [name for name in family.numbers if isinstance(getattr(config, name, None), list)]:
+        yield f"its {lists[0]} is not the same for all layers"
     for name, value in family.fixed.items():
         own = getattr(config, name, value)
         if (list(own) if isinstance(own, tuple) else own) != value:
@@ -198,7 +205,7 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 def expert_count_of(config: PreTrainedConfig) -> int:
     """How many experts a layer has."""
-    if config.model_type == "nemotron_h" and "moe" not in config.layer_types:
+    if (config.model_type == "nemotron_h" and "moe" not in config.layer_types) or not getattr(config, "enable_moe_block", True):
         return 0
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return next((int(found) for name in names if (found := getattr(config, name, None))), 0)

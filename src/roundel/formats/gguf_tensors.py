@@ -52,7 +52,9 @@ _USUAL_PARTS = {
     ".block_sparse_moe.input_linear": ".mlp.experts.gate_proj",
     ".block_sparse_moe.": ".mlp.",
     ".gate.moe_statics.": ".moe_statics.",
+    ".gate.wg": ".gate",
     ".mixer.experts.": ".mlp.experts.",
+    ".shared_mlp.input_linear.": ".mlp.shared_mlp.",
     ".shared_mlp.": ".mlp.shared_mlp.",
     "backbone.": "model.",
 }
@@ -70,6 +72,8 @@ _SPELLED = {
     ".experts.down_proj": ".experts.down_proj.weight",
     ".experts.gate_up_proj": ".experts.gate_proj.weight",
     ".experts.up_proj": ".experts.up_proj.weight",
+    ".router.per_expert_scale": ".experts.down_proj.scale",
+    ".router.scale": ".router.proj.scale",
     "_bias": ".bias",
 }
 """Ends of the names of parameters that are no module's weight or bias, and of modules that would have them so; a stack for one of its
@@ -95,7 +99,7 @@ class _Pair:
 
 _PAIRS = (
     _Pair(".experts.gate_up_proj_bias", (".experts.gate_proj_bias", ".experts.up_proj_bias"), in_turn=True),
-    _Pair(".shared_mlp.input_linear", (".shared_mlp.gate_proj", ".shared_mlp.up_proj"), in_turn=False),
+    _Pair(".shared_mlp.input_linear", (".shared_mlp.input_linear.gate_proj", ".shared_mlp.input_linear.up_proj"), in_turn=False),
 )
 """Of GPT-OSS and of Granite's hybrids."""
 
@@ -121,6 +125,15 @@ def names_of(config: PreTrainedConfig, modules: Iterable[str]) -> dict[str, str]
     for others in (usual, {module: f"backbone.{module.removeprefix('model.')}" for module in modules}):
         named = tensor_names(arch, [others[module] for module in modules if module not in found], reordered=True)
         found |= {module: named[name] for module, name in others.items() if name in named}
+    for part in ("gate", "up"):  # Gemma 4 has both in one tensor or each in its own, and gguf has the names of the first
+        whole = tensor_names(
+            arch, [module.replace(f".{part}_proj", ".gate_up_proj") for module in modules if module not in found], reordered=True
+        )
+        apart = {
+            module.replace(".gate_up_proj", f".{part}_proj"): name.replace("_gate_up_exps", f"_{part}_exps")
+            for module, name in whole.items()
+        }
+        found |= {module: name for module, name in apart.items() if module not in found}
     unknown = [module for module in modules if module not in found]
     if unknown:
         raise ModelError(

@@ -41,16 +41,19 @@ _OTHER_NAMES = {
     "cohere": "command-r",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
     "gpt_bigcode": "starcoder",
     "granitemoehybrid": "granitehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
     "ministral3": "mistral3",
     "mistral": "llama",
     "mixtral": "llama",
     "olmo3": "olmo2",
     "phi": "phi2",
     "qwen2_5_vl_text": "qwen2vl",
+    "solar_open": "glm4moe",
 }
 """Model types whose GGUF architecture has another name altogether."""
 
