@@ -108,8 +108,12 @@ def written(source: str | Path, output: Path, **options: Any) -> Path:
     return roundel.quantize(source, output=output, **{**SETTINGS, **options}).path
 
 
-def served(path: Path, kind: str, *, engine: str, refused: str | None = None, **options: Any) -> dict[str, Any] | None:
+def served(
+    path: Path, kind: str, *, engine: str, refused: str | None = None, refined: float | None = None, **options: Any
+) -> dict[str, Any] | None:
     """Serves it and checks; writes the row. None where the engine refuses it, with a line that has `refused` in it.
+
+    `refined` is the KL that `refine` says, where the report of the directory is of what it was before.
 
     Raises:
         RoundelError: it is refused without being expected to, or computes something else.
@@ -117,9 +121,9 @@ def served(path: Path, kind: str, *, engine: str, refused: str | None = None, **
     report = json.loads((path / "roundel.json").read_text(encoding="utf-8"))
     row: dict[str, Any] = {
         "model": kind,
-        "scheme": " ".join(filter(None, [_schemes(report), "part" if report["skipped"] else ""])),
+        "scheme": " ".join(filter(None, [_schemes(report), "part" if report["skipped"] else "", "" if refined is None else "refined"])),
         "format": report["format"],
-        "report_kl": report["evaluation"]["kl"]["mean"],
+        "report_kl": report["evaluation"]["kl"]["mean"] if refined is None else refined,
         "error": None,
     }
     try:
