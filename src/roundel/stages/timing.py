@@ -5,7 +5,8 @@ sequences and no sweeps, with more sequences, and with sweeps and more tokens in
 whatever the text, and what the output head costs are told apart by that. Of each the part is taken off that matrix products take, whose
 rates are measured by themselves, on large ones; products are taken to the whole model by their multiply-adds, what is left by widths and
 weights (`Units`). A layer of more than `TIMED` weights would take too long: then a narrow one is timed, of which almost everything is that
-rest. Natural-gradient steps and tuning are counted in passes of that kind, sampling of text in readings of the weights.
+rest, on sequences half as long. Natural-gradient steps and tuning are counted in passes of that kind, sampling of text in readings of
+the weights.
 
 Seconds that the process has waited for a processor, because other programs had it, do not count (`undisturbed`): a plan is of a machine
 that does nothing else, and warns where they were many.
@@ -59,6 +60,9 @@ TIMED = 8_000_000
 
 FEW, MORE, VOCABULARY, MORE_VOCABULARY = 4, 12, 1024, 8192
 """Sequences, and tokens of the head, of the timed runs: so few cost what a batch costs, and the difference is well above the noise."""
+
+LENGTH, NARROW_LENGTH = 512, 256
+"""Tokens of a sequence, at most: of a layer of the model, and of the narrow one."""
 
 DRAFTS = 4
 """Of `auto`, for each linear."""
@@ -243,7 +247,7 @@ def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.de
     if size <= TIMED:
         settings = without_quantization(load_config(source.path))
         try:
-            return _timed(settings, layer, f"{layer} of {size:,} weights", recipe, device, dtype)
+            return _timed(settings, layer, f"{layer} of {size:,} weights", LENGTH, recipe, device, dtype)
         except (RoundelError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
             pass  # a layer that needs more of its model than what is left of it here
     narrow = LlamaConfig(
@@ -257,9 +261,11 @@ def timing_of(source: Source, names: list[str], recipe: Recipe, device: torch.de
     )
     what = "a Llama's layer 384 wide, in the place of a larger one"
     try:
-        return _timed(narrow, "model.layers.0", what, recipe, device, dtype)
+        return _timed(narrow, "model.layers.0", what, NARROW_LENGTH, recipe, device, dtype)
     except SchemeError:  # its groups are of another width
-        return _timed(narrow, "model.layers.0", what, dataclasses.replace(recipe, scheme="int4-g64", rotate="auto"), device, dtype)
+        return _timed(
+            narrow, "model.layers.0", what, NARROW_LENGTH, dataclasses.replace(recipe, scheme="int4-g64", rotate="auto"), device, dtype
+        )
 
 
 def _usual(model: nn.Module, names: list[str]) -> str:
@@ -269,8 +275,10 @@ def _usual(model: nn.Module, names: list[str]) -> str:
     return next(name for name, kind in kinds.items() if kind == most)
 
 
-def _timed(settings: PretrainedConfig, layer: str, what: str, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Timing:
-    length, sweeps = min(recipe.seq_len, 512), max(1, recipe.sweeps)
+def _timed(
+    settings: PretrainedConfig, layer: str, what: str, longest: int, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> Timing:
+    length, sweeps = min(recipe.seq_len, longest), max(1, recipe.sweeps)
 
     def run(count: int, vocabulary: int, sweeps: int, length: int) -> tuple[dict[str, float], Units]:
         given = dataclasses.replace(
