@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import roundel
 from e2e import tiny
@@ -49,6 +51,10 @@ def refined(made, text, other, tmp_path_factory) -> Callable[..., roundel.Quanti
         return result
 
     return run
+
+
+def open_file(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
 
 
 def kl(result: roundel.Quantized, text: str = "held out") -> tuple[float, float]:
@@ -129,6 +135,25 @@ def test_mixtures_of_experts(scheme, form, experts, quantize, refined, other, tm
     assert result.details["refined"]["linears"] == 4 + 3 * 4 + (form == "gguf")  # the tied matrix
     file = result.path / "model.gguf" if form == "gguf" else result.path
     found = roundel.evaluate(file, reference=experts, data=str(other), seq_len=32)
+    assert found.report.kl_mean == pytest.approx(kl(result, str(other))[1], rel=2e-3)
+
+
+def test_a_linear_that_is_two_tensors_of_the_file(quantize, refined, other, tmp_path) -> None:
+    """Granite 4's shared gate and up; what is written is what was measured."""
+    torch.manual_seed(0)
+    states = {"mamba_n_heads": 4, "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16, "num_local_experts": 0}
+    settings = {**tiny.GROUPED, **states, "shared_intermediate_size": 96, "layer_types": ["linear_attention", "full_attention"]}
+    source = tmp_path / "source"
+    GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**settings)).to(torch.bfloat16).save_pretrained(source)
+    tiny.make_tokenizer(starts=True).save_pretrained(source)
+    given = quantize(source, tmp_path / "given", scheme="q4_0", format="gguf", **NEAREST).path
+    result = refined(given, tmp_path / "out", reference=source)
+    before, after = kl(result)
+    assert after < before
+    assert "model.layers.0.shared_mlp.input_linear" in result.details["layers"]
+    old, new = (open_file(path / "model.gguf") for path in (given, result.path))
+    assert all((old[name] != new[name]).any() for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"))
+    found = roundel.evaluate(result.path / "model.gguf", reference=source, data=str(other), seq_len=32)
     assert found.report.kl_mean == pytest.approx(kl(result, str(other))[1], rel=2e-3)
 
 

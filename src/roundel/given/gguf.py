@@ -21,7 +21,7 @@ from roundel.artifacts.source import Source
 from roundel.errors import ModelError
 from roundel.formats.gguf_blocks import PACKERS, unpack
 from roundel.formats.gguf_reader import Reader
-from roundel.formats.gguf_tensors import EXPERT, Counterparts, data_of, decoded, tensors_of
+from roundel.formats.gguf_tensors import EXPERT, Counterparts, data_of, decoded, halves_apart, halves_together, parts_of, tensors_of
 from roundel.given.base import Given, Patch, Slot
 from roundel.grids import ScalarGrid, parse_scheme
 from roundel.grids.base import spread
@@ -69,44 +69,50 @@ def open_gguf(path: Path, source: Source) -> Given:
     for module in dict.fromkeys([*source.linears, *(end.name for end in ends_of(source.model, source.checkpoint))]):
         stored = source.checkpoint.weight_of(module)
         assert stored is not None
-        if stored not in counterparts.names:
-            left[module] = "its rows are in two tensors of the file"
-            continue
-        target = counterparts.names[stored]
-        if target not in tensors:
-            raise ModelError(f"{path} lacks {target}: it is another model, or damaged")
-        file, tensor = tensors[target]
+        parts = {part: counterparts.names[part] for part in parts_of(stored)}
+        for target in parts.values():
+            if target not in tensors:
+                raise ModelError(f"{path} lacks {target}: it is another model, or damaged")
         rows, columns = source.model.get_parameter(f"{module}.weight").shape
-        shape = (rows, columns)
-        whole = tuple(int(side) for side in tensor.shape[::-1])
-        if whole[-2:] != shape:
-            raise ModelError(f"{target} is {whole} in {path}, and the original's {module} is {shape}: another model")
-        if (own := tensor.tensor_type.name) in DENSE:
+        height = rows // len(parts)
+        for target in parts.values():
+            whole = tuple(int(side) for side in tensors[target][1].shape[::-1])
+            if whole[-2:] != (height, columns):
+                raise ModelError(f"{target} is {whole} in {path}, and the original's {module} is {(rows, columns)}: another model")
+        kinds = {tensors[target][1].tensor_type.name for target in parts.values()}
+        if kinds <= set(DENSE):
             continue
-        if counterparts.moves_columns(target, columns):
+        if any(counterparts.moves_columns(target, columns) for target in parts.values()):
             left[module] = "its columns are in another order in the file"
             continue
-        if own.lower() not in PACKERS:
+        if len(kinds) > 1:
+            left[module] = f"its rows are in tensors of the types {' and '.join(sorted(kinds))}"
+            continue
+        if (own := kinds.pop()).lower() not in PACKERS:
             left[module] = f"the type {own} has no grid here"
             continue
-        slots[module] = _slot(file, tensor, own.lower(), shape, stored, counterparts.order(target, shape[0]))
+        slots[module] = _joined(
+            [_slot(*tensors[target], (height, columns), part, counterparts.order(target, height)) for part, target in parts.items()]
+        )
     if not slots:
         raise ModelError(f"{path}: nothing in it can be refined: {next(iter(left.values()), 'its linears are not quantized')}")
 
     def value_of(name: str) -> Tensor | None:
-        target = counterparts.names.get(name)
-        if target not in tensors or target is None:
+        parts = {part: counterparts.names.get(part, "") for part in parts_of(name)}
+        if not tensors.keys() >= set(parts.values()):
             return None
-        return counterparts.restored(target, decoded(tensors[target][1], name))
+        values = {part: counterparts.restored(target, decoded(tensors[target][1], part)) for part, target in parts.items()}
+        return halves_together(values)[name]
 
     def is_dense(name: str) -> bool:
-        return tensors[counterparts.names[name]][1].tensor_type.name in DENSE
+        return all(tensors[counterparts.names[part]][1].tensor_type.name in DENSE for part in parts_of(name))
 
     def others(new: Mapping[str, Tensor]) -> list[Patch]:
         found = []
-        for name, value in new.items():
-            file, tensor = tensors[counterparts.names[name]]
-            data = counterparts.stored(tensor.name, value, tensor.tensor_type).tobytes()
+        part_of = halves_apart(lambda name: new[name])
+        for part in (part for name in new for part in parts_of(name)):
+            file, tensor = tensors[counterparts.names[part]]
+            data = counterparts.stored(tensor.name, part_of(part), tensor.tensor_type).tobytes()
             if len(data) != tensor.n_bytes:
                 raise ModelError(f"{tensor.name} has {tensor.n_bytes} bytes in {file}, and {len(data)} would take its place")
             found.append(Patch(file, int(tensor.data_offset), data))
@@ -115,7 +121,34 @@ def open_gguf(path: Path, source: Source) -> Given:
     return Given(path=path, form="gguf", slots=slots, left=left, value_of=value_of, is_dense=is_dense, others=others)
 
 
-def _slot(file: Path, tensor: ReaderTensor, scheme: str, shape: tuple[int, int], stored: str, order: Tensor) -> Slot:
+def _joined(slots: list[Slot]) -> Slot:
+    """Tensors of one type and shape as one weight, rows of one after the other's."""
+    if len(slots) == 1:
+        return slots[0]
+
+    def read() -> RoundedWeight:
+        parts = [slot.read() for slot in slots]
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scales={name: torch.cat([part.scales[name] for part in parts]) for name in parts[0].scales},
+            shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
+        )
+
+    def patches(weight: RoundedWeight) -> list[Patch]:
+        height = weight.shape[0] // len(slots)
+        found = []
+        for at, slot in enumerate(slots):
+            own = slice(at * height, (at + 1) * height)
+            scales = {name: scale[own] for name, scale in weight.scales.items()}
+            found += slot.patches(replace(weight, codes=weight.codes[own], scales=scales, shape=(height, weight.shape[1])))
+        return found
+
+    return Slot(scheme=slots[0].scheme, read=read, patches=patches)
+
+
+def _slot(file: Path, tensor: ReaderTensor, shape: tuple[int, int], stored: str, order: Tensor) -> Slot:
+    scheme = tensor.tensor_type.name.lower()
     back, data = torch.argsort(order), data_of(tensor, stored)
     size = data.nbytes
     offset = int(tensor.data_offset) + size * (int(expert[1]) if (expert := EXPERT.search(stored)) else 0)
