@@ -369,12 +369,14 @@ def methods(model: str) -> str:
 
 
 def named(tool: str, method: str) -> str:
-    return f"**Roundel, `--effort {method}`**" if tool == "roundel" else PEERS[tool, method]
+    """Ours are an effort, or EFFORT-ROTATION."""
+    return f"**Roundel, `--effort {method.replace('-', ' --rotate ')}`**" if tool == "roundel" else PEERS[tool, method]
 
 
 def first_seeds(model: str, scheme: str) -> Rows:
-    """Of `methods`: each method once."""
-    return [row for row in load(f"methods-{model}")["rows"] if row["scheme"] == scheme and row["seed"] == 0 and "error" not in row]
+    """Of `methods`: each method once, of ours the efforts."""
+    rows = [row for row in load(f"methods-{model}")["rows"] if row["scheme"] == scheme and row["seed"] == 0 and "error" not in row]
+    return [row for row in rows if row["tool"] != "roundel" or "-" not in row["method"]]
 
 
 def front(model: str, title: str, scheme: str) -> str:
