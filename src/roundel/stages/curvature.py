@@ -46,6 +46,7 @@ from roundel.stages.drafts import DRAFT_SWEEPS, Draft, draft_rounding, drafts_of
 from roundel.stages.ends import drafts_of_ends, ends_measured, measure_ends, wants_ends
 from roundel.stages.linears import schemes_of, width_of
 from roundel.stages.notes import Notes
+from roundel.stages.text import along
 from roundel.sweeps import Visit, gradient_visits, safe_batch_size
 from roundel.sweeps.gradients import ENDS, steps, visits_without_gradients
 
@@ -164,7 +165,7 @@ def _some(names: Sequence[str]) -> str:
 
 def safe_batch(source: Source, split: Split, recipe: Recipe, wanted: int) -> int:
     """A batch size that is safe for all that sequences are gone through for (`sweeps.safe_batch_size`)."""
-    prefix = range(len(split.everything[: recipe.prefix_count]))
+    prefix = range(len(along(recipe, split)))
     together = [len(run) for rows in [*_parts(recipe, split), prefix] for run in processes.runs(rows)]
     together += [len(_own_rows(recipe, split)), len(processes.own_rows(prefix)), len(processes.own_rows(range(len(split.heldout))))]
     return safe_batch_size(source.layers, source.linears, split.used, batch_size=wanted, parts=together, quickly=True)

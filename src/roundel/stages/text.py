@@ -26,10 +26,12 @@ from roundel.types import TokenBatch
 __all__ = [
     "BATCH_TOKENS",
     "OVERLAP_WARNING",
+    "along",
     "check_vocabulary",
     "default_batch",
     "evaluation_tokens",
     "fingerprinted",
+    "fresh",
     "read_text",
     "set_apart",
     "split_text",
@@ -157,6 +159,25 @@ def set_apart(split: Split) -> tuple[TokenBatch, TokenBatch]:
     if len(split.calibration) <= kept:
         raise DataError("tuning needs two calibration sequences at least: one of them to choose by")
     return split.calibration[: len(split.calibration) - kept], split.calibration[len(split.calibration) - kept :]
+
+
+def fresh(recipe: Recipe, source: Source, split: Split) -> TokenBatch:
+    """Of the calibration text, what no rounding by this recipe has seen: an eighth of the sequences that calibrate, or what there is."""
+    if recipe.calibration == "self":
+        return split.calibration[:0]
+    count, used = max(1, len(split.calibration) // 8), recipe.sequences + recipe.eval_sequences
+    text = evaluation_tokens(recipe.calibration, source.tokenizer, source.length, 4 * used + recipe.prefix_count + count)
+    known = {*split.everything.sequence_ids, *split.heldout.sequence_ids}
+    return text.select([row for row, own in enumerate(text.sequence_ids) if own not in known][-count:])
+
+
+def along(recipe: Recipe, split: Split) -> TokenBatch:
+    """What prefix-aware rounding goes through, which fits it: not what tuning is judged by, or every step away would look like a loss."""
+    text = split.everything
+    if recipe.tune != "none":
+        judged_by = set(set_apart(split)[1].sequence_ids)
+        text = text.select([row for row, own in enumerate(text.sequence_ids) if own not in judged_by])
+    return text[: recipe.prefix_count]
 
 
 def default_batch(length: int) -> int:

@@ -22,7 +22,7 @@ from roundel.stages.finish import finish
 from roundel.stages.notes import Notes
 from roundel.stages.report import Quantized
 from roundel.stages.rounding import Rounded
-from roundel.stages.text import default_batch, fingerprinted, read_text
+from roundel.stages.text import default_batch, fingerprinted, fresh, read_text
 from roundel.stages.tuning import rest_of, tune_model
 from roundel.store import check_output
 
@@ -100,7 +100,10 @@ def tune(
             others=_moved(source, stored),
         )
         seen = fingerprinted(split, notes)
-        rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place)
+        unseen = fresh(recipe, source, split)
+        if not len(unseen):
+            notes.warn("all of the calibration text has been rounded on: steps that would help on other text may be refused (give more)")
+        rounded = tune_model(recipe, source, split, rounded, notes, batch_size=batch, work=place, judged_by=unseen if len(unseen) else None)
         return finish(target, recipe, source, split, rounded, notes, seen=seen, batch_size=batch, work=place)
 
 

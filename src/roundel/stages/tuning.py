@@ -24,17 +24,30 @@ from roundel.stages.notes import Notes
 from roundel.stages.rounding import Rounded
 from roundel.stages.text import set_apart
 from roundel.tuning import Job, Tuned, tune_blocks, tune_end_to_end
-from roundel.types import RoundedWeight
+from roundel.types import RoundedWeight, TokenBatch
 
 __all__ = ["rest_of", "tune_model"]
 
 
-def tune_model(recipe: Recipe, source: Source, split: Split, rounded: Rounded, notes: Notes, *, batch_size: int, work: Work) -> Rounded:
-    """As the recipe says, from the codes and other parameters in `rounded`; `work` keeps the state of unfinished steps."""
+def tune_model(
+    recipe: Recipe,
+    source: Source,
+    split: Split,
+    rounded: Rounded,
+    notes: Notes,
+    *,
+    batch_size: int,
+    work: Work,
+    judged_by: TokenBatch | None = None,
+) -> Rounded:
+    """As the recipe says, from the codes and other parameters in `rounded`; `work` keeps the state of unfinished steps.
+
+    The best state is chosen on `judged_by`, or on a part of the calibration text (`set_apart`), which rounding should not have fitted.
+    """
     if recipe.tune == "none":
         return rounded
     source.whole("tuning")
-    steps_on, judged_by = set_apart(split)
+    steps_on, judged_by = set_apart(split) if judged_by is None else (split.used, judged_by)
     groups = range(len(source.layers))
     turns = 1 if recipe.tune == "end-to-end" else sum(bool(source.layers.inside(index, source.linears)) for index in groups)
     codes_stay = all(isinstance(parse_scheme(weight.scheme), TileGrid) for weight in rounded.weights.values())

@@ -31,6 +31,7 @@ from roundel.stages.linears import Linear, round_linears
 from roundel.stages.notes import Notes
 from roundel.stages.rounding.allocation import Chosen
 from roundel.stages.rounding.sweep import Prefix, Steps, Targets, rounding_sweep, steps_taken
+from roundel.stages.text import along
 from roundel.types import RoundedWeight
 
 __all__ = ["Rounded", "round_model", "rounding_digest"]
@@ -118,10 +119,9 @@ def round_model(
 
         prefix = None
         if corrects:
-            along = split.everything[: recipe.prefix_count]
             natural = recipe.natural_steps(*split.calibration.ids.shape, weights=sum(linear.weight.numel() for linear in linears.values()))
             prefix = Prefix(
-                tokens=along,
+                tokens=along(recipe, split),
                 outside=ends.values,
                 inside=source.fixed_in,
                 quickly=max(parse_scheme(scheme).bits for scheme in schemes.values()) <= COARSE,
@@ -219,6 +219,8 @@ def rounding_digest(recipe: Recipe, source: Source, split: Split) -> str:
     decisive = {name: value for name, value in recipe.as_json().items() if not name.startswith(("tune", "eval_")) and name != "effort"}
     decisive["prefix_aware"] = recipe.corrects(split.calibration.ids.numel())
     given = [decisive, model_fingerprint(source.checkpoint), data_hash(split.everything), str(source.model.dtype)]
+    if recipe.tune != "none":
+        given.append(data_hash(along(recipe, split)))
     if (file := imatrix_file(recipe)) is not None:
         given.append(digest(file))
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
