@@ -10,7 +10,9 @@ ratios are of the rounds' minima; a round before them warms up, unless there is 
     rounding sweep  both paths, moments, targets, everything but rounding itself (codes are made before), over a forward pass of them
     evaluation      of what was written, over a forward pass of the held-out sequences
 
-The rows of several widths and depths say how each grows.
+The rows of several widths and depths say how each grows. `rounding` is the whole stage, once. One layer of an 8B's shape on a GPU:
+
+    python benchmarks/sweeps.py --widths 4096 --inner 14336 --depths 1 --device cuda --dtype bfloat16 --tokens 2048
 """
 
 from __future__ import annotations
@@ -54,14 +56,14 @@ from roundel.types import RoundedWeight, TokenBatch
 SCHEME = "int3-g64"
 
 
-def directory_of(width: int, depth: int, scratch: Path) -> Path:
-    """A model's."""
+def directory_of(width: int, depth: int, scratch: Path, inner: int | None = None) -> Path:
+    """A model's; its feed-forward blocks are `inner` wide, or 8/3 of its width."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(locate("demo"))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=width * 8 // 3,
+        intermediate_size=inner or width * 8 // 3,
         num_hidden_layers=depth,
         num_attention_heads=width // 64,
         num_key_value_heads=max(1, width // 192),
@@ -87,21 +89,24 @@ def text(path: Path, count: int, length: int) -> torch.Tensor:
 def timed(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
 def forward(source: Source, tokens: TokenBatch, batch: int) -> None:
     with torch.no_grad():
         for part in tokens.split(batch):
-            source.model(input_ids=part.ids, use_cache=False)
+            source.model(input_ids=part.ids.to(source.model.device), use_cache=False)
 
 
 def backward(source: Source, tokens: TokenBatch, batch: int) -> None:
     """To the inputs."""
     handle = source.model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_())
     for part in tokens.split(batch):
-        logits = source.model(input_ids=part.ids, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.ids.flatten(), reduction="sum").backward()
+        ids = part.ids.to(source.model.device)
+        logits = source.model(input_ids=ids, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum").backward()
     handle.remove()
 
 
@@ -114,7 +119,7 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
     split = dataclasses.replace(split, calibration=pilot_first(parse_curvature(recipe.curvature), split.calibration))
     best: dict[str, float] = {}
     with open_work(None, beside=scratch / "out", memory=None) as work:
-        source = load_source(str(path), recipe, "cpu", "float32", work=work)
+        source = load_source(str(path), recipe, args.device, args.dtype, work=work)
         source.model.requires_grad_(False)
         codes = {name: _nearest(linear.weight) for name, linear in source.linears.items()}
 
@@ -140,6 +145,7 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
         collect()
         chosen = choose_schemes(recipe, source, found[-1])
         rounded = round_model(recipe, source, split, found[-1], chosen, Ends(), notes, batch_size=batch, work=work)
+        rounding = notes.seconds["rounding"]
         target = scratch / f"out-{path.name}"
         target.mkdir()
         write_model(target, recipe, source, rounded, notes)
@@ -156,7 +162,7 @@ def ratios(path: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any
                 spent = timed(call)
                 best[name] = min(best.get(name, float("inf")), spent) if turn or not args.rounds else float("inf")
     return {
-        "seconds": best,
+        "seconds": {**best, "rounding": rounding},
         "collection_over_forward_and_backward": best["collection"] / best["forward and backward"],
         "rounding_sweep_over_forward": best["rounding sweep"] / best["forward"],
         "evaluation_over_forward": best["evaluation"] / best["forward"],
@@ -177,6 +183,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--inner", type=int, help="Width of feed-forward blocks.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -186,7 +195,8 @@ def main() -> None:
         if args.model:
             rows.append({"model": args.model.name, **ratios(args.model, Path(scratch), args)})
         for width, depth in [] if args.model else shapes:
-            rows.append({"width": width, "depth": depth, **ratios(directory_of(width, depth, Path(scratch)), Path(scratch), args)})
+            path = directory_of(width, depth, Path(scratch), args.inner)
+            rows.append({"width": width, "depth": depth, **ratios(path, Path(scratch), args)})
             print(rows[-1], flush=True)
     if args.output is not None:
         settings = {"sequences": args.sequences, "tokens": args.tokens, "scheme": SCHEME, "threads": torch.get_num_threads()}
