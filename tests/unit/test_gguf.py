@@ -117,6 +117,7 @@ def test_supported_architectures(config: dict[str, Any]) -> None:
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "q_lora_rank": None, "num_experts_per_tok": 2}, "a model of 27 layers"),
         ({"model_type": "deepseek_v2", "num_hidden_layers": 4, "topk_method": "group_limited_greedy"}, "llama.cpp has greedy"),
         ({"model_type": "afmoe", "mup_enabled": False}, "its mup_enabled is False"),
+        ({"model_type": "afmoe", "mup_enabled": True, "sliding_window": None}, "it has no sliding window"),
         ({"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": [2] * 32}, "its moe_topk is not the same for all layers"),
         (
             {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "sparse", "dense"] + ["sparse"] * 44},

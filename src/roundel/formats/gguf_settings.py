@@ -132,6 +132,8 @@ def _differences(config: PreTrainedConfig, family: Family) -> Iterator[str]:
         expected = config.hidden_size // config.num_attention_heads if wide else config.head_dim
         if config.query_pre_attn_scalar != expected:
             yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and llama.cpp has {expected}"
+    if family.window_period and family.window_layers is None and _window(config) is None:
+        yield "it has no sliding window, and llama.cpp has one in its models"
     none = family.window_layers is not None and _window(config) is None
     full_every = None if none else family.window_period
     if family.window_layers is not None and (config.num_hidden_layers == family.window_layers) == none:

@@ -69,7 +69,7 @@ def open_gguf(path: Path, source: Source) -> Given:
     for module in dict.fromkeys([*source.linears, *(end.name for end in ends_of(source.model, source.checkpoint))]):
         stored = source.checkpoint.weight_of(module)
         assert stored is not None
-        parts = {part: counterparts.names[part] for part in parts_of(stored)}
+        parts = {part: counterparts.names.get(part, part) for part in parts_of(stored)}
         for target in parts.values():
             if target not in tensors:
                 raise ModelError(f"{path} lacks {target}: it is another model, or damaged")
