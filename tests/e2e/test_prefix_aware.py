@@ -159,11 +159,8 @@ def test_with_bits_for_each_linear(model, quantize, tmp_path) -> None:
 @pytest.mark.parametrize("method", ["end-to-end", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_tuning_starts_from_there(method: str, model, quantize, tmp_path) -> None:
     given = {**SETTINGS, "sequences": 24, "eval_sequences": 6, "scheme": "int3-g16"}
-    aware = quantize(model(), tmp_path / "aware", **given)
     tuned = quantize(model(), tmp_path / "tuned", **given, tune=method, tune_steps=2, tune_tokens=128)
     assert all(rows(tuned))
-    if tuned.details["tuning"]["best_step"] == 0:
-        assert same(aware, tuned)
     plain = quantize(model(), tmp_path / "plain", **{**given, "prefix_aware": False}, tune=method, tune_steps=2, tune_tokens=128)
     befores = [result.details["tuning"]["held_out_kl"]["before"] for result in (tuned, plain)]
     assert befores[0] != befores[1]
