@@ -65,8 +65,8 @@ ROWS = (
 )
 """In this order; within one, by scheme, then by seed. Those of `VARIANTS` follow, if they are named."""
 VARIANTS = {
-    "quick-fused": ("--effort", "quick", "--rotate", "fused"),
-    "quick-online": ("--effort", "quick", "--rotate", "online", "--format", "native"),
+    "roundel:quick-fused": ("--effort", "quick", "--rotate", "fused"),
+    "roundel:quick-online": ("--effort", "quick", "--rotate", "online", "--format", "native"),
 }
 """Of Roundel, besides its efforts: what it is given for them."""
 SEEDS = {"roundel": 2}
@@ -132,7 +132,7 @@ class Table:
     def ours(self, _tool: str, method: str, scheme: str, seed: int, scratch: Path) -> dict[str, Any]:
         average = scheme.removeprefix("bits")
         options = ["--scheme", "int4-g64", "--bits", average] if average != scheme else ["--scheme", scheme]
-        options += [*VARIANTS.get(method, ("--effort", method)), "--calibration", str(self.calibration), "--seed", str(seed)]
+        options += [*VARIANTS.get(f"roundel:{method}", ("--effort", method)), "--calibration", str(self.calibration), "--seed", str(seed)]
         options += ["--eval-data", str(self.kept / "heldout.txt"), "--quiet"]
         roundel = [sys.executable, "-m", "roundel"]
         subprocess.run([*roundel, "plan", str(self.model), *options, "--json", str(scratch / "plan.json")], check=True)
@@ -190,7 +190,7 @@ class Table:
 
 
 def wanted(rows: Sequence[str], schemes: Sequence[str], seeds: int | None) -> Iterator[dict[str, Any]]:
-    for name in (*ROWS, *(f"roundel:{variant}" for variant in VARIANTS if f"roundel:{variant}" in rows)):
+    for name in (*ROWS, *(variant for variant in VARIANTS if variant in rows)):
         tool, _, method = name.partition(":")
         if rows and not {name, tool} & set(rows):
             continue
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=KEPT, help="Where models, texts and unfinished work are kept.")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if unknown := set(given.rows) - {*ROWS, *METHODS, "roundel", *(f"roundel:{variant}" for variant in VARIANTS)}:
+    if unknown := set(given.rows) - {*ROWS, *METHODS, *VARIANTS, "roundel"}:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")  # of our process, as of theirs

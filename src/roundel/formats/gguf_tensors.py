@@ -125,15 +125,11 @@ def names_of(config: PreTrainedConfig, modules: Iterable[str]) -> dict[str, str]
     for others in (usual, {module: f"backbone.{module.removeprefix('model.')}" for module in modules}):
         named = tensor_names(arch, [others[module] for module in modules if module not in found], reordered=True)
         found |= {module: named[name] for module, name in others.items() if name in named}
-    for part in ("gate", "up"):  # Gemma 4 has both in one tensor or each in its own, and gguf has the names of the first
-        whole = tensor_names(
-            arch, [module.replace(f".{part}_proj", ".gate_up_proj") for module in modules if module not in found], reordered=True
-        )
-        apart = {
-            module.replace(".gate_up_proj", f".{part}_proj"): name.replace("_gate_up_exps", f"_{part}_exps")
-            for module, name in whole.items()
-        }
-        found |= {module: name for module, name in apart.items() if module not in found}
+    halves = {module: re.sub(r"(gate|up)_proj$", "gate_up_proj", module) for module in modules if module not in found}
+    named = tensor_names(arch, halves.values(), reordered=True) if halves else {}
+    for module, whole in halves.items():  # Gemma 4's experts have both in one tensor or each in its own, and gguf names the first
+        if named.get(whole, "").endswith("_gate_up_exps.weight") and whole != module:
+            found[module] = named[whole].replace("_gate_up_", "_gate_" if module.endswith(".gate_proj") else "_up_")
     unknown = [module for module in modules if module not in found]
     if unknown:
         raise ModelError(

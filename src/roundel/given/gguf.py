@@ -26,6 +26,7 @@ from roundel.given.base import Given, Patch, Slot
 from roundel.grids import ScalarGrid, parse_scheme
 from roundel.grids.base import spread
 from roundel.models.ends import ends_of
+from roundel.rounding.round import stacked
 from roundel.types import RoundedWeight
 
 __all__ = ["gguf_files", "open_gguf"]
@@ -126,15 +127,6 @@ def _joined(slots: list[Slot]) -> Slot:
     if len(slots) == 1:
         return slots[0]
 
-    def read() -> RoundedWeight:
-        parts = [slot.read() for slot in slots]
-        return replace(
-            parts[0],
-            codes=torch.cat([part.codes for part in parts]),
-            scales={name: torch.cat([part.scales[name] for part in parts]) for name in parts[0].scales},
-            shape=(sum(part.shape[0] for part in parts), parts[0].shape[1]),
-        )
-
     def patches(weight: RoundedWeight) -> list[Patch]:
         height = weight.shape[0] // len(slots)
         found = []
@@ -144,7 +136,7 @@ def _joined(slots: list[Slot]) -> Slot:
             found += slot.patches(replace(weight, codes=weight.codes[own], scales=scales, shape=(height, weight.shape[1])))
         return found
 
-    return Slot(scheme=slots[0].scheme, read=read, patches=patches)
+    return Slot(scheme=slots[0].scheme, read=lambda: stacked([slot.read() for slot in slots]), patches=patches)
 
 
 def _slot(file: Path, tensor: ReaderTensor, shape: tuple[int, int], stored: str, order: Tensor) -> Slot:
